@@ -1,0 +1,58 @@
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+# go tool pprof compiles itself at its first use and keeps the result here.
+export GOCACHE ?= $(CURDIR)/$(VENV)/gocache
+export GOFLAGS := -buildvcs=false
+export GOTELEMETRY := off
+
+.DEFAULT_GOAL := help
+.PHONY: help install format lint type test test-fast cover golden bench demo build check clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+install: $(VENV)/.installed ## Make the virtual environment and install everything into it
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1'
+	$(RUN) -m pip install --quiet --editable . --group dev
+	touch $@
+
+format: install ## Format the code and sort imports
+	$(RUN) -m ruff format .
+	$(RUN) -m ruff check --fix .
+
+lint: install ## Check style and format
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+type: install ## Check types
+	$(RUN) -m mypy
+
+test: install ## Run all tests
+	$(RUN) -X dev -m pytest $(ARGS)
+
+test-fast: install ## Run the tests that need neither a server nor Go
+	$(RUN) -X dev -m pytest -m "not server and not go and not slow" $(ARGS)
+
+cover: install ## Run all tests and show what they do not reach
+	$(RUN) -m pytest --cov --cov-report=term-missing $(ARGS)
+
+golden: install ## Write the golden texts anew
+	$(RUN) -m pytest --update-golden $(ARGS)
+
+bench: install ## Measure cost and accuracy; ARGS=--help shows the parts
+	$(RUN) -m tests.bench $(ARGS)
+
+demo: install ## Start the demo shop with load on it; SECONDS=20 profiles it and ends
+	$(RUN) docs/demo/run.py $(if $(SECONDS),--seconds $(SECONDS))
+
+build: install ## Build the source distribution and the wheel
+	$(RUN) -m build
+
+check: lint type test ## Everything CI checks
+
+clean: ## Remove what was made
+	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

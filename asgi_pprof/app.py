@@ -1,0 +1,298 @@
+"""
+The ASGI application behind /debug/pprof/: one method per endpoint.
+
+Every status, header and error text is Go's, where Go has the thing. What is
+slow (encoding, compressing, text) runs on a thread; what waits (profiles of
+some seconds) ends as soon as the client has gone.
+
+Source: net/http/pprof/pprof.go.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+import weakref
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from functools import partial
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from asgi_pprof.collectors.cpu import CpuCollector
+from asgi_pprof.encoders.protobuf import encode
+from asgi_pprof.encoders.text import (
+    contention_text,
+    count_text,
+    goroutine_dump,
+    heap_text,
+)
+from asgi_pprof.errors import BadParameter, ClientGone, PprofError
+from asgi_pprof.guard import Guard, allow_loopback
+from asgi_pprof.memstats import gc_pauses, mem_stats_text, read_mem_stats
+from asgi_pprof.merge import subtract
+from asgi_pprof.offload import run_in_thread
+from asgi_pprof.params import Params
+from asgi_pprof.paths import locate
+from asgi_pprof.profile import Profile
+from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
+from asgi_pprof.switches import HeapEngine, Switches
+from asgi_pprof.symbols import AddressBook
+from asgi_pprof.web import index_page
+
+_BUFFERED = 2048  # net/http: a longer body is sent in chunks, without its length
+_LONGEST_WAIT_S = 3600.0  # timers of years are not every loop's strength
+_COMPRESSORS = re.compile(r"gzip|brotli|zstd|compress", re.IGNORECASE)
+
+logger = logging.getLogger("asgi_pprof")
+
+
+class PprofApp:
+    """
+    The profiles as an application of their own, to mount where you like.
+
+        app.mount("/debug/pprof", PprofApp())
+
+    By default only direct requests from this machine are answered.
+
+    Args:
+        heap: "tracemalloc" to trace memory from now on, None to trace only
+            while somebody asks.
+        prefix: What comes before the names in the path; "" when mounted.
+        guard: Who may come in.
+    """
+
+    def __init__(
+        self,
+        *,
+        heap: HeapEngine | None = None,
+        prefix: str = "",
+        guard: Guard = allow_loopback,
+    ) -> None:
+        self._prefix = prefix
+        self._guard = guard
+        self._registry = Registry()
+        self._cpu = CpuCollector()
+        self._addresses = AddressBook()
+        self._switches = Switches(heap)
+        self.open()
+        # An app that is dropped without a shutdown must leave nothing behind either.
+        weakref.finalize(self, self._switches.off).atexit = False
+
+    def open(self) -> None:
+        """Switch on what records all the time: threads' starts, pauses of the collector."""
+        self._switches.on()
+
+    def close(self) -> None:
+        """Put back everything that `open` and the constructor switched on; requests still work."""
+        self._switches.off()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+        elif scope["type"] == "http":
+            response = await self._respond(Request(scope, receive), send)
+            await response(scope, receive, send)
+
+    async def _respond(self, request: Request, send: Send) -> Response:
+        try:
+            self._guard(request.scope)
+            response = await self._route(request)
+        except PprofError as error:
+            response = _error_response(str(error), error.status)
+        except Exception:
+            logger.exception("asgi_pprof failed to answer %s", request.url.path)
+            response = _error_response("failed to collect profile", 500)
+        if len(response.body) >= _BUFFERED:
+            del response.headers["content-length"]
+        if response.media_type == "application/octet-stream" and _compressed_outside(request, send):
+            # Profiles are gzip already. The one header that compressing
+            # middlewares respect; on its own it would not be sent.
+            response.headers["content-encoding"] = "identity"
+        if request.method == "HEAD":
+            response.body = b""
+        return response
+
+    async def _route(self, request: Request) -> Response:
+        target = locate(request.scope, self._prefix)
+        name = target.name if target else ""
+        if request.method not in ("GET", "HEAD") and not (
+            request.method == "POST" and name == "symbol"
+        ):
+            allowed = "GET, HEAD, POST" if name == "symbol" else "GET, HEAD"
+            return _text_response("Method Not Allowed\n", 405, {"Allow": allowed})
+        if target and target.redirect:
+            return _redirect(target.redirect)
+        endpoint = {
+            "": self._index,
+            "cmdline": self._cmdline,
+            "profile": self._profile,
+            "symbol": self._symbol,
+        }.get(name, partial(self._named, name))
+        return await endpoint(request)
+
+    async def _index(self, request: Request) -> Response:
+        rows = [
+            *(
+                (
+                    profile.name,
+                    profile.collector.count(),
+                    profile.description,
+                    profile.collector.note(),
+                )
+                for profile in self._registry.profiles()
+            ),
+            *((name, 0, description, "") for name, description in SPECIAL.items()),
+        ]
+        return _response(index_page(sorted(rows)), "text/html")
+
+    async def _cmdline(self, request: Request) -> Response:
+        arguments = map(os.fsencode, sys.orig_argv or sys.argv)
+        return _response(b"\0".join(arguments), "text/plain")
+
+    async def _symbol(self, request: Request) -> Response:
+        if request.method == "POST":
+            return _text_response(await self._addresses.answer(request.stream()))
+        return _text_response(await self._addresses.answer(_once(request.scope["query_string"])))
+
+    async def _profile(self, request: Request) -> Response:
+        seconds = _params(request).cpu_seconds
+        async with _watched(request) as gone:
+            profile = await self._cpu.collect(seconds, gone)
+            if gone.is_set():
+                raise ClientGone
+        return await _binary_response(profile, "profile")
+
+    async def _named(self, name: str, request: Request) -> Response:
+        served = self._registry.lookup(name)
+        params = _params(request)
+        if params.delta:
+            return await self._delta(served, params, request)
+        if params.gc and name == "heap":
+            gc_pauses.collect()
+        if params.debug == 0:
+            return await _binary_response(await served.collector.snapshot(), name)
+        if params.debug >= 2 and name == "goroutine":
+            goroutines = await self._registry.tasks.dump()
+            return _text_response(await run_in_thread(lambda: goroutine_dump(goroutines)))
+        profile = await served.collector.snapshot()
+        return _text_response(await run_in_thread(lambda: self._text(served, profile)))
+
+    async def _delta(self, served: NamedProfile, params: Params, request: Request) -> Response:
+        seconds = params.delta_seconds
+        if served.custom:
+            raise BadParameter('"seconds" parameter is not supported for this profile type')
+        if params.debug != 0:
+            raise BadParameter("seconds and debug params are incompatible")
+        with served.collector.window():
+            before = await served.collector.snapshot()
+            async with _watched(request) as gone:
+                await _wait(gone, seconds)
+            after = await served.collector.snapshot()
+        delta = await run_in_thread(lambda: subtract(after, before))
+        return await _binary_response(delta, f"{served.name}-delta")
+
+    def _text(self, served: NamedProfile, profile: Profile) -> str:
+        self._addresses.remember(profile)
+        if served.text == "heap":
+            return heap_text(profile, mem_stats_text(read_mem_stats()))
+        if served.text == "contention":
+            return contention_text(served.name, profile)
+        return count_text(served.name, profile)
+
+
+def _params(request: Request) -> Params:
+    return Params(request.scope["query_string"])
+
+
+@asynccontextmanager
+async def _watched(request: Request) -> AsyncIterator[asyncio.Event]:
+    """Give an event that is set when the client leaves."""
+    gone = asyncio.Event()
+
+    async def watch() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    task = asyncio.create_task(watch(), name="asgi_pprof client watch")
+    try:
+        yield gone
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+
+
+async def _wait(gone: asyncio.Event, seconds: int) -> None:
+    """
+    Wait that long.
+
+    Raises:
+        ClientGone: The client left first.
+    """
+    loop = asyncio.get_running_loop()
+    end = loop.time() + seconds
+    while not gone.is_set() and (left := end - loop.time()) > 0:
+        try:
+            await asyncio.wait_for(gone.wait(), min(left, _LONGEST_WAIT_S))
+        except TimeoutError:
+            continue
+    if gone.is_set():
+        raise ClientGone
+
+
+async def _once(chunk: bytes) -> AsyncIterator[bytes]:
+    yield chunk
+
+
+def _response(
+    body: str | bytes,
+    media_type: str,
+    status: int = 200,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    if isinstance(body, str):
+        body = body.encode("utf-8", "backslashreplace")  # names may hold lone surrogates
+    fields = {"X-Content-Type-Options": "nosniff", **(headers or {})}
+    return Response(body, status, fields, media_type)
+
+
+def _text_response(
+    text: str, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    return _response(text, "text/plain", status, headers)
+
+
+async def _binary_response(profile: Profile, name: str) -> Response:
+    body = await run_in_thread(lambda: encode(profile))
+    # Header values are latin-1 here and bytes on the wire; a name goes out as UTF-8, as it is.
+    filename = name.encode("utf-8", "backslashreplace").decode("latin-1")
+    headers = {"Content-Disposition": f'attachment; filename="{filename}"'}
+    return _response(body, "application/octet-stream", headers=headers)
+
+
+def _error_response(message: str, status: int) -> Response:
+    # pprof shows our words only with this header, and only from text/plain.
+    return _text_response(f"{message}\n", status, {"X-Go-Pprof": "1"})
+
+
+def _redirect(location: str) -> Response:
+    href = location.replace("&", "&amp;").replace('"', "&#34;").replace("<", "&lt;")
+    body = f'<a href="{href}">Temporary Redirect</a>.\n\n'
+    return Response(body, 307, {"Location": location}, "text/html")
+
+
+def _compressed_outside(request: Request, send: Send) -> bool:
+    """Tell whether a middleware around us would compress the response once more."""
+    if "accept-encoding" not in request.headers:
+        return False
+    outer: list[Any] = [type(getattr(send, "__self__", None))]
+    outer += (each.cls for each in getattr(request.scope.get("app"), "user_middleware", ()))
+    return any(_COMPRESSORS.search(getattr(each, "__name__", "")) for each in outer)

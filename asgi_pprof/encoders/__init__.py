@@ -1,0 +1,1 @@
+"""Profiles as bytes and text. Encoders read the model and never see a collector."""

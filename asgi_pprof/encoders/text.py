@@ -1,0 +1,208 @@
+"""
+Profiles as text: debug=1, which pprof still parses, and debug=2, the dump.
+
+Addresses in a record line are return addresses: one above the location's own,
+as in Go, whose frame lines show the smaller number. The `+0x` offset behind a
+function is its distance in lines from the function's first line.
+
+Source: runtime/pprof/pprof.go; text/tabwriter; runtime/traceback.go.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+
+from asgi_pprof.profile import Goroutine, Location, Profile, Sample, Stack
+
+_TAB_WIDTH = 8
+_DUMP_HEAD = _DUMP_TAIL = 50  # runtime/traceback.go: inner and outer frames shown
+_BARE_WORD = re.compile(r"[A-Za-z0-9./_]+")
+_ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t", "\\": r"\\", '"': r"\""}
+_MORE_ESCAPES = {"\a": r"\a", "\b": r"\b", "\f": r"\f", "\v": r"\v"}
+
+
+def count_text(name: str, profile: Profile) -> str:
+    """
+    Return a profile of counts (goroutine, thread, threadcreate, custom) as debug=1 text.
+
+    Args:
+        name: The profile's name, without white space (the parser's rule).
+        profile: One with a single sample type.
+    """
+    blocks = sorted(
+        (
+            (sample.values[0], _record_text(str(sample.values[0]), sample))
+            for sample in profile.samples
+        ),
+        key=lambda block: (-block[0], block[1]),
+    )
+    total = sum(count for count, _ in blocks)
+    return align(f"{name} profile: total {total}\n" + "".join(text for _, text in blocks))
+
+
+def heap_text(profile: Profile, trailer: str) -> str:
+    """
+    Return a heap profile as debug=1 text; `allocs` is the same text.
+
+    Args:
+        profile: Values alloc_objects, alloc_space, inuse_objects, inuse_space.
+        trailer: The MemStats lines that follow the records.
+    """
+    totals = [sum(values) for values in zip(*(s.values for s in profile.samples), strict=True)]
+    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals or (0, 0, 0, 0)
+    if alloc_bytes == inuse_bytes:
+        # pprof takes two equal pairs for the old form without allocations.
+        alloc_bytes += 1
+    lines = [
+        f"heap profile: {inuse_objects}: {inuse_bytes} [{alloc_objects}: {alloc_bytes}]"
+        f" @ heap/{2 * profile.period}\n"  # the parser halves it
+    ]
+    for sample in sorted(profile.samples, key=lambda sample: sample.values[3]):
+        allocs, alloc_space, inuse, inuse_space = sample.values
+        head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
+        lines.append(_record_text(head, Sample(sample.stack, sample.values)))
+    return align("".join(lines) + "\n" + trailer)
+
+
+def contention_text(name: str, profile: Profile) -> str:
+    """
+    Return a block or mutex profile as debug=1 text.
+
+    Cycles are nanoseconds here, so `cycles/second` is 10^9.
+
+    Args:
+        name: "block" or "mutex".
+        profile: Values contentions and delay in nanoseconds.
+    """
+    head = "--- contention:\n" if name == "block" else "--- mutex:\n"
+    head += "cycles/second=1000000000\n"
+    if name == "mutex":
+        head += "sampling period=1\n"
+    samples = sorted(profile.samples, key=lambda sample: -sample.values[1])
+    return align(
+        head
+        + "".join(
+            _record_text(f"{sample.values[1]} {sample.values[0]}", sample) for sample in samples
+        )
+    )
+
+
+def goroutine_dump(goroutines: Iterable[Goroutine]) -> str:
+    """Return goroutine?debug=2: every task with its state and stack, in the order given."""
+    return "\n".join(map(_goroutine_text, goroutines))
+
+
+def align(text: str) -> str:
+    """
+    Line up tab-separated cells with tabs, as Go's tabwriter does for pprof.
+
+    A column is a run of consecutive lines that have a cell there with another
+    behind it; it is as wide as its longest cell plus one, in whole tabs. The
+    last cell of a line is never padded.
+
+    Source: text/tabwriter with minwidth 1, tabwidth 8, padding 1, TabIndent.
+    """
+    lines = [line.split("\t") for line in text.split("\n")]
+    _pad_columns(lines, 0, len(lines), 0)
+    return "\n".join("".join(cells) for cells in lines)
+
+
+def _pad_columns(lines: list[list[str]], start: int, end: int, column: int) -> None:
+    row = start
+    while row < end:
+        if len(lines[row]) <= column + 1:
+            row += 1
+            continue
+        stop = row
+        while stop < end and len(lines[stop]) > column + 1:
+            stop += 1
+        _pad_columns(lines, row, stop, column + 1)
+        longest = max(len(cells[column]) for cells in lines[row:stop])
+        tabs = -(-(longest + 1) // _TAB_WIDTH)
+        for cells in lines[row:stop]:
+            cell = cells[column]
+            cells[column] = cell + "\t" * (tabs - len(cell) // _TAB_WIDTH)
+        row = stop
+
+
+def _record_text(head: str, sample: Sample) -> str:
+    addresses = " ".join(f"{location.address + 1:#x}" for location in sample.stack)
+    lines = [f"{head} @ {addresses}\n"]
+    if sample.labels:
+        pairs = ", ".join(f"{_quote(key)}:{_quote(str(value))}" for key, value in sample.labels)
+        lines.append(f"# labels: {{{pairs}}}\n")
+    lines += (_frame_text(location) for location in sample.stack)
+    return "".join(lines) + "\n"
+
+
+def _frame_text(location: Location) -> str:
+    name, filename, _ = location.function
+    return (
+        f"#\t{location.address:#x}\t{_one_line(name)}+{_offset(location):#x}"
+        f"\t{_one_line(filename)}:{location.line}\n"
+    )
+
+
+def _goroutine_text(goroutine: Goroutine) -> str:
+    labels = ", ".join(f"{_word(key)}: {_word(str(value))}" for key, value in goroutine.labels)
+    head = f"goroutine {goroutine.id} [{goroutine.state}]" + (f" {{{labels}}}" if labels else "")
+    return f"{head}:\n{''.join(_dump_frames(goroutine.stack))}"
+
+
+def _dump_frames(stack: Stack) -> Sequence[str]:
+    elided = len(stack) - _DUMP_HEAD - _DUMP_TAIL
+    if elided <= 0:
+        return [_dump_frame(location) for location in stack]
+    return [
+        *(_dump_frame(location) for location in stack[:_DUMP_HEAD]),
+        f"...{elided} frames elided...\n",
+        *(_dump_frame(location) for location in stack[-_DUMP_TAIL:]),
+    ]
+
+
+def _dump_frame(location: Location) -> str:
+    name, filename, _ = location.function
+    place = f"{_one_line(filename)}:{location.line} +{_offset(location):#x}"
+    return f"{_one_line(name)}(...)\n\t{place}\n"
+
+
+def _offset(location: Location) -> int:
+    return max(0, location.line - location.function.start_line)
+
+
+def _one_line(text: str) -> str:
+    # A tab or line break in a name would fake another cell or frame.
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else _escape(char) for char in text)
+
+
+def _word(text: str) -> str:
+    # The dump escapes all but printable ASCII.
+    if _BARE_WORD.fullmatch(text):
+        return text
+    chars = (
+        char if char.isascii() and char.isprintable() and char not in '"\\' else _escape(char)
+        for char in text
+    )
+    return f'"{"".join(chars)}"'
+
+
+def _quote(text: str) -> str:
+    """Return the text as Go's %q shows it."""
+    chars = (
+        _MORE_ESCAPES.get(char)
+        or (char if char.isprintable() and char not in '"\\' else _escape(char))
+        for char in text
+    )
+    return f'"{"".join(chars)}"'
+
+
+def _escape(char: str) -> str:
+    code = ord(char)
+    if char in _ESCAPES:
+        return _ESCAPES[char]
+    if code < 0x80:
+        return f"\\x{code:02x}"
+    return f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"

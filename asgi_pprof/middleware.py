@@ -1,0 +1,86 @@
+"""
+PprofMiddleware: is the path ours? Then answer it, else pass the scope on.
+
+Any other HTTP request pays one substring test on its path and its labels (an
+object and two contextvar calls); websocket and lifespan scopes pay nothing.
+"""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from asgi_pprof.app import PprofApp
+from asgi_pprof.labels import RequestLabels, current
+from asgi_pprof.paths import locate
+from asgi_pprof.switches import HeapEngine
+
+
+class PprofMiddleware:
+    """
+    Serve Go's /debug/pprof/ from an ASGI application.
+
+        app.add_middleware(PprofMiddleware)
+
+    By default only direct requests from this machine are answered.
+
+    Args:
+        app: The application.
+        prefix: Where the profiles are, below the root path.
+        heap: "tracemalloc" to trace memory from now on (slow: see
+            docs/profiles.md), None to trace only while somebody asks.
+
+    Raises:
+        ValueError: `prefix` is no absolute path, or `heap` is unknown.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        prefix: str = "/debug/pprof",
+        heap: HeapEngine | None = None,
+    ) -> None:
+        if not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix:
+            raise ValueError(f'prefix is a path such as "/debug/pprof", not {prefix!r}')
+        self.app = app
+        self._prefix = prefix
+        # What to look for in a path. "" is in every path: after a shutdown,
+        # the next request, if one ever comes, switches everything on again.
+        self._looked_for = prefix
+        self._pprof = PprofApp(heap=heap, prefix=prefix)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        kind = scope["type"]
+        if kind == "http":
+            if self._looked_for in scope["path"] and self._is_ours(scope):
+                await self._pprof(scope, receive, send)
+            else:
+                await self._pass_on(scope, receive, send)
+        elif kind == "lifespan":
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                # The application is shut down, or knows no lifespan and will
+                # get requests all the same.
+                self._pprof.close()
+                self._looked_for = ""
+        else:
+            await self.app(scope, receive, send)
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = RequestLabels(scope, current.get())
+        token = current.set(request)
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            request.finish()
+            try:
+                current.reset(token)
+            except ValueError:
+                pass  # closed from another context, at the end of a loop: nothing to put back
+
+    def _is_ours(self, scope: Scope) -> bool:
+        if self._looked_for != self._prefix:
+            self._pprof.open()
+            self._looked_for = self._prefix
+        return locate(scope, self._prefix) is not None

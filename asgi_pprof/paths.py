@@ -1,0 +1,87 @@
+"""
+Which requests are ours, and under what name.
+
+Paths are taken as Go's ServeMux takes them: decoded before matching, except
+that an encoded slash is no separator; a path that is not clean (`//`, `.`,
+`..`) is redirected to the clean one, if that is ours. A trailing slash belongs
+to the name.
+
+Source: net/http, ServeMux and cleanPath; starlette, get_route_path.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from dataclasses import dataclass
+from urllib.parse import quote, unquote
+
+from starlette.types import Scope
+
+_ENCODED_SLASH = "%2F"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """
+    A request of ours.
+
+    Args:
+        name: The profile's name, "" for the index.
+        redirect: Where to send the client instead, "" to answer.
+    """
+
+    name: str
+    redirect: str = ""
+
+
+def locate(scope: Scope, prefix: str) -> Target | None:
+    """
+    Return what an HTTP request asks of us, None if it is not ours.
+
+    Args:
+        scope: Its path may or may not begin with its `root_path`: servers,
+            proxies and mounts differ.
+        prefix: Where we are below the root path, such as "/debug/pprof"; ""
+            for an app that is itself mounted.
+    """
+    path = _path_below_root(scope)
+    clean = _clean(path)
+    if clean != prefix and not clean.startswith(f"{prefix}/"):
+        return None
+    name = clean[len(prefix) :]
+    if not name or clean != path:
+        return Target(name[1:], redirect=_location(scope, clean if name else f"{clean}/"))
+    return Target(name[1:].replace(_ENCODED_SLASH, "/"))
+
+
+def _path_below_root(scope: Scope) -> str:
+    path, root = _matching_path(scope), scope.get("root_path", "").rstrip("/")
+    if root and (path == root or path.startswith(f"{root}/")):
+        return path[len(root) :]
+    return path
+
+
+def _matching_path(scope: Scope) -> str:
+    """Return the decoded path in which encoded slashes stay encoded."""
+    path: str = scope["path"]
+    raw = (scope.get("raw_path") or b"").partition(b"?")[0].decode("latin-1")
+    if "%2f" not in raw.lower() or unquote(raw) != path:
+        return path  # nothing encoded, or a middleware has rewritten the path
+    return unquote(re.sub("%2f", "%25" + _ENCODED_SLASH[1:], raw, flags=re.IGNORECASE))
+
+
+def _clean(path: str) -> str:
+    """Return the path as Go's cleanPath: rooted, no empty or dot segments, trailing slash kept."""
+    if not path:
+        return ""
+    clean = posixpath.normpath("/" + path.lstrip("/"))
+    return clean + "/" if path.endswith("/") and clean != "/" else clean
+
+
+def _location(scope: Scope, path: str) -> str:
+    query = scope.get("query_string", b"").decode("latin-1")
+    root = scope.get("root_path", "").rstrip("/")
+    # A leading "//" would name another host.
+    location = "/" + quote(f"{root}{path}", safe="/%").lstrip("/")
+    return f"{location}?{query}" if query else location

@@ -1,0 +1,87 @@
+"""
+Functions by file and line, for readers that know nothing else (tracemalloc).
+
+The compiled module is asked: its code objects know their names and lines. It
+comes from the loader, so normally from the .pyc; where there is none the
+module is compiled again, once per process.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Iterator
+from functools import lru_cache
+from types import CodeType, ModuleType
+from typing import Any
+
+from asgi_pprof.profile import Function, Location
+from asgi_pprof.stacks import Symbols
+
+
+class LineNames:
+    """Locations by file and line, remembered for the length of one collection."""
+
+    def __init__(self) -> None:
+        self._symbols = Symbols()
+        self._locations: dict[tuple[str, int], Location] = {}
+
+    def location(self, filename: str, line: int) -> Location:
+        """Return the place, under the name of the innermost function that has the line."""
+        known = self._locations.get((filename, line))
+        if known is None:
+            qualname, start_line = _functions(filename).get(line, ("<unknown>", 0))
+            name = self._symbols.qualify(filename, qualname)
+            known = Location(Function(name, filename, start_line), line)
+            self._locations[filename, line] = known
+        return known
+
+
+@lru_cache(maxsize=4096)
+def _functions(filename: str) -> dict[int, tuple[str, int]]:
+    """Return qualified name and first line of the innermost function, by line."""
+    functions: dict[int, tuple[str, int]] = {}
+    code = _module_code(filename)
+    for nested in _nested_codes(code) if code else ():
+        for line in _own_lines(nested):
+            functions[line] = nested.co_qualname, nested.co_firstlineno
+    return functions
+
+
+def _nested_codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield the code and all code defined in it, outer before inner."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested_codes(constant)
+
+
+def _own_lines(code: CodeType) -> set[int]:
+    lines = {line for _, _, line in code.co_lines() if line is not None}
+    if len(lines) > 1:
+        # The first line of a function is where it is defined, by the code around it.
+        lines.discard(code.co_firstlineno)
+    return lines if code.co_name != "<module>" else lines | {code.co_firstlineno}
+
+
+def _module_code(filename: str) -> CodeType | None:
+    module = _module_of(filename)
+    loader: Any = getattr(module, "__loader__", None)
+    # Under `python -m`, the loader knows the module by its own name only.
+    name = getattr(getattr(module, "__spec__", None), "name", None) or "__main__"
+    try:
+        code = loader.get_code(name) if hasattr(loader, "get_code") else None
+        if isinstance(code, CodeType):
+            return code
+        source = "".join(linecache.getlines(filename))
+        return compile(source, filename, "exec", dont_inherit=True) if source else None
+    except (ImportError, SyntaxError, ValueError, OSError):
+        return None  # no source, or not the source that runs: the line stays unnamed
+
+
+def _module_of(filename: str) -> ModuleType | None:
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType):
+            if object.__getattribute__(module, "__dict__").get("__file__") == filename:
+                return module
+    return None

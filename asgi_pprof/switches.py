@@ -1,0 +1,61 @@
+"""
+What is on for as long as a middleware lives, and put back when it goes.
+
+Threads' starts are recorded and garbage collections timed; with
+`heap="tracemalloc"` memory is traced. Each of these counts its users, so two
+middlewares in one process share them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Literal, Protocol
+
+from asgi_pprof.collectors.heap import tracing
+from asgi_pprof.collectors.threads import thread_starts
+from asgi_pprof.memstats import gc_pauses
+
+HeapEngine = Literal["tracemalloc"]
+
+
+class _Switch(Protocol):
+    def enable(self) -> None: ...
+    def disable(self) -> None: ...
+
+
+class Switches:
+    """
+    The switches one middleware holds on.
+
+    Args:
+        heap: "tracemalloc" to trace memory all the time, None to leave it to
+            the application and to `heap?seconds=N`.
+
+    Raises:
+        ValueError: `heap` is something else.
+    """
+
+    def __init__(self, heap: HeapEngine | None) -> None:
+        if heap not in (None, "tracemalloc"):
+            raise ValueError(f'heap is None or "tracemalloc", not {heap!r}')
+        self._switches: list[_Switch] = [thread_starts, gc_pauses]
+        if heap:
+            self._switches.append(tracing)
+        self._lock = threading.Lock()
+        self._on = False
+
+    def on(self) -> None:
+        """Switch everything on that is not."""
+        with self._lock:
+            if not self._on:
+                self._on = True
+                for switch in self._switches:
+                    switch.enable()
+
+    def off(self) -> None:
+        """Put everything back."""
+        with self._lock:
+            if self._on:
+                self._on = False
+                for switch in self._switches:
+                    switch.disable()

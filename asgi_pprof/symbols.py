@@ -1,0 +1,72 @@
+"""
+The `symbol` endpoint: names for the addresses of debug=1 texts.
+
+Our addresses are hashes, which do not lead back to a name, so the places of
+every text served are remembered, the latest 65,536 of them. Another worker of
+the same service does not know them.
+
+Source: net/http/pprof, Symbol; strconv, ParseUint with base 0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+from asgi_pprof.profile import Profile
+
+_MAX_NAMES = 65_536
+_MAX_ITEM = 4096  # bufio's buffer
+_MAX_BODY = 16 * 2**20  # 800,000 addresses
+_MAX_ADDRESS = 2**64 - 1
+_GO_INTEGER = re.compile(r"0[xX](_?[0-9a-fA-F])+|0[bB](_?[01])+|0[oO]?(_?[0-7])+|[1-9](_?[0-9])*|0")
+
+
+class AddressBook:
+    """Function names by address, for the profiles one application has shown as text."""
+
+    def __init__(self) -> None:
+        self._names: dict[int, str] = {}
+
+    def remember(self, profile: Profile) -> None:
+        """Remember the places of a profile; the oldest are forgotten when there are too many."""
+        for location in {place for sample in profile.samples for place in sample.stack}:
+            address = location.address
+            self._names.pop(address, None)
+            self._names[address] = location.function.name
+        for address in list(self._names)[: max(0, len(self._names) - _MAX_NAMES)]:
+            self._names.pop(address, None)
+
+    async def answer(self, chunks: AsyncIterator[bytes]) -> str:
+        """
+        Return the lines for a list of addresses, separated by `+`.
+
+        Known addresses are echoed in hexadecimal with the function's name;
+        the return address (one above) works as well. Others are left out.
+        """
+        lines = ["num_symbols: 1\n"]  # the number only says that there are symbols
+        rest, total = b"", 0
+        async for chunk in chunks:
+            total += len(chunk)
+            *items, rest = (rest + chunk).split(b"+")
+            lines += (line for item in items if (line := self._line(item)))
+            if max(map(len, (*items, rest))) > _MAX_ITEM:
+                return "".join((*lines, "reading request: bufio: buffer full\n"))
+            if total > _MAX_BODY:
+                return "".join((*lines, "reading request: http: request body too large\n"))
+        return "".join((*lines, self._line(rest)))
+
+    def _line(self, item: bytes) -> str:
+        address = _parse(item.decode("latin-1"))
+        name = self._names.get(address) or self._names.get(address - 1)
+        return f"{address:#x} {name}\n" if name else ""
+
+
+def _parse(text: str) -> int:
+    """Return a Go integer literal's value, 0 for anything else."""
+    if len(text) > 100 or not _GO_INTEGER.fullmatch(text):
+        return 0
+    digits = text.replace("_", "")
+    octal = re.fullmatch(r"0[0-7]+", digits)
+    number = int(digits, 8) if octal else int(digits, 0)
+    return number if number <= _MAX_ADDRESS else 0
