@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import sys
+import time
 import weakref
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
@@ -237,9 +238,8 @@ async def _wait(gone: asyncio.Event, seconds: int) -> None:
     Raises:
         ClientGone: The client left first.
     """
-    loop = asyncio.get_running_loop()
-    end = loop.time() + seconds
-    while not gone.is_set() and (left := end - loop.time()) > 0:
+    end = time.monotonic() + seconds  # uvloop's own clock may stop a millisecond short
+    while not gone.is_set() and (left := end - time.monotonic()) > 0:
         try:
             await asyncio.wait_for(gone.wait(), min(left, _LONGEST_WAIT_S))
         except TimeoutError:

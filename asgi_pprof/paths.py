@@ -57,8 +57,12 @@ def locate(scope: Scope, prefix: str) -> Target | None:
 
 def _path_below_root(scope: Scope) -> str:
     path, root = _matching_path(scope), scope.get("root_path", "").rstrip("/")
-    if root and (path == root or path.startswith(f"{root}/")):
-        return path[len(root) :]
+    # Behind a proxy that strips its prefix, a mount's root path is the prefix
+    # and the mount, of which the path has only the mount.
+    mount = root.removeprefix(scope.get("app_root_path", root).rstrip("/"))
+    for above in (root, mount):
+        if above and (path == above or path.startswith(f"{above}/")):
+            return path[len(above) :]
     return path
 
 

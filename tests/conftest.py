@@ -1,0 +1,104 @@
+"""Fixtures for all tests; above all the one that lets nothing be left behind."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from asgi_pprof.collectors.custom import custom_profiles
+from tests.servers import ServerProcess, serve_process
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write golden texts anew")
+
+
+def _left_behind() -> dict[str, object]:
+    """Return everything a profiler could leave in the process."""
+    return {
+        "SIGPROF handler": signal.getsignal(signal.SIGPROF),
+        "ITIMER_PROF": signal.getitimer(signal.ITIMER_PROF),
+        "wakeup descriptor": _wakeup_fd(),
+        "Thread.start": threading.Thread.start,
+        "gc.callbacks": list(gc.callbacks),
+        "tracemalloc": tracemalloc.is_tracing(),
+        "threads": {thread.name for thread in threading.enumerate()},
+        "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
+        "custom profiles": set(custom_profiles()),
+    }
+
+
+def _wakeup_fd() -> int:
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor)
+    return descriptor
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind(request):
+    """Fail any test that leaves a timer, handler, thread, patch or tracing behind."""
+    for shared in {"shop", "any_shop"} & set(request.fixturenames):
+        request.getfixturevalue(shared)  # outlives the test: start it before looking
+    gc.collect()
+    before = _left_behind()
+    yield
+    after = {}
+    for _ in range(50):  # a thread that has been told to end needs a moment
+        gc.collect()
+        after = _left_behind()
+        if after["descriptors"] < before["descriptors"]:
+            after["descriptors"] = before["descriptors"]  # an earlier test's were freed
+        if after == before:
+            return
+        time.sleep(0.05)
+    changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
+    pytest.fail(f"left behind: {changed}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _uvloop_has_its_pipe():
+    """uvloop opens a pipe at its first use and keeps it: have that done before any test."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(asyncio.sleep(0))
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def loop_name(request) -> str:
+    """Each kind of event loop that uvicorn offers."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def _servers():
+    """Servers by the kind of their loop, started when first asked for."""
+    with contextlib.ExitStack() as stack:
+        servers: dict[str, ServerProcess] = {}
+
+        def server(loop: str) -> ServerProcess:
+            if loop not in servers:
+                servers[loop] = stack.enter_context(serve_process("tests.apps:app", loop=loop))
+            return servers[loop]
+
+        yield server
+
+
+@pytest.fixture
+def shop(_servers, loop_name):
+    """A service with the middleware, in a process of its own, on each kind of loop."""
+    return _servers(loop_name)
+
+
+@pytest.fixture
+def any_shop(_servers):
+    """The same service, where the kind of loop makes no difference."""
+    return _servers("asyncio")

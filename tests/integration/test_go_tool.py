@@ -1,0 +1,151 @@
+"""Everything we serve, as `go tool pprof` reads it: names, files, lines, no warnings."""
+
+from __future__ import annotations
+
+import re
+import threading
+
+import pytest
+
+from tests import apps
+from tests.gotool import flat, go_pprof
+from tests.servers import ask, leaving_client, until
+
+pytestmark = [pytest.mark.server, pytest.mark.go]
+
+
+def test_cpu_profile_names_the_function_that_burns(shop, tmp_path):
+    """-top has the function, -raw its file and line, and the time is that of the load."""
+    with shop.load("/burn/100"):
+        report = go_pprof(tmp_path, "-top", f"{shop.url}/profile?seconds=2")
+    assert "tests.apps.burn_cpu_a" in flat(report.text)
+    first = next(iter(flat(report.text)))
+    assert first == "tests.apps.burn_cpu_a"
+    assert re.search(r"^Type: cpu$", report.text, re.MULTILINE)
+    assert re.search(r"^Duration: 2", report.text, re.MULTILINE)
+    assert "engine: signal" in report.text
+
+
+def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
+    """`go tool pprof -seconds 1 http://host:port` finds the CPU profile."""
+    report = go_pprof(tmp_path, "-top", "-seconds", "1", f"http://127.0.0.1:{any_shop.port}")
+    assert "Type: cpu" in report.text
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("heap", "inuse_space"),
+        ("allocs", "alloc_space"),
+        ("goroutine", "goroutine"),
+        ("thread", "thread"),
+        ("threadcreate", "threadcreate"),
+        ("block", "delay"),
+        ("mutex", "delay"),
+        ("example.com/conns", "example.com/conns"),
+    ],
+)
+def test_every_profile_is_read(shop, tmp_path, name, kind):
+    """As a snapshot, as a delta with -seconds, and compared with an earlier one."""
+    # pprof names the file it saves after the sample type, slashes and all.
+    (tmp_path / "pprof" / "pprof.python.example.com").mkdir(parents=True)
+    report = go_pprof(tmp_path, "-top", f"{shop.url}/{name}")
+    assert f"Type: {kind}" in report.text
+    raw = go_pprof(tmp_path, "-raw", f"{shop.url}/{name}")
+    assert re.search(r"^1: .*\[FN\]?|^1: ", raw.text.partition("Mappings")[2], re.MULTILINE)
+    if name != "example.com/conns":
+        delta = go_pprof(tmp_path, "-raw", "-seconds", "1", f"{shop.url}/{name}")
+        assert "Duration: 1" in delta.text
+    saved = tmp_path / "before.pb.gz"
+    saved.write_bytes(shop.get(name).body)
+    go_pprof(tmp_path, "-top", "-base", saved, f"{shop.url}/{name}")
+
+
+@pytest.mark.parametrize(
+    "name", ["heap", "allocs", "goroutine", "thread", "threadcreate", "block", "mutex"]
+)
+def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
+    """`go tool pprof URL?debug=1` works, by way of our symbol endpoint."""
+    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}?debug=1")
+    if name in ("goroutine", "thread"):
+        assert "asgi_pprof.app.PprofApp.__call__" in report.text
+
+
+def test_goroutine_profile_has_files_and_lines(shop, tmp_path):
+    """The waiting task's own line is in -raw, under its function and file."""
+    with leaving_client(shop.port, "/wait/7"):
+        until(lambda: "waiting-7" in shop.get("goroutine?debug=1").text)
+        raw = go_pprof(tmp_path, "-raw", f"{shop.url}/goroutine").text
+    shop.visit("/release")
+    line = _line_of("await released.wait()")
+    assert re.search(
+        rf"tests\.apps\.wait_for_release {re.escape(apps.__file__)}:{line}:\d+ s=\d+", raw
+    )
+    assert re.search(r"asyncio\.locks\.Event\.wait /.*locks\.py:\d+", raw)
+    assert "tenant:[waiting-7]" in raw
+    assert "state:[waiting]" in raw
+
+
+def test_labels_reach_tags_and_focus(shop, tmp_path):
+    """-tags lists method, route and tenant; -tagfocus keeps one tenant's samples."""
+    with shop.load("/tenant/acme", clients=1), shop.load("/v1/items/5", clients=1):
+        saved = tmp_path / "cpu.pb.gz"
+        saved.write_bytes(shop.get("profile?seconds=2").body)
+    tags = go_pprof(tmp_path, "-tags", saved).text
+    assert re.search(r"route: Total", tags)
+    assert "/tenant/{name}" in tags
+    assert "/v1/items/{item_id}" in tags
+    assert "/v1/items/5" not in tags
+    assert re.search(r"tenant: Total.*\n.*: acme", tags)
+    focused = go_pprof(tmp_path, "-top", "-cum", "-tagfocus", "tenant=acme", saved).text
+    assert "tests.apps.burn_for_a_tenant" in focused
+    assert "tests.apps.item" not in focused
+    by_route = go_pprof(tmp_path, "-top", "-cum", "-tagfocus", "route=/v1/items", saved).text
+    assert "tests.apps.item" in by_route
+
+
+def test_heap_window_sees_what_is_kept(any_shop, tmp_path):
+    """heap?seconds=N finds ten megabytes kept meanwhile, and tracing is off again."""
+    saved = tmp_path / "heap.pb.gz"
+    reader = threading.Thread(target=lambda: saved.write_bytes(any_shop.get("heap?seconds=2").body))
+    reader.start()
+    until(lambda: any_shop.state()["tracing"])
+    any_shop.visit("/keep")
+    reader.join()
+    any_shop.visit("/forget")
+    assert not any_shop.state()["tracing"]
+    top = go_pprof(tmp_path, "-top", "-unit=MB", saved).text
+    assert flat(top)["tests.apps.keep_ten_megabytes"] == "10MB"
+    line = _line_of("kept.append(bytearray(1024 * 1024))")
+    raw = go_pprof(tmp_path, "-raw", saved).text
+    assert re.search(rf"tests\.apps\.keep_ten_megabytes {re.escape(apps.__file__)}:{line}:", raw)
+    allocs = go_pprof(tmp_path, "-top", "-sample_index=alloc_space", "-unit=MB", saved).text
+    assert flat(allocs)["tests.apps.keep_ten_megabytes"] == "10MB"
+    assert "lower bounds" in top
+
+
+def test_errors_are_shown_in_our_words(any_shop, tmp_path):
+    """What the server objects to is what the user of go tool pprof reads."""
+    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/nosuch", fails=True)
+    assert "404 Not Found - Unknown profile" in report.messages
+    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/heap?seconds=1&debug=1", fails=True)
+    assert "seconds and debug params are incompatible" in report.messages
+
+
+def test_busy_cpu_profile_is_refused_in_gos_words(any_shop):
+    """The second of two CPU profiles fails at once, the first goes on."""
+    first = []
+    reader = threading.Thread(target=lambda: first.append(any_shop.get("profile?seconds=2")))
+    reader.start()
+    until(lambda: any_shop.state()["timer"] != [0.0, 0.0])
+    second = ask(any_shop.port, "/debug/pprof/profile?seconds=1")
+    reader.join()
+    assert second.status == 500
+    assert second.text == "Could not enable CPU profiling: cpu profiling already in use\n"
+    assert second.headers["x-go-pprof"] == "1"
+    assert first[0].status == 200
+
+
+def _line_of(text: str) -> int:
+    with open(apps.__file__) as source:
+        return next(number for number, line in enumerate(source, 1) if text in line)

@@ -1,0 +1,311 @@
+"""CPU, heap, threads and tasks of a real service: what they say is so, and they end cleanly."""
+
+from __future__ import annotations
+
+import re
+import socket
+import threading
+import time
+
+import pytest
+
+from tests import apps, official
+from tests.servers import ask, leaving_client, serve, serve_process, until
+
+pytestmark = pytest.mark.server
+
+IDLE_TIMER = [0.0, 0.0]
+
+
+def samples(message):
+    """Return [(function names leaf first, values, labels)] of an official Profile message."""
+    strings = message.string_table
+    functions = {each.id: strings[each.name] for each in message.function}
+    locations = {each.id: functions[each.line[0].function_id] for each in message.location}
+    return [
+        (
+            [locations[number] for number in sample.location_id],
+            list(sample.value),
+            {strings[each.key]: strings[each.str] or each.num for each in sample.label},
+        )
+        for sample in message.sample
+    ]
+
+
+def test_client_that_leaves_stops_the_sampler_at_once(shop):
+    """The timer and the handler are put back well before the 30 s are over, and the next may start."""
+    before = shop.state()
+    with leaving_client(shop.port, "/debug/pprof/profile"):
+        until(lambda: shop.state()["timer"] != IDLE_TIMER)
+    until(lambda: shop.state()["timer"] == IDLE_TIMER, seconds=5)
+    until(lambda: shop.state()["tasks"] == before["tasks"], seconds=5)
+    after = shop.state()
+    assert after["handler"] == before["handler"]
+    assert after["wakeup"] == before["wakeup"]
+    assert shop.get("profile?seconds=1").status == 200
+
+
+def test_client_that_leaves_a_heap_window_stops_tracing(shop):
+    """tracemalloc is off again when nobody waits for the delta."""
+    with leaving_client(shop.port, "/debug/pprof/heap?seconds=30"):
+        until(lambda: shop.state()["tracing"])
+    until(lambda: not shop.state()["tracing"], seconds=5)
+
+
+def test_overlapping_heap_windows_share_the_tracing(shop):
+    """The first to end does not take it from the second."""
+    answers = []
+    long = threading.Thread(target=lambda: answers.append(shop.get("heap?seconds=3")))
+    long.start()
+    until(lambda: shop.state()["tracing"])
+    assert shop.get("allocs?seconds=1").status == 200
+    assert shop.state()["tracing"]
+    shop.visit("/keep")
+    long.join()
+    shop.visit("/forget")
+    assert not shop.state()["tracing"]
+    kept = [
+        values
+        for stack, values, _ in samples(official.parse(answers[0].body))
+        if stack[0] == "tests.apps.keep_ten_megabytes"
+    ]
+    assert sum(values[3] for values in kept) >= 10 * 2**20
+
+
+def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(shop):
+    """A `def` endpoint's CPU is there in full, under a pseudo-frame for each thread."""
+    with shop.load("/thread/x"):
+        message = official.parse(shop.get("profile?seconds=3").body)
+    threads = [
+        (stack, values, labels)
+        for stack, values, labels in samples(message)
+        if "AnyIO worker thread" in stack[0]
+    ]
+    assert threads
+    assert all("stack not sampled by the signal engine" in stack[0] for stack, _, _ in threads)
+    assert all(labels["thread_id"] > 0 for _, _, labels in threads)
+    total = sum(values[1] for _, values, _ in samples(message))
+    assert sum(values[1] for _, values, _ in threads) > total / 3
+
+
+def test_cpu_samples_carry_method_and_route(shop):
+    """The route is the template, the raw path nowhere."""
+    with shop.load("/v1/items/12345"):
+        message = official.parse(shop.get("profile?seconds=2").body)
+    burning = [labels for stack, _, labels in samples(message) if "tests.apps.item" in stack]
+    assert burning
+    assert all(labels == {"method": "GET", "route": "/v1/items/{item_id}"} for labels in burning)
+    assert "12345" not in str(list(message.string_table))
+
+
+def test_cpu_profile_is_marked_as_go_marks_it(shop):
+    """Types, period, start time and duration are those of spec 2.3."""
+    before = time.time_ns()
+    message = official.parse(shop.get("profile?seconds=1").body)
+    strings = message.string_table
+    types = [(strings[each.type], strings[each.unit]) for each in message.sample_type]
+    assert types == [("samples", "count"), ("cpu", "nanoseconds")]
+    assert (strings[message.period_type.type], message.period) == ("cpu", 10_000_000)
+    assert before <= message.time_nanos <= time.time_ns() - 10**9
+    assert 10**9 <= message.duration_nanos < 5 * 10**9
+
+
+def test_deep_recursion_is_cut_and_says_so(shop):
+    """10,000 frames are sampled without harm: 128 are kept, and the cut is marked."""
+    with shop.load("/recurse/10000", clients=1):
+        message = official.parse(shop.get("profile?seconds=2").body)
+    deep = [
+        stack
+        for stack, _, _ in samples(message)
+        if any("recurse" in name for name in stack[:-1]) and "truncated" in stack[-1]
+    ]
+    assert deep
+    assert all(len(stack) == 129 for stack in deep)
+    assert shop.visit("/quick").status == 200
+
+
+def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
+    """Seconds of a blocked loop at 100 Hz do not overflow asyncio's own signal pipe."""
+    with serve_process("tests.integration.busy_apps:with_signal_handler") as server:
+        state = server.state()
+        assert state["wakeup"] != -1
+        answers = []
+        reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=2")))
+        reader.start()
+        until(lambda: server.state()["timer"] != IDLE_TIMER)
+        server.visit("/block/6")  # 600 signals; the socket pair holds under 300
+        reader.join()
+        assert answers[0].status == 200
+        assert server.state()["wakeup"] == state["wakeup"]
+        server.visit("/usr1")
+        until(lambda: server.visit("/usr1-count").body == b"1")
+    assert server.errors == ""
+
+
+@pytest.mark.parametrize(
+    ("app", "reason"),
+    [
+        ("with_own_handler", "the application handles SIGPROF"),
+        ("with_own_timer", "the application uses ITIMER_PROF"),
+    ],
+)
+def test_the_applications_own_use_of_sigprof_is_left_alone(app, reason):
+    """A clear 500, and its handler or timer is as it was."""
+    with serve_process(f"tests.integration.busy_apps:{app}") as server:
+        before = server.state()
+        answer = server.get("profile?seconds=1")
+        assert answer.status == 500
+        assert reason in answer.text
+        assert server.state()["handler"] == before["handler"]
+        assert (server.state()["timer"] == IDLE_TIMER) is (before["timer"] == IDLE_TIMER)
+
+
+def test_without_a_main_thread_loop_the_cpu_profile_says_so(loop_name):
+    """501 with the reason where Python cannot handle signals; all else works."""
+    with serve(apps.app, loop=loop_name) as port:
+        answer = ask(port, "/debug/pprof/profile?seconds=1")
+        assert answer.status == 501
+        assert "main thread" in answer.text
+        assert answer.headers["x-go-pprof"] == "1"
+        assert ask(port, "/debug/pprof/goroutine").status == 200
+
+
+def test_two_middlewares_share_one_process(loop_name):
+    """Two apps, two prefixes: one CPU profile at a time, and both orders of ending are clean."""
+    with serve_process("tests.integration.busy_apps:two_of_everything", loop=loop_name) as server:
+        outer = ask(server.port, "/debug/pprof/goroutine?debug=1")
+        inner = ask(server.port, "/inner/debug/pprof/goroutine?debug=1")
+        second = ask(server.port, "/other/goroutine?debug=1")
+        assert [outer.status, inner.status, second.status] == [200, 200, 200]
+        first = []
+        reader = threading.Thread(
+            target=lambda: first.append(ask(server.port, "/other/profile?seconds=2"))
+        )
+        reader.start()
+        until(lambda: server.state()["timer"] != IDLE_TIMER)
+        assert ask(server.port, "/inner/debug/pprof/profile?seconds=1").status == 500
+        reader.join()
+        assert first[0].status == 200
+
+
+def test_forked_child_is_clean_and_can_profile_itself():
+    """A child forked during a profile has no timer, is not busy, and serves a profile."""
+    with serve_process("tests.integration.busy_apps:forking") as server:
+        answers = []
+        reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=3")))
+        reader.start()
+        until(lambda: server.state()["timer"] != IDLE_TIMER)
+        assert server.visit("/fork").text == '"timer (0.0, 0.0), profile 200"'
+        reader.join()
+        assert answers[0].status == 200
+
+
+def test_thread_profile_has_every_thread(shop):
+    """One sample a thread with its name; the loop's own is the main thread."""
+    shop.visit("/thread/x")
+    message = official.parse(shop.get("thread").body)
+    names = [labels.get("thread") for _, _, labels in samples(message)]
+    assert "MainThread" in names
+    assert any(name and "AnyIO worker thread" in name for name in names)
+    main = next(
+        stack for stack, _, labels in samples(message) if labels.get("thread") == "MainThread"
+    )
+    assert main[-1].endswith("<module>") or "_run_module_as_main" in main[-1]
+
+
+def test_threadcreate_knows_who_started_a_thread(shop):
+    """Threads from before have the unknown stack; a later one has its starter's."""
+    shop.visit("/thread/x")
+    found = samples(official.parse(shop.get("threadcreate").body))
+    assert ["<unknown>"] in [stack for stack, _, _ in found]
+    starters = [stack for stack, _, _ in found if stack != ["<unknown>"]]
+    assert any("anyio" in stack[0] for stack in starters)
+
+
+def test_goroutines_are_all_tasks_with_names_and_states(shop):
+    """One a task: the asking one runs, the waiting ones wait under their labels."""
+    with leaving_client(shop.port, "/wait/1"), leaving_client(shop.port, "/wait/2"):
+        until(lambda: shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
+        text = shop.get("goroutine?debug=2").text
+        message = official.parse(shop.get("goroutine").body)
+        count = shop.state()["tasks"]
+    shop.visit("/release")
+    assert sum(values[0] for _, values, _ in samples(message)) == count
+    waiting = [
+        labels for stack, _, labels in samples(message) if "tests.apps.wait_for_release" in stack
+    ]
+    assert {labels["tenant"] for labels in waiting} == {"waiting-1", "waiting-2"}
+    assert {labels["route"] for labels in waiting} == {"/wait/{number}"}
+    assert {labels["state"] for labels in waiting} == {"waiting"}
+    assert re.match(r'goroutine \d+ \[running\] \{.*task: "Task-\d+"\}:\n', text)
+    dump = text.split("\n\n")
+    assert len(dump) == count
+    assert all(re.match(r"goroutine \d+ \[\w+\](?: \{.*\})?:\n", stack) for stack in dump)
+    ids = [int(number) for number in re.findall(r"^goroutine (\d+) ", text, re.MULTILINE)]
+    assert len(set(ids)) == count
+
+
+def test_seconds_delta_of_goroutines_shows_the_new_ones(shop):
+    """A task that appears meanwhile counts 1, those that stay count nothing."""
+    answers = []
+    reader = threading.Thread(target=lambda: answers.append(shop.get("goroutine?seconds=2")))
+    reader.start()
+    time.sleep(0.5)
+    with leaving_client(shop.port, "/wait/3"):
+        reader.join()
+    shop.visit("/release")
+    message = official.parse(answers[0].body)
+    changes = {stack[0]: values for stack, values, _ in samples(message)}
+    assert changes["asyncio.locks.Event.wait"] == [1]
+    assert answers[0].headers["content-disposition"] == 'attachment; filename="goroutine-delta"'
+
+
+def test_gc_parameter_collects_for_the_heap_only(any_shop):
+    """heap?gc=1 counts as a forced collection, allocs?gc=1 does not."""
+
+    def forced() -> int:
+        text = any_shop.get("heap?debug=1").text
+        return int(re.search(r"^# NumForcedGC = (\d+)$", text, re.MULTILINE)[1])
+
+    before = forced()
+    any_shop.get("allocs?gc=1")
+    assert forced() == before
+    any_shop.get("heap?gc=1")
+    assert forced() == before + 1
+
+
+def test_heap_that_is_off_says_how_to_switch_it_on(any_shop):
+    """Never silently empty: the comment in the profile is the note on the index."""
+    message = official.parse(any_shop.get("heap").body)
+    assert len(message.sample) == 0
+    (comment,) = (message.string_table[each] for each in message.comment)
+    assert "heap?seconds=N" in comment
+    assert 'heap="tracemalloc"' in comment
+
+
+def test_heap_that_is_on_from_the_start():
+    """heap="tracemalloc" traces from the construction; the application's own tracing is used."""
+    for app in ("always_tracing", "tracing_by_itself"):
+        with serve_process(f"tests.integration.busy_apps:{app}") as server:
+            server.visit("/keep")
+            found = samples(official.parse(server.get("heap").body))
+            kept = sum(values[3] for stack, values, _ in found if "keep_a_megabyte" in stack[0])
+            assert kept >= 2**20
+            assert server.get("heap?seconds=1").status == 200
+            assert server.state()["tracing"]
+            assert all(labels["bytes"] > 0 for _, _, labels in found)
+            first = sum(
+                values[1] for _, values, _ in samples(official.parse(server.get("allocs").body))
+            )
+            server.visit("/forget")
+            second = sum(
+                values[1] for _, values, _ in samples(official.parse(server.get("allocs").body))
+            )
+            assert second >= first, "a cumulative value fell"
+
+
+def test_pipelined_and_slow_clients_do_no_harm(any_shop):
+    """Half a request, then nothing: the server and the next client are fine."""
+    with socket.create_connection(("127.0.0.1", any_shop.port)) as client:
+        client.sendall(b"GET /debug/pprof/profile?seconds=1 HTTP/1.1\r\n")
+        assert any_shop.get("goroutine").status == 200

@@ -1,0 +1,24 @@
+"""Run an app under uvicorn on a free port, and print that port as JSON."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+
+import uvicorn
+
+
+def main() -> None:
+    app, loop = sys.argv[1:3]
+    listener = socket.create_server(("127.0.0.1", 0))
+    config = uvicorn.Config(app, loop=loop, log_level="warning")
+    config.load()
+    server = uvicorn.Server(config)
+    sys.stdout.write(json.dumps({"port": listener.getsockname()[1]}) + "\n")
+    sys.stdout.flush()
+    server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    main()

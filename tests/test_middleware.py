@@ -1,0 +1,355 @@
+"""PprofMiddleware: what it answers, what it passes on, and what it puts back."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import gzip
+import threading
+import tracemalloc
+
+import httpx
+import pytest
+from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware.base import BaseHTTPMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import PlainTextResponse
+from starlette.routing import Mount, Route
+
+from asgi_pprof import PprofApp, PprofMiddleware, labels
+from asgi_pprof.labels import current, resolve
+from tests import official
+from tests.servers import ask, serve
+
+
+class Recorder:
+    """An application that keeps what it was called with."""
+
+    def __init__(self):
+        self.calls = []
+        self.labels = ()
+
+    async def __call__(self, scope, receive, send):
+        self.calls.append((scope, receive, send))
+        self.labels = resolve(current.get())
+
+
+def http_scope(path="/", **more):
+    return {
+        "type": "http",
+        "method": "GET",
+        "path": path,
+        "query_string": b"",
+        "headers": [],
+        "client": ("127.0.0.1", 5000),
+        **more,
+    }
+
+
+async def no_receive():
+    await asyncio.sleep(3600)
+
+
+async def no_send(message):
+    raise AssertionError("the application was to answer")
+
+
+async def answered(app, scope):
+    """Return the messages an app sends."""
+    messages = []
+
+    async def send(message):
+        messages.append(message)
+
+    await app(scope, no_receive, send)
+    return messages
+
+
+@pytest.mark.parametrize("kind", ["websocket", "lifespan", "something-new"])
+def test_other_scopes_pass_untouched(kind):
+    """The very objects reach the application, whatever is in the path."""
+    recorder, scope = Recorder(), {"type": kind, "path": "/debug/pprof/heap"}
+    asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
+    ((seen_scope, seen_receive, seen_send),) = recorder.calls
+    assert seen_scope is scope
+    assert seen_receive is no_receive
+    assert seen_send is no_send
+    assert scope == {"type": kind, "path": "/debug/pprof/heap"}
+
+
+@pytest.mark.parametrize("path", ["/", "/debug", "/debug/pprofx", "/debug/pprof/../x", ""])
+def test_other_requests_pass_untouched(path):
+    """The very objects reach the application, which runs under its labels."""
+    recorder, scope = Recorder(), http_scope(path)
+    asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
+    ((seen_scope, seen_receive, seen_send),) = recorder.calls
+    assert seen_scope is scope
+    assert (seen_receive, seen_send) == (no_receive, no_send)
+    assert recorder.labels == (("method", "GET"),)
+
+
+def test_an_exception_of_the_application_passes_and_labels_are_reset():
+    """What the application raises is what the server gets."""
+
+    async def failing(scope, receive, send):
+        raise LookupError("the application's own")
+
+    async def call():
+        with pytest.raises(LookupError, match="the application's own"):
+            await PprofMiddleware(failing)(http_scope(), no_receive, no_send)
+        return current.get()
+
+    assert asyncio.run(call()) is None
+
+
+def test_labels_around_the_middleware_are_kept():
+    """What an outer layer has labelled is on the request's samples as well."""
+    recorder = Recorder()
+
+    async def call():
+        with labels(tenant="acme"):
+            await PprofMiddleware(recorder)(http_scope(), no_receive, no_send)
+
+    asyncio.run(call())
+    assert recorder.labels == (("method", "GET"), ("tenant", "acme"))
+
+
+@pytest.mark.parametrize("prefix", ["", "/", "debug", "/debug/", "//debug", "/a//b"])
+def test_a_prefix_that_is_no_path_is_refused(prefix):
+    """With a ValueError at construction, not a service without profiles."""
+    with pytest.raises(ValueError, match="prefix"):
+        PprofMiddleware(Recorder(), prefix=prefix)
+
+
+def test_an_unknown_heap_engine_is_refused():
+    """With a ValueError that names what there is."""
+    with pytest.raises(ValueError, match="tracemalloc"):
+        PprofMiddleware(Recorder(), heap="jemalloc")
+
+
+def test_everything_is_put_back_when_the_middleware_goes():
+    """Thread.start is the original object, the callback is gone, tracing is off."""
+    start, callbacks = threading.Thread.start, list(gc.callbacks)
+    middlewares = [PprofMiddleware(Recorder(), heap="tracemalloc") for _ in range(2)]
+    assert threading.Thread.start is not start
+    assert tracemalloc.is_tracing()
+    middlewares.pop()
+    gc.collect()
+    assert threading.Thread.start is not start
+    assert tracemalloc.is_tracing()
+    middlewares.pop()
+    gc.collect()
+    assert threading.Thread.start is start
+    assert gc.callbacks == callbacks
+    assert not tracemalloc.is_tracing()
+
+
+def test_a_wrapper_around_ours_is_not_undone():
+    """Somebody who has patched Thread.start after us keeps the patch; ours only passes on."""
+    original = threading.Thread.start
+    middleware = PprofMiddleware(Recorder())
+    ours = threading.Thread.start
+
+    def theirs(thread):
+        ours(thread)
+
+    threading.Thread.start = theirs
+    del middleware
+    gc.collect()
+    try:
+        assert threading.Thread.start is theirs
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join()
+    finally:
+        threading.Thread.start = original
+
+
+@pytest.mark.server
+def test_shutdown_puts_everything_back_and_a_second_start_works(loop_name):
+    """After the lifespan's end nothing is left, while the app object lives on."""
+    start, callbacks = threading.Thread.start, list(gc.callbacks)
+    app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("home"))])
+    app.add_middleware(PprofMiddleware, heap="tracemalloc")
+    for _ in range(2):
+        with serve(app, loop=loop_name) as port:
+            assert ask(port, "/").text == "home"
+            assert threading.Thread.start is not start
+            assert ask(port, "/debug/pprof/heap").status == 200
+            assert tracemalloc.is_tracing()
+        assert threading.Thread.start is start
+        assert gc.callbacks == callbacks
+        assert not tracemalloc.is_tracing()
+
+
+@pytest.mark.server
+def test_an_application_without_lifespan_is_served(loop_name):
+    """It raises or returns at the lifespan scope; profiles work all the same."""
+
+    async def bare(scope, receive, send):
+        assert scope["type"] == "http"
+        await PlainTextResponse("bare")(scope, receive, send)
+
+    app = PprofMiddleware(bare)
+    with serve(app, loop=loop_name) as port:
+        assert ask(port, "/").text == "bare"
+        text = ask(port, "/debug/pprof/threadcreate?debug=1").text
+        assert text.startswith("threadcreate profile: total ")
+
+
+def _below(root_path, app):
+    """Return the app behind a proxy that strips this prefix and says so in root_path."""
+
+    async def stripped(scope, receive, send):
+        await app({**scope, "root_path": root_path}, receive, send)
+
+    return stripped
+
+
+@pytest.mark.server
+@pytest.mark.parametrize(
+    ("make", "path", "options", "seen_outside"),
+    [
+        (lambda: _with_middleware(FastAPI()), "/debug/pprof", {}, ""),
+        (lambda: _with_middleware(FastAPI()), "/debug/pprof", {"root_path": "/api"}, "/api"),
+        (lambda: _below("/api", _with_middleware(FastAPI())), "/debug/pprof", {}, "/api"),
+        (lambda: _below("/api", _with_middleware(FastAPI())), "/api/debug/pprof", {}, ""),
+        (lambda: _with_middleware(Starlette(), prefix="/_/p"), "/_/p", {}, ""),
+        (lambda: PprofMiddleware(Recorder()), "/debug/pprof", {}, ""),
+        (lambda: _mounted(FastAPI(), "/debug/pprof"), "/debug/pprof", {}, ""),
+        (lambda: _mounted(Starlette(), "/internal/prof"), "/internal/prof", {}, ""),
+        (lambda: _below("/api", _mounted(FastAPI(), "/p")), "/p", {}, "/api"),
+        (lambda: Starlette(routes=[Mount("/v/{x}", _mounted(FastAPI(), "/p"))]), "/v/7/p", {}, ""),
+        (
+            lambda: Starlette(routes=[Mount("/sub", _with_middleware(FastAPI()))]),
+            "/sub/debug/pprof",
+            {},
+            "",
+        ),
+        (PprofApp, "", {}, ""),
+    ],
+)
+def test_it_is_found_wherever_it_is_put(make, path, options, seen_outside):
+    """Middleware, mount, root_path, sub-application: index, profile, 404, redirects are right."""
+    with serve(make(), lifespan="off", **options) as port:
+        index = ask(port, f"{path}/")
+        assert index.status == 200
+        assert "Types of profiles available" in index.text
+        heap = ask(port, f"{path}/heap")
+        assert heap.headers["content-disposition"] == 'attachment; filename="heap"'
+        unknown = ask(port, f"{path}/nosuch/")
+        assert (unknown.status, unknown.text) == (404, "Unknown profile\n")
+        unclean = ask(port, f"{path}//heap?debug=1")
+        assert unclean.status == 307
+        assert unclean.headers["location"] == f"{seen_outside}{path}/heap?debug=1"
+        if path:
+            bare = ask(port, path)
+            assert bare.status == 307
+            assert bare.headers["location"].endswith(f"{path}/")
+
+
+def _with_middleware(app, **options):
+    app.add_middleware(PprofMiddleware, **options)
+    return app
+
+
+def _mounted(app, path):
+    app.mount(path, PprofApp())
+    return app
+
+
+async def _pass_on(request, call_next):
+    return await call_next(request)
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("ours_is", ["innermost", "outermost"])
+def test_compressing_and_other_middlewares_do_no_harm(ours_is):
+    """One layer of gzip in every order, CORS headers kept, no broken body."""
+    app = FastAPI()
+    others = [
+        (GZipMiddleware, {"minimum_size": 1}),
+        (CORSMiddleware, {"allow_origins": ["*"]}),
+        (BaseHTTPMiddleware, {"dispatch": _pass_on}),
+    ]
+    ours = (PprofMiddleware, {})
+    for middleware, options in [ours, *others] if ours_is == "innermost" else [*others, ours]:
+        app.add_middleware(middleware, **options)
+    with serve(app) as port:
+        url = f"http://127.0.0.1:{port}/debug/pprof"
+        for accepted in ("gzip", "gzip, deflate, br", "identity"):
+            headers = {"Accept-Encoding": accepted}
+            answer = ask(port, "/debug/pprof/goroutine", headers=headers)
+            assert answer.headers.get("content-encoding") in (None, "identity")
+            assert official.parse(answer.body).sample
+            assert "content-encoding" not in ask(port, "/debug/pprof/goroutine").headers
+            text = httpx.get(f"{url}/goroutine?debug=1", headers=headers).text
+            assert text.startswith("goroutine profile: total ")
+            index = httpx.get(f"{url}/", headers=headers)
+            assert index.text.startswith("<html>")
+        head = ask(port, "/debug/pprof/goroutine", "HEAD", headers={"Accept-Encoding": "gzip"})
+        assert (head.status, head.body) == (200, b"")
+
+
+@pytest.mark.server
+def test_gzip_wrapped_around_by_hand_is_noticed():
+    """GZipMiddleware(PprofMiddleware(app)) compresses text and leaves profiles alone."""
+    with serve(GZipMiddleware(PprofMiddleware(Recorder()), minimum_size=1), lifespan="off") as port:
+        headers = {"Accept-Encoding": "gzip"}
+        answer = ask(port, "/debug/pprof/goroutine", headers=headers)
+        assert official.parse(answer.body).sample
+        text = ask(port, "/debug/pprof/block?debug=1", headers=headers)
+        assert gzip.decompress(text.body).startswith(b"--- contention:")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"client": ("10.0.0.5", 1)}, "loopback"),
+        ({"headers": [(b"x-forwarded-for", b"127.0.0.1")]}, "forwarded"),
+        ({"headers": [(b"host", b"evil.example")]}, "Host"),
+        ({"headers": [(b"sec-fetch-site", b"cross-site")]}, "other sites"),
+    ],
+)
+@pytest.mark.parametrize(
+    "path", ["/debug/pprof", "/debug/pprof/", "/debug/pprof//heap", "/debug/pprof/nosuch"]
+)
+def test_a_stranger_is_refused_before_anything_else(change, word, path):
+    """403 in words that go tool pprof prints, for every path of ours and nothing more."""
+    app = PprofMiddleware(Recorder())
+    start, body = asyncio.run(answered(app, http_scope(path, **change)))
+    headers = dict(start["headers"])
+    assert start["status"] == 403
+    assert headers[b"x-go-pprof"] == b"1"
+    assert headers[b"content-type"] == b"text/plain; charset=utf-8"
+    assert word in body["body"].decode()
+
+
+def test_a_websocket_to_the_mounted_app_is_closed():
+    """It is refused, not left hanging."""
+
+    async def call():
+        messages = []
+
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            messages.append(message)
+
+        await PprofApp()({"type": "websocket", "path": "/"}, receive, send)
+        return messages
+
+    assert asyncio.run(call())[0]["type"] == "websocket.close"
+
+
+def test_a_fault_of_ours_is_a_500_in_plain_words(caplog):
+    """The application's server sees an answer, the log the traceback."""
+    app = PprofApp(guard=lambda scope: 1 / 0)
+    start, body = asyncio.run(answered(app, http_scope("/heap")))
+    assert start["status"] == 500
+    assert body["body"] == b"failed to collect profile\n"
+    assert "ZeroDivisionError" in caplog.text
+    app.close()  # the log keeps the traceback, and that the app
