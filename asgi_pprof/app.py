@@ -150,7 +150,10 @@ class PprofApp:
                 )
                 for profile in self._registry.profiles()
             ),
-            *((name, 0, description, "") for name, description in SPECIAL.items()),
+            *(
+                (name, 0, description, self._cpu.note() if name == "profile" else "")
+                for name, description in SPECIAL.items()
+            ),
         ]
         return _response(index_page(sorted(rows)), "text/html")
 

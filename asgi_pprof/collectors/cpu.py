@@ -61,6 +61,12 @@ _Instructions = tuple[int, ...]
 class CpuCollector:
     """The CPU profile of this process; one at a time, whoever asks."""
 
+    def note(self) -> str:
+        """Return which engine serves, or why none can."""
+        if not hasattr(signal, "SIGPROF"):
+            return f"unavailable: needs SIGPROF, which {sys.platform} lacks"
+        return f"engine: {ENGINE}, which samples the main thread only"
+
     async def collect(self, duration_s: float, stop: asyncio.Event) -> Profile:
         """
         Profile the CPU for some seconds of wall time, or until `stop` is set.
@@ -267,8 +273,3 @@ def _comments(sampler: _Sampler, clocks: ThreadClocks) -> list[str]:
     if sampler.failure is not None:
         comments.append(f"stopped early: the sampler failed with {sampler.failure!r}")
     return comments
-
-
-def unavailable() -> str:
-    """Return why this system can take no CPU profile at all, "" if it can."""
-    return "" if hasattr(signal, "SIGPROF") else f"needs SIGPROF, which {sys.platform} lacks"

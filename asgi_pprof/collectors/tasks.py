@@ -85,17 +85,16 @@ class TaskCollector:
 
     async def dump(self) -> list[Goroutine]:
         """Return every task: the one that asks first, the others by age as far as known."""
-        return [goroutine async for goroutine in self._collect()]
+        first, *others = [goroutine async for goroutine in self._collect()]
+        return [first, *await run_in_thread(lambda: sorted(others, key=_age))]
 
     async def _collect(self) -> AsyncIterator[Goroutine]:
         symbols = Symbols()
         asking = asyncio.current_task()
-        tasks = sorted(self._tasks(), key=lambda task: (task is not asking, _age(task)))
-        for task in tasks:
-            if task not in self._ids:
-                self._ids[task] = next(self._next_id)
+        assert asking is not None
+        yield self._goroutine(asking, symbols)
         slice_end = self._clock() + _SLICE_S
-        for task in tasks:
+        for task in self._tasks() - {asking}:
             if self._clock() > slice_end:
                 await asyncio.sleep(0)
                 slice_end = self._clock() + _SLICE_S
@@ -108,6 +107,8 @@ class TaskCollector:
         stack = _running_stack(task, symbols) if running else ()
         stack = stack or await_stack(task.get_coro(), symbols) or (UNKNOWN,)
         labels = (*resolve(_context_labels(task)), ("task", task.get_name() or "?"))
+        if task not in self._ids:
+            self._ids[task] = next(self._next_id)
         return Goroutine(self._ids[task], state, stack, tuple(sorted(labels)))
 
     def _tasks(self) -> set[_Task]:
@@ -173,9 +174,10 @@ def _locals(frame: FrameType) -> list[object]:
     return [values.get(name) for name in names]
 
 
-def _age(task: _Task) -> tuple[int, int]:
-    match = _DEFAULT_NAME.fullmatch(task.get_name() or "")
-    return (0, int(match[1])) if match else (1, 0)
+def _age(goroutine: Goroutine) -> tuple[bool, int, int]:
+    """Return a sort key: asyncio numbers the tasks it names; ours come in order of first sight."""
+    match = _DEFAULT_NAME.fullmatch(str(dict(goroutine.labels)["task"]))
+    return match is None, int(match[1]) if match else 0, goroutine.id
 
 
 def _state(task: _Task) -> str:

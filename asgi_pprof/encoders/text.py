@@ -38,7 +38,8 @@ def count_text(name: str, profile: Profile) -> str:
         key=lambda block: (-block[0], block[1]),
     )
     total = sum(count for count, _ in blocks)
-    return align(f"{name} profile: total {total}\n" + "".join(text for _, text in blocks))
+    head = f"{name} profile: total {total}\n"
+    return align(head + "".join(text for _, text in blocks) + _comments(profile))
 
 
 def heap_text(profile: Profile, trailer: str) -> str:
@@ -62,7 +63,7 @@ def heap_text(profile: Profile, trailer: str) -> str:
         allocs, alloc_space, inuse, inuse_space = sample.values
         head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
         lines.append(_record_text(head, Sample(sample.stack, sample.values)))
-    return align("".join(lines) + "\n" + trailer)
+    return align("".join(lines) + "\n" + trailer + _comments(profile))
 
 
 def contention_text(name: str, profile: Profile) -> str:
@@ -85,6 +86,7 @@ def contention_text(name: str, profile: Profile) -> str:
         + "".join(
             _record_text(f"{sample.values[1]} {sample.values[0]}", sample) for sample in samples
         )
+        + _comments(profile)
     )
 
 
@@ -124,6 +126,11 @@ def _pad_columns(lines: list[list[str]], start: int, end: int, column: int) -> N
             cell = cells[column]
             cells[column] = cell + "\t" * (tabs - len(cell) // _TAB_WIDTH)
         row = stop
+
+
+def _comments(profile: Profile) -> str:
+    # Go's texts have none; parsers skip what begins with #.
+    return "".join(f"# {_one_line(comment)}\n" for comment in profile.comments)
 
 
 def _record_text(head: str, sample: Sample) -> str:
