@@ -29,6 +29,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import Context
@@ -36,7 +37,6 @@ from types import FrameType
 from typing import Any, cast
 
 from asgi_pprof.labels import current, resolve
-from asgi_pprof.merge import sum_samples
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Goroutine, Label, Profile, Sample, Stack, ValueType
 from asgi_pprof.stacks import UNKNOWN, Symbols, await_stack, call_stack
@@ -64,7 +64,7 @@ class TaskCollector:
 
     def count(self) -> int:
         """Return the number of tasks that are not done."""
-        return len(self._tasks())
+        return sum(1 for _ in self._tasks())
 
     def note(self) -> str:
         """Return nothing: it is always on."""
@@ -76,12 +76,15 @@ class TaskCollector:
 
     async def snapshot(self) -> Profile:
         """Return goroutine/count: one sample per stack, labels, name and state."""
-        samples = [
-            Sample(goroutine.stack, (1,), _profile_labels(goroutine))
-            async for goroutine in self._collect()
-        ]
-        merged = await run_in_thread(lambda: sum_samples(samples))
-        return Profile((_KIND,), merged, period_type=_KIND, period=1, time_ns=time.time_ns())
+        # Counted here and now, in the slices: 100,000 samples kept until the end
+        # would set off collections of garbage that take longer than any slice.
+        counts: Counter[tuple[Stack, tuple[Label, ...]]] = Counter()
+        async for goroutine in self._collect():
+            counts[goroutine.stack, _profile_labels(goroutine)] += 1
+        samples = tuple(
+            Sample(stack, (count,), labels) for (stack, labels), count in counts.items()
+        )
+        return Profile((_KIND,), samples, period_type=_KIND, period=1, time_ns=time.time_ns())
 
     async def dump(self) -> list[Goroutine]:
         """Return every task: the one that asks first, the others by age as far as known."""
@@ -94,11 +97,11 @@ class TaskCollector:
         assert asking is not None
         yield self._goroutine(asking, symbols)
         slice_end = self._clock() + _SLICE_S
-        for task in self._tasks() - {asking}:
+        for task in self._tasks():
             if self._clock() > slice_end:
                 await asyncio.sleep(0)
                 slice_end = self._clock() + _SLICE_S
-            if not task.done():
+            if task is not asking and not task.done():
                 yield self._goroutine(task, symbols)
 
     def _goroutine(self, task: _Task, symbols: Symbols) -> Goroutine:
@@ -111,31 +114,36 @@ class TaskCollector:
             self._ids[task] = next(self._next_id)
         return Goroutine(self._ids[task], state, stack, tuple(sorted(labels)))
 
-    def _tasks(self) -> set[_Task]:
+    def _tasks(self) -> Iterator[_Task]:
+        """Yield the tasks there are now that are not done when their turn comes."""
         self._loops.add(asyncio.get_running_loop())
         self._loops.update(running_loops())
-        known = _registered_tasks()
-        loops = {task.get_loop() for task in known}.union(self._loops)
-        return {task for loop in loops for task in asyncio.all_tasks(loop)}
+        seen: set[_Task] = set()
+        for entry in _registered(self._loops):
+            task = entry() if isinstance(entry, weakref.ref) else entry
+            if task is not None and task not in seen and not task.done():
+                seen.add(task)
+                yield task
 
 
-def _registered_tasks() -> set[_Task]:
-    """Return the tasks asyncio registers in Python: all up to 3.13, then foreign ones."""
-    registries: Iterable[Iterable[_Task]] = (
-        getattr(asyncio.tasks, "_scheduled_tasks", ()),
-        getattr(asyncio.tasks, "_eager_tasks", ()),
-        getattr(asyncio.tasks, "_all_tasks", ()),  # 3.11
-    )
-    return {task for registry in registries for task in _copy(registry)}
+def _registered(
+    loops: Iterable[asyncio.AbstractEventLoop],
+) -> list[_Task | weakref.ref[_Task]]:
+    """
+    Return all tasks, or references to them, at once and as cheaply as can be.
 
-
-def _copy(registry: Iterable[_Task]) -> list[_Task]:
-    for _ in range(1000):  # as asyncio.all_tasks: another thread may add a task meanwhile
-        try:
-            return list(registry)
-        except RuntimeError:
-            continue
-    return []
+    Up to 3.13 asyncio registers every task of the process in two sets of its
+    module. Later these have only tasks of foreign classes, and the others are
+    found by their loop. A set's copy is atomic; a WeakSet's iterator is not.
+    """
+    entries: list[_Task | weakref.ref[_Task]] = []
+    for name in ("_all_tasks", "_scheduled_tasks", "_eager_tasks"):
+        registry: Any = getattr(asyncio.tasks, name, set())
+        entries += getattr(registry, "data", registry).copy()
+    if sys.version_info >= (3, 14):
+        for loop in loops:
+            entries += asyncio.all_tasks(loop)
+    return entries
 
 
 def running_loops(
