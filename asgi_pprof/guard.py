@@ -13,9 +13,9 @@ metadata: w3.org/TR/fetch-metadata; CVE-2019-11248 for what happens without.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from ipaddress import IPv6Address, ip_address
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -32,6 +32,12 @@ _FORWARDING = frozenset(
         " true-client-ip cf-connecting-ip cf-connecting-ipv6 fastly-client-ip fly-client-ip"
         " forwarded-for client-ip wl-proxy-client-ip proxy-client-ip"
     ).split()
+)
+
+
+# RFC 3986: a bracketed address or a name, then perhaps a port.
+_HOST = re.compile(
+    r"(?:\[(?P<address>[^\[\]]+)\]|(?P<name>[^\[\]:@/?#\s]+))(?::(?P<port>[0-9]{0,9}))?"
 )
 
 
@@ -86,15 +92,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def _is_local_host(host: str) -> bool:
+    match = _HOST.fullmatch(host)
+    if match is None or int(match["port"] or 0) > 65535:
+        return False
+    address, name = match["address"], match["name"]
+    if name and name.lower() == "localhost":
+        return True
     try:
-        parts = urlsplit(f"//{host}")
-        name = parts.hostname or ""
-        parts.port  # noqa: B018 - raises on a port that is no number
-        if parts.username is not None or parts.path or parts.query or parts.fragment:
-            return False
-        if name == "localhost":
-            return True
-        ip_address(name.partition("%")[0])
+        ip_address((address or name).partition("%")[0])
     except ValueError:
         return False
     return True

@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from contextvars import ContextVar, Token
+from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar, cast
 
 from starlette.types import Scope
@@ -67,13 +67,15 @@ class labels:
         for key, value in self._own.items():
             if not key or not value:
                 raise ValueError(f"labels need a non-empty key and value, got {key!r}: {value!r}")
-        self._tokens: list[Token[LabelSet | None]] = []
 
     def __enter__(self) -> None:
-        self._tokens.append(current.set(_OwnLabels(self._own, current.get())))
+        current.set(_OwnLabels(self._own, current.get()))
 
     def __exit__(self, *exc_info: object) -> None:
-        current.reset(self._tokens.pop())
+        # Not by token: tasks that share this manager would have to share them.
+        inner = current.get()
+        if isinstance(inner, _OwnLabels):
+            current.set(inner.outer)
 
     def __call__(self, function: _Callable) -> _Callable:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
@@ -98,14 +100,14 @@ class labels:
 
 
 class _OwnLabels:
-    __slots__ = ("_outer", "_own")
+    __slots__ = ("_own", "outer")
 
     def __init__(self, own: dict[str, str], outer: LabelSet | None) -> None:
         self._own = own
-        self._outer = outer
+        self.outer = outer
 
     def pairs(self) -> dict[str, str]:
-        return {**(self._outer.pairs() if self._outer else {}), **self._own}
+        return {**(self.outer.pairs() if self.outer else {}), **self._own}
 
 
 class RequestLabels:
@@ -152,6 +154,8 @@ def route_template(scope: Scope) -> str:
     there), and for mounted apps the templates of the mounts on the way.
     """
     route = scope.get("route")
+    if getattr(route, "routes", None):
+        return ""  # a mount whose own routes did not match
     context = scope.get("fastapi", {}).get("effective_route_context")
     path = getattr(context, "path_format", None) or getattr(route, "path", None)
     if not isinstance(path, str):

@@ -52,19 +52,20 @@ class GcPauses:
         self._users -= 1
         if self._users == 0 and self._on_collection in gc.callbacks:
             gc.callbacks.remove(self._on_collection)
+            self._started_ns = 0
 
     def _on_collection(self, phase: str, info: dict[str, int]) -> None:
         if phase == "start":
             self._started_ns = time.perf_counter_ns()
             return
-        if not self._started_ns:
-            return  # switched on while collecting
-        pause_ns = time.perf_counter_ns() - self._started_ns
-        index = self.count % _RING
-        self.pauses_ns[index] = pause_ns
-        self.ends_ns[index] = self.last_end_ns = time.time_ns()
-        self.total_ns += pause_ns
+        if self._started_ns:  # else it was switched on in the middle of this one
+            pause_ns = time.perf_counter_ns() - self._started_ns
+            index = self.count % _RING
+            self.pauses_ns[index] = pause_ns
+            self.ends_ns[index] = self.last_end_ns = time.time_ns()
+            self.total_ns += pause_ns
         self.count += 1
+        self._started_ns = 0
 
     def collect(self) -> None:
         """Collect all generations now, as `?gc=1` asks."""
@@ -72,9 +73,14 @@ class GcPauses:
         gc.collect()
 
     def cpu_fraction(self) -> float:
-        """Return the share of the process's CPU time spent in timed collections."""
+        """
+        Return the share of the process's CPU time spent in timed collections.
+
+        Pauses are wall time, so a suspended process could make it exceed 1.
+        """
         used_ns = time.process_time_ns() - self._cpu_start_ns
-        return self.total_ns / used_ns if self._cpu_start_ns and used_ns > 0 else 0.0
+        known = self._cpu_start_ns and used_ns > 0
+        return min(self.total_ns / used_ns, 1.0) if known else 0.0
 
 
 gc_pauses = GcPauses()

@@ -18,7 +18,8 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
-_ENCODED_SLASH = "%2F"
+# Stands for %2F in a decoded path; unquote never yields a lone surrogate.
+_ENCODED_SLASH = "\ud800"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +50,11 @@ def locate(scope: Scope, prefix: str) -> Target | None:
     clean = _clean(path)
     if clean != prefix and not clean.startswith(f"{prefix}/"):
         return None
-    name = clean[len(prefix) :]
-    if not name or clean != path:
-        return Target(name[1:], redirect=_location(scope, clean if name else f"{clean}/"))
-    return Target(name[1:].replace(_ENCODED_SLASH, "/"))
+    rest = clean[len(prefix) :]
+    name = rest[1:].replace(_ENCODED_SLASH, "/")
+    if not rest or clean != path:
+        return Target(name, redirect=_location(scope, clean if rest else f"{clean}/"))
+    return Target(name)
 
 
 def _path_below_root(scope: Scope) -> str:
@@ -60,19 +62,22 @@ def _path_below_root(scope: Scope) -> str:
     # Behind a proxy that strips its prefix, a mount's root path is the prefix
     # and the mount, of which the path has only the mount.
     mount = root.removeprefix(scope.get("app_root_path", root).rstrip("/"))
+    # Root paths come decoded, slashes and all.
+    flat = path.replace(_ENCODED_SLASH, "/")
     for above in (root, mount):
-        if above and (path == above or path.startswith(f"{above}/")):
+        if above and (flat == above or flat.startswith(f"{above}/")):
             return path[len(above) :]
     return path
 
 
 def _matching_path(scope: Scope) -> str:
-    """Return the decoded path in which encoded slashes stay encoded."""
+    """Return the decoded path in which encoded slashes are marked."""
     path: str = scope["path"]
     raw = (scope.get("raw_path") or b"").partition(b"?")[0].decode("latin-1")
     if "%2f" not in raw.lower() or unquote(raw) != path:
         return path  # nothing encoded, or a middleware has rewritten the path
-    return unquote(re.sub("%2f", "%25" + _ENCODED_SLASH[1:], raw, flags=re.IGNORECASE))
+    pieces = re.split("%2f", raw, flags=re.IGNORECASE)
+    return _ENCODED_SLASH.join(map(unquote, pieces))
 
 
 def _clean(path: str) -> str:
@@ -87,5 +92,5 @@ def _location(scope: Scope, path: str) -> str:
     query = scope.get("query_string", b"").decode("latin-1")
     root = scope.get("root_path", "").rstrip("/")
     # A leading "//" would name another host.
-    location = "/" + quote(f"{root}{path}", safe="/%").lstrip("/")
+    location = "/" + "%2F".join(map(quote, f"{root}{path}".split(_ENCODED_SLASH))).lstrip("/")
     return f"{location}?{query}" if query else location

@@ -81,7 +81,7 @@ def _module_code(filename: str) -> CodeType | None:
 
 def _module_of(filename: str) -> ModuleType | None:
     for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType):
+        if issubclass(type(module), ModuleType):
             if object.__getattribute__(module, "__dict__").get("__file__") == filename:
                 return module
     return None

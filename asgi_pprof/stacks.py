@@ -97,8 +97,8 @@ class Symbols:
 def _module_names() -> dict[str, str]:
     names: dict[str, str] = {}
     for name, module in list(sys.modules.items()):
-        # Past __getattribute__ on purpose: a lazily loaded module must not load here.
-        if isinstance(module, ModuleType):
+        # Asking the object itself could load a lazy module, or a proxy of one.
+        if issubclass(type(module), ModuleType):
             filename = object.__getattribute__(module, "__dict__").get("__file__")
             if isinstance(filename, str):
                 names.setdefault(filename, name)

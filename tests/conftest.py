@@ -14,9 +14,14 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from hypothesis import settings
 
 from asgi_pprof.collectors.custom import custom_profiles
+from asgi_pprof.memstats import read_mem_stats
 from tests.servers import ServerProcess, serve_process
+
+settings.register_profile("any machine", deadline=None)
+settings.load_profile("any machine")
 
 
 def pytest_addoption(parser):
@@ -30,12 +35,17 @@ def _left_behind() -> dict[str, object]:
         "ITIMER_PROF": signal.getitimer(signal.ITIMER_PROF),
         "wakeup descriptor": _wakeup_fd(),
         "Thread.start": threading.Thread.start,
-        "gc.callbacks": list(gc.callbacks),
+        "gc.callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],
         "tracemalloc": tracemalloc.is_tracing(),
         "threads": {thread.name for thread in threading.enumerate()},
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "custom profiles": set(custom_profiles()),
     }
+
+
+def _is_hypothesis(callback) -> bool:
+    # It installs one at its first use and keeps it.
+    return (getattr(callback, "__module__", "") or "").startswith("hypothesis.")
 
 
 def _wakeup_fd() -> int:
@@ -66,10 +76,17 @@ def nothing_left_behind(request):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _uvloop_has_its_pipe():
-    """uvloop opens a pipe at its first use and keeps it: have that done before any test."""
+def _first_uses_are_over():
+    """uvloop and ctypes open a descriptor at their first use and keep it: before any test."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
+    read_mem_stats()
+
+
+def pytest_collection_finish(session):
+    """Leave what collection has made out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])

@@ -45,7 +45,8 @@ class CustomProfile:
     """
 
     def __init__(self, name: str) -> None:
-        if not _NAME.fullmatch(name) or name.startswith("/") or name.endswith("/"):
+        encodable = name.encode("utf-8", "replace").decode() == name
+        if not (encodable and _NAME.fullmatch(name)) or name[0] == "/" or name[-1] == "/":
             raise ValueError(f"{name!r} cannot name a profile")
         self.name = name
         self._lock = threading.RLock()

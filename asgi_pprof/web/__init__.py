@@ -38,7 +38,9 @@ def _note(note: str) -> str:
 
 
 def _href(name: str) -> str:
-    return quote(name, safe="/:@!$&()*+,;=~-._")
+    href = quote(name, safe="/:@!$&()*+,;=~-._", errors="backslashreplace")
+    # A colon in the first segment would make what is before it a scheme.
+    return f"./{href}" if ":" in href.partition("/")[0] else href
 
 
 def _text(text: str) -> str:

@@ -64,7 +64,9 @@ def test_a_value_cannot_be_added_twice(profile):
     profile.add("value")
 
 
-@pytest.mark.parametrize("name", ["", "a b", "a\nb", 'a"b', "/a", "a/", "a?b", "a#b", "\x7f"])
+@pytest.mark.parametrize(
+    "name", ["", "a b", "a\nb", 'a"b', "/a", "a/", "a?b", "a#b", "\x7f", "\udcff"]
+)
 def test_what_is_no_name_is_refused(name):
     """It would break the URL, the header or the text."""
     with pytest.raises(ValueError, match="cannot name a profile"):

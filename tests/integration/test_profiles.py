@@ -33,7 +33,7 @@ def samples(message):
 
 
 def test_client_that_leaves_stops_the_sampler_at_once(shop):
-    """The timer and the handler are put back well before the 30 s are over, and the next may start."""
+    """Timer and handler are put back well before the 30 s are over; the next may start."""
     before = shop.state()
     with leaving_client(shop.port, "/debug/pprof/profile"):
         until(lambda: shop.state()["timer"] != IDLE_TIMER)

@@ -1,0 +1,150 @@
+"""Sums and differences of profiles."""
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from asgi_pprof.errors import IncompatibleProfiles
+from asgi_pprof.merge import subtract, sum_samples
+from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
+
+SPACE = ValueType("inuse_space", "bytes")
+OBJECTS = ValueType("inuse_objects", "count")
+
+# Few places and labels, so that samples meet.
+places = st.builds(
+    Location,
+    st.sampled_from([Function("build_cart", "a.py", 1), Function("build_page", "a.py", 9)]),
+    st.integers(1, 3),
+)
+stacks = st.lists(places, min_size=1, max_size=3).map(tuple)
+label_sets = st.sampled_from([(), (("tenant", "acme"),), (("bytes", 16),), (("bytes", 32),)])
+values = st.tuples(*[st.integers(-(2**40), 2**40)] * 2)
+sample_lists = st.lists(st.builds(Sample, stacks, values, label_sets), max_size=30)
+
+
+def snapshot(samples, time_ns=1_000):
+    """Return a profile as a collector would make it: one sample a stack and label set."""
+    return Profile((OBJECTS, SPACE), sum_samples(samples), SPACE, 1, time_ns)
+
+
+def totals(samples):
+    """Return the sums by stack and labels, where they are not all 0."""
+    sums = [Counter(), Counter()]
+    for sample in samples:
+        for counter, value in zip(sums, sample.values, strict=True):
+            counter[sample.stack, sample.labels] += value
+    return {key: (sums[0][key], sums[1][key]) for key in sums[0] if sums[0][key] or sums[1][key]}
+
+
+@given(sample_lists)
+def test_totals_survive_a_sum(samples):
+    """Nothing is lost or counted twice, and each stack with its labels is there once."""
+    summed = sum_samples(samples)
+    assert totals(summed) == totals(samples)
+    keys = [(sample.stack, sample.labels) for sample in summed]
+    assert len(keys) == len(set(keys))
+
+
+@given(sample_lists, st.randoms(use_true_random=False))
+def test_the_order_of_samples_does_not_change_totals(samples, random):
+    """A shuffled list of samples has the same sums."""
+    shuffled = list(samples)
+    random.shuffle(shuffled)
+    assert set(sum_samples(shuffled)) == set(sum_samples(samples))
+
+
+@given(sample_lists, sample_lists)
+def test_summing_in_steps_gives_the_same_samples(left, right):
+    """A sum of sums is the sum of everything."""
+    assert sum_samples([*sum_samples(left), *sum_samples(right)]) == sum_samples(left + right)
+
+
+def test_samples_keep_the_order_in_which_they_first_came():
+    """Equal inputs make equal outputs, in a readable order."""
+    leaf = Location(Function("build_cart", "a.py", 1), 2)
+    root = Location(Function("main", "a.py", 1), 9)
+    samples = [Sample((root,), (1, 1)), Sample((leaf,), (1, 1)), Sample((root,), (2, 5))]
+    assert sum_samples(samples) == (Sample((root,), (3, 6)), Sample((leaf,), (1, 1)))
+
+
+@given(sample_lists)
+def test_a_profile_minus_itself_is_empty(samples):
+    """Nothing happened between a snapshot and the same snapshot."""
+    profile = snapshot(samples)
+    assert subtract(profile, profile).samples == ()
+
+
+@given(sample_lists, sample_lists)
+def test_a_difference_added_to_the_start_gives_the_end(before, after):
+    """before + (after - before) == after, stack by stack."""
+    delta = subtract(snapshot(after, 2_000), snapshot(before))
+    assert totals([*delta.samples, *before]) == totals(after)
+    assert all(any(sample.values) for sample in delta.samples)
+
+
+def test_what_shrank_is_negative():
+    """Negative values are kept, also beside ones that stayed the same."""
+    stack = (Location(Function("drop_cart", "a.py", 1), 2),)
+    delta = subtract(
+        snapshot([Sample(stack, (3, 64))], 2_000), snapshot([Sample(stack, (3, 4_096))])
+    )
+    assert delta.samples == (Sample(stack, (0, -4_032)),)
+
+
+def test_what_is_gone_is_negative():
+    """A stack that only the earlier snapshot has counts against it."""
+    stack = (Location(Function("drop_cart", "a.py", 1), 2),)
+    delta = subtract(snapshot([], 2_000), snapshot([Sample(stack, (3, 4_096))]))
+    assert delta.samples == (Sample(stack, (-3, -4_096)),)
+
+
+def test_samples_with_other_labels_do_not_pair_up():
+    """Labels are part of what a sample is."""
+    stack = (Location(Function("build_cart", "a.py", 1), 2),)
+    delta = subtract(
+        snapshot([Sample(stack, (1, 16), (("tenant", "acme"),))], 2_000),
+        snapshot([Sample(stack, (1, 16), (("tenant", "globex"),))]),
+    )
+    assert {(sample.labels, sample.values) for sample in delta.samples} == {
+        ((("tenant", "acme"),), (1, 16)),
+        ((("tenant", "globex"),), (-1, -16)),
+    }
+
+
+def test_a_difference_ends_at_the_later_snapshot_and_covers_the_time_between():
+    """Time, comments and the default sample type are the later one's; Go loses the last."""
+    before = replace(snapshot([], 1_000), comments=("tracing began",))
+    after = replace(
+        snapshot([], 4_500), default_sample_type="inuse_space", comments=("2 frames cut",)
+    )
+    delta = subtract(after, before)
+    assert (delta.time_ns, delta.duration_ns) == (4_500, 3_500)
+    assert delta.default_sample_type == "inuse_space"
+    assert delta.comments == ("2 frames cut",)
+    assert (delta.sample_types, delta.period_type, delta.period) == ((OBJECTS, SPACE), SPACE, 1)
+
+
+@pytest.mark.parametrize("after_ns", [1_000, 999])
+def test_a_difference_has_a_duration_even_if_the_clock_stood_still(after_ns):
+    """Readers take a duration of 0 as a snapshot's, and a clock may be set back."""
+    assert subtract(snapshot([], after_ns), snapshot([], 1_000)).duration_ns == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_types": (SPACE, OBJECTS)},
+        {"sample_types": (OBJECTS,)},
+        {"sample_types": (OBJECTS, ValueType("inuse_space", "kilobytes"))},
+        {"period_type": OBJECTS},
+    ],
+)
+def test_profiles_that_count_different_things_are_not_subtracted(change):
+    """The error is Go's, word for word."""
+    with pytest.raises(IncompatibleProfiles) as caught:
+        subtract(snapshot([]), replace(snapshot([]), **change))
+    assert str(caught.value) == "failed to compute delta"
