@@ -1,0 +1,149 @@
+"""
+A service that knows where its CPU time goes, to hold a profile against.
+
+Each request calls each function of known cost some times. The truth is known
+in two ways: calls counted times the cost of a call, measured while nothing
+else runs, and the thread's CPU clock read around each call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+import time
+from collections.abc import Callable
+
+from fastapi import FastAPI
+
+from asgi_pprof import PprofMiddleware
+
+app = FastAPI()
+app.add_middleware(PprofMiddleware)
+
+TEXTS = [f"{7919 * number % 1000:03} text" for number in range(500)]
+DOCUMENT = {f"key {number}": [number, str(number), number / 7] for number in range(60)}
+BLOCK = bytes(range(256)) * 512
+
+
+def loop_a() -> int:
+    total = 0
+    for number in range(12_000):
+        total += number * number
+    return total
+
+
+def loop_b() -> int:
+    longest = 0
+    for text in TEXTS * 4:
+        if text.startswith("9") and len(text) > longest:
+            longest = len(text)
+    return longest
+
+
+def recursion(depth: int = 14) -> int:
+    return 1 if depth < 2 else recursion(depth - 1) + recursion(depth - 2)
+
+
+def json_round_trip() -> object:
+    return [json.loads(json.dumps(DOCUMENT)) for _ in range(3)]
+
+
+def hashing() -> str:
+    return hashlib.sha256(BLOCK).hexdigest()
+
+
+def sorting_by_key() -> list[str]:
+    return sorted(TEXTS, key=lambda text: text[::-1])
+
+
+# How often a request calls each: a tenth to a quarter of its time is for each of them.
+CALLS: dict[Callable[[], object], int] = {
+    loop_a: 1,
+    loop_b: 3,
+    recursion: 6,
+    json_round_trip: 2,
+    hashing: 4,
+    sorting_by_key: 4,
+}
+
+
+class Truth:
+    """Calls and CPU nanoseconds by function name."""
+
+    def __init__(self) -> None:
+        self.calls = dict.fromkeys((function.__name__ for function in CALLS), 0)
+        self.cpu_ns = dict(self.calls)
+
+    def work(self) -> None:
+        """Do a request's work."""
+        for function, number in CALLS.items():
+            start = time.thread_time_ns()
+            for _ in range(number):
+                function()
+            self.cpu_ns[function.__name__] += time.thread_time_ns() - start
+            self.calls[function.__name__] += number
+
+    def add(self, other: Truth) -> None:
+        for name in self.calls:
+            self.calls[name] += other.calls[name]
+            self.cpu_ns[name] += other.cpu_ns[name]
+
+    def costs(self) -> dict[str, float]:
+        """Return the CPU nanoseconds of one call, by function name."""
+        return {name: self.cpu_ns[name] / calls for name, calls in self.calls.items()}
+
+
+on_the_loop = Truth()
+in_threads = Truth()
+_in_threads_lock = threading.Lock()
+_burning = threading.Event()
+
+
+@app.get("/loop")
+async def work_on_the_loop() -> str:
+    on_the_loop.work()
+    return "done"
+
+
+@app.get("/thread")
+def work_in_a_thread() -> str:
+    mine = Truth()
+    mine.work()
+    with _in_threads_lock:
+        in_threads.add(mine)
+    return "done"
+
+
+@app.get("/truth")
+async def truth() -> dict[str, object]:
+    return {
+        "loop": {"calls": on_the_loop.calls, "cpu_ns": on_the_loop.cpu_ns},
+        "thread": {"calls": in_threads.calls, "cpu_ns": in_threads.cpu_ns},
+        "loop_thread_ns": time.thread_time_ns(),
+        "process_ns": time.process_time_ns(),
+    }
+
+
+@app.get("/calibrate")
+async def calibrate(seconds: float) -> dict[str, float]:
+    """Return what a call costs while nothing else runs, in the order and numbers of a request."""
+    quiet, end = Truth(), time.monotonic() + seconds
+    while time.monotonic() < end:
+        quiet.work()
+    return quiet.costs()
+
+
+@app.get("/burn/{state}")
+async def burn(state: bool) -> None:
+    """Burn CPU on a thread beside the loop, or stop it."""
+    if state:
+        _burning.set()
+        threading.Thread(target=_burn, name="burner", daemon=True).start()
+    else:
+        _burning.clear()
+
+
+def _burn() -> None:
+    while _burning.is_set():
+        loop_a()
