@@ -41,7 +41,7 @@ class SignalWakeup:
         os.set_blocking(writer, False)
         self._replaced = replaced
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(reader, self._forward)
+        self._loop.add_reader(reader, self.forward)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
 
     def restore(self) -> None:
@@ -55,12 +55,13 @@ class SignalWakeup:
         if current != writer:
             signal.set_wakeup_fd(current)
         self._loop.remove_reader(reader)
-        self._forward()
+        self.forward()
         os.close(reader)
         os.close(writer)
         self._pipe = None
 
-    def _forward(self) -> None:
+    def forward(self) -> None:
+        """Hand on what has been received, without the bytes that are ours to drop."""
         assert self._pipe is not None
         try:
             received = os.read(self._pipe[0], 65536)

@@ -106,7 +106,22 @@ def test_another_threads_time_has_its_own_frame():
     ]
     assert sum(sample.values[1] for sample in others) > 0.4e9
     assert cpu_by_function(profile).get("burn_in_python", 0) == 0
-    assert any("other threads used" in comment for comment in profile.comments)
+
+
+def test_no_stack_is_guessed_while_other_threads_run():
+    """The main thread's time is kept, under a frame that says that its stack is not known."""
+
+    def both():
+        thread = threading.Thread(target=burn_in_python, args=(0.5,))
+        thread.start()
+        burn_in_python(0.5)
+        thread.join()
+
+    profile = run(profiled(both))
+    unknown = cpu_by_function(profile)["<main thread: stack not known while other threads ran>"]
+    assert unknown > 0.2e9
+    assert cpu_by_function(profile).get("burn_in_python", 0) < 0.2e9
+    assert any("have no stack" in comment for comment in profile.comments)
 
 
 def test_everything_is_put_back(loop_name):
