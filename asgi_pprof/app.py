@@ -17,21 +17,22 @@ import re
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.collectors.cpu import CpuCollector
+from asgi_pprof.collectors.tasks import age
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (
     contention_text,
     count_text,
-    goroutine_dump,
+    goroutine_text,
     heap_text,
 )
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
@@ -99,6 +100,7 @@ class PprofApp:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
         elif scope["type"] == "http":
+            scope = {"method": "GET", "query_string": b"", "headers": [], **scope}
             response = await self._respond(Request(scope, receive), send)
             await response(scope, receive, send)
 
@@ -111,7 +113,7 @@ class PprofApp:
         except Exception:
             logger.exception("asgi_pprof failed to answer %s", request.url.path)
             response = _error_response("failed to collect profile", 500)
-        if len(response.body) >= _BUFFERED:
+        if len(response.body) >= _BUFFERED and request.scope.get("http_version") != "1.0":
             del response.headers["content-length"]
         if response.media_type == "application/octet-stream" and _compressed_outside(request, send):
             # Profiles are gzip already. The one header that compressing
@@ -172,7 +174,7 @@ class PprofApp:
             profile = await self._cpu.collect(seconds, gone)
             if gone.is_set():
                 raise ClientGone
-        return await _binary_response(profile, "profile")
+        return await _binary_response(lambda: profile, "profile")
 
     async def _named(self, name: str, request: Request) -> Response:
         served = self._registry.lookup(name)
@@ -181,13 +183,20 @@ class PprofApp:
             return await self._delta(served, params, request)
         if params.gc and name == "heap":
             gc_pauses.collect()
-        if params.debug == 0:
-            return await _binary_response(await served.collector.snapshot(), name)
         if params.debug >= 2 and name == "goroutine":
-            goroutines = await self._registry.tasks.dump()
-            return _text_response(await run_in_thread(lambda: goroutine_dump(goroutines)))
-        profile = await served.collector.snapshot()
-        return _text_response(await run_in_thread(lambda: self._text(served, profile)))
+            return _text_response(await self._goroutine_dump())
+        make_profile = await served.collector.snapshot()
+        if params.debug == 0:
+            return await _binary_response(make_profile, name)
+        return _text_response(await run_in_thread(lambda: self._text(served, make_profile())))
+
+    async def _goroutine_dump(self) -> str:
+        # Text at once: 100,000 kept tasks would mean long collections of garbage.
+        tasks = self._registry.tasks.goroutines()
+        first, *others = [(age(task), goroutine_text(task)) async for task in tasks]
+        return await run_in_thread(
+            lambda: "\n".join((first[1], *(text for _, text in sorted(others))))
+        )
 
     async def _delta(self, served: NamedProfile, params: Params, request: Request) -> Response:
         seconds = params.delta_seconds
@@ -197,11 +206,17 @@ class PprofApp:
             raise BadParameter("seconds and debug params are incompatible")
         with served.collector.window():
             before = await served.collector.snapshot()
+            started_ns = time.monotonic_ns()
             async with _watched(request) as gone:
                 await _wait(gone, seconds)
             after = await served.collector.snapshot()
-        delta = await run_in_thread(lambda: subtract(after, before))
-        return await _binary_response(delta, f"{served.name}-delta")
+            duration_ns = time.monotonic_ns() - started_ns
+
+        def make_delta() -> Profile:
+            first = before()  # its totals are part of what the second is measured by
+            return replace(subtract(after(), first), duration_ns=duration_ns)
+
+        return await _binary_response(make_delta, f"{served.name}-delta")
 
     def _text(self, served: NamedProfile, profile: Profile) -> str:
         self._addresses.remember(profile)
@@ -222,9 +237,15 @@ async def _watched(request: Request) -> AsyncIterator[asyncio.Event]:
     gone = asyncio.Event()
 
     async def watch() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        gone.set()
+        message = await request.receive()
+        while message["type"] == "http.request" and message.get("more_body", False):
+            message = await request.receive()
+        # Behind the body comes the disconnect; a middleware that replays the
+        # body for ever says nothing, and must not be asked for ever.
+        if message["type"] != "http.disconnect":
+            message = await request.receive()
+        if message["type"] == "http.disconnect":
+            gone.set()
 
     task = asyncio.create_task(watch(), name="asgi_pprof client watch")
     try:
@@ -273,8 +294,8 @@ def _text_response(
     return _response(text, "text/plain", status, headers)
 
 
-async def _binary_response(profile: Profile, name: str) -> Response:
-    body = await run_in_thread(lambda: encode(profile))
+async def _binary_response(make_profile: Callable[[], Profile], name: str) -> Response:
+    body = await run_in_thread(lambda: encode(make_profile()))
     # Header values are latin-1 here and bytes on the wire; a name goes out as UTF-8, as it is.
     filename = name.encode("utf-8", "backslashreplace").decode("latin-1")
     headers = {"Content-Disposition": f'attachment; filename="{filename}"'}
@@ -296,6 +317,10 @@ def _compressed_outside(request: Request, send: Send) -> bool:
     """Tell whether a middleware around us would compress the response once more."""
     if "accept-encoding" not in request.headers:
         return False
-    outer: list[Any] = [type(getattr(send, "__self__", None))]
-    outer += (each.cls for each in getattr(request.scope.get("app"), "user_middleware", ()))
-    return any(_COMPRESSORS.search(getattr(each, "__name__", "")) for each in outer)
+    names = [type(getattr(send, "__self__", None)).__name__]
+    for each in getattr(request.scope.get("app"), "user_middleware", ()):  # outermost first
+        name = getattr(each.cls, "__name__", "")
+        if name == "PprofMiddleware":
+            break
+        names.append(name)
+    return any(map(_COMPRESSORS.search, names))

@@ -62,7 +62,8 @@ def allow_loopback(scope: Scope) -> None:
                 "profiles are served only under an IP address or localhost,"
                 " and the Host of this request is another name"
             )
-    if headers.get("sec-fetch-site") == "cross-site":
+    # "same-site" is another port of this machine, or another host of one domain.
+    if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         raise AccessDenied("profiles are not served to pages of other sites (Sec-Fetch-Site)")
     origin = headers.get("origin")
     if origin is not None and not any(_authority(origin) == host.lower() for host in hosts):
@@ -71,7 +72,7 @@ def allow_loopback(scope: Scope) -> None:
 
 def _check_peer(scope: Scope) -> None:
     client = scope.get("client")
-    if not client:
+    if not client or client[0] is None:
         raise AccessDenied(
             "profiles are served to loopback peers only, and this connection has no peer address"
         )
@@ -83,7 +84,7 @@ def _check_peer(scope: Scope) -> None:
 
 def _is_loopback(host: str) -> bool:
     try:
-        address = ip_address(host.partition("%")[0])
+        address = ip_address(str(host).partition("%")[0])
     except ValueError:
         return False
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:

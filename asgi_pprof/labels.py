@@ -27,8 +27,10 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 class LabelSet(Protocol):
     """What the contextvar holds: labels that can be asked for later, from any thread."""
 
-    def pairs(self) -> dict[str, str]:
-        """Return the labels, those of enclosing sets included."""
+    outer: LabelSet | None
+
+    def own(self) -> dict[str, str]:
+        """Return its labels, without those of the sets around it."""
 
 
 current: ContextVar[LabelSet | None] = ContextVar("asgi_pprof_labels", default=None)
@@ -36,9 +38,11 @@ current: ContextVar[LabelSet | None] = ContextVar("asgi_pprof_labels", default=N
 
 def resolve(label_set: LabelSet | None) -> Pairs:
     """Return the labels of a set, sorted by key; () for none."""
-    if label_set is None:
-        return ()
-    return tuple(sorted(label_set.pairs().items()))
+    pairs: dict[str, str] = {}
+    while label_set is not None:
+        pairs = {**label_set.own(), **pairs}
+        label_set = label_set.outer
+    return tuple(sorted(pairs.items()))
 
 
 class labels:
@@ -106,8 +110,8 @@ class _OwnLabels:
         self._own = own
         self.outer = outer
 
-    def pairs(self) -> dict[str, str]:
-        return {**(self.outer.pairs() if self.outer else {}), **self._own}
+    def own(self) -> dict[str, str]:
+        return self._own
 
 
 class RequestLabels:
@@ -119,23 +123,34 @@ class RequestLabels:
     is over: a task that outlives it keeps the template, not the request.
     """
 
-    __slots__ = ("_method", "_outer", "_routing")
+    __slots__ = ("_headers", "_method", "_routing", "outer")
 
-    def __init__(self, scope: Scope, outer: LabelSet | None = None) -> None:
-        self._method: str = scope["method"]
+    def __init__(self, scope: Scope, around: LabelSet | None = None) -> None:
+        self._method: str = scope.get("method", "")
+        self._headers = scope.get("headers")
         self._routing: Scope = scope
-        self._outer = outer
+        self.outer = self._without_other_requests(around) if around is not None else None
+
+    def _without_other_requests(self, around: LabelSet) -> LabelSet | None:
+        # A server may start a request in the context of an earlier one on the
+        # same connection (uvicorn does, after a large body and when requests
+        # are pipelined): that one's labels are not ours, and must not pile up.
+        link: LabelSet | None = around
+        while link is not None:
+            if isinstance(link, RequestLabels) and link._headers is not self._headers:
+                return link.outer
+            link = link.outer
+        return around
 
     def finish(self) -> None:
         """Keep of the scope only what names the route."""
         scope = self._routing
         self._routing = {key: scope[key] for key in _ROUTING_KEYS if key in scope}
+        self._headers = None
 
-    def pairs(self) -> dict[str, str]:
+    def own(self) -> dict[str, str]:
         """Return the method, and the route where routing has found one."""
-        pairs = self._outer.pairs() if self._outer else {}
-        if self._method:
-            pairs["method"] = self._method
+        pairs = {"method": self._method} if self._method else {}
         if route := route_template(self._routing):
             pairs["route"] = route
         return pairs

@@ -54,8 +54,17 @@ class PprofMiddleware:
         if kind == "http":
             if self._looked_for in scope["path"] and self._is_ours(scope):
                 await self._pprof(scope, receive, send)
-            else:
-                await self._pass_on(scope, receive, send)
+                return
+            request = RequestLabels(scope, current.get())
+            token = current.set(request)
+            try:
+                await self.app(scope, receive, send)
+            finally:
+                request.finish()
+                try:
+                    current.reset(token)
+                except ValueError:
+                    pass  # closed from another context, as a loop ends: nothing to put back
         elif kind == "lifespan":
             try:
                 await self.app(scope, receive, send)
@@ -66,18 +75,6 @@ class PprofMiddleware:
                 self._looked_for = ""
         else:
             await self.app(scope, receive, send)
-
-    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request = RequestLabels(scope, current.get())
-        token = current.set(request)
-        try:
-            await self.app(scope, receive, send)
-        finally:
-            request.finish()
-            try:
-                current.reset(token)
-            except ValueError:
-                pass  # closed from another context, at the end of a loop: nothing to put back
 
     def _is_ours(self, scope: Scope) -> bool:
         if self._looked_for != self._prefix:

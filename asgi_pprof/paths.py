@@ -58,10 +58,11 @@ def locate(scope: Scope, prefix: str) -> Target | None:
 
 
 def _path_below_root(scope: Scope) -> str:
-    path, root = _matching_path(scope), scope.get("root_path", "").rstrip("/")
+    path, root = _matching_path(scope), _root_path(scope)
     # Behind a proxy that strips its prefix, a mount's root path is the prefix
     # and the mount, of which the path has only the mount.
-    mount = root.removeprefix(scope.get("app_root_path", root).rstrip("/"))
+    outermost = scope.get("app_root_path")
+    mount = root.removeprefix(outermost.rstrip("/")) if isinstance(outermost, str) else ""
     # Root paths come decoded, slashes and all.
     flat = path.replace(_ENCODED_SLASH, "/")
     for above in (root, mount):
@@ -70,10 +71,15 @@ def _path_below_root(scope: Scope) -> str:
     return path
 
 
+def _root_path(scope: Scope) -> str:
+    return (scope.get("root_path") or "").rstrip("/")
+
+
 def _matching_path(scope: Scope) -> str:
     """Return the decoded path in which encoded slashes are marked."""
     path: str = scope["path"]
-    raw = (scope.get("raw_path") or b"").partition(b"?")[0].decode("latin-1")
+    raw_path = scope.get("raw_path")
+    raw = raw_path.partition(b"?")[0].decode("latin-1") if isinstance(raw_path, bytes) else ""
     if "%2f" not in raw.lower() or unquote(raw) != path:
         return path  # nothing encoded, or a middleware has rewritten the path
     pieces = re.split("%2f", raw, flags=re.IGNORECASE)
@@ -90,7 +96,7 @@ def _clean(path: str) -> str:
 
 def _location(scope: Scope, path: str) -> str:
     query = scope.get("query_string", b"").decode("latin-1")
-    root = scope.get("root_path", "").rstrip("/")
+    root = _root_path(scope)
     # A leading "//" would name another host.
     location = "/" + "%2F".join(map(quote, f"{root}{path}".split(_ENCODED_SLASH))).lstrip("/")
     return f"{location}?{query}" if query else location

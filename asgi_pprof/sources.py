@@ -3,7 +3,7 @@ Functions by file and line, for readers that know nothing else (tracemalloc).
 
 The compiled module is asked: its code objects know their names and lines. It
 comes from the loader, so normally from the .pyc; where there is none the
-module is compiled again, once per process.
+module is compiled again.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class LineNames:
         return known
 
 
-@lru_cache(maxsize=4096)
+@lru_cache(maxsize=256)  # some 40 kB a file of 1,000 lines
 def _functions(filename: str) -> dict[int, tuple[str, int]]:
     """Return qualified name and first line of the innermost function, by line."""
     functions: dict[int, tuple[str, int]] = {}
     code = _module_code(filename)
     for nested in _nested_codes(code) if code else ():
-        for line in _own_lines(nested):
-            functions[line] = nested.co_qualname, nested.co_firstlineno
+        function = nested.co_qualname, nested.co_firstlineno
+        functions.update(dict.fromkeys(_own_lines(nested), function))
     return functions
 
 
@@ -75,8 +75,9 @@ def _module_code(filename: str) -> CodeType | None:
             return code
         source = "".join(linecache.getlines(filename))
         return compile(source, filename, "exec", dont_inherit=True) if source else None
-    except (ImportError, SyntaxError, ValueError, OSError):
-        return None  # no source, or not the source that runs: the line stays unnamed
+    except Exception:
+        # No source, or a loader that fails in a way of its own: the line stays unnamed.
+        return None
 
 
 def _module_of(filename: str) -> ModuleType | None:

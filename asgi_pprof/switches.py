@@ -41,7 +41,7 @@ class Switches:
         self._switches: list[_Switch] = [thread_starts, gc_pauses]
         if heap:
             self._switches.append(tracing)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
 
     def on(self) -> None:

@@ -10,6 +10,7 @@ Source: net/http/pprof, Symbol; strconv, ParseUint with base 0.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 
@@ -49,7 +50,9 @@ class AddressBook:
         async for chunk in chunks:
             total += len(chunk)
             *items, rest = (rest + chunk).split(b"+")
-            for item in (*items, rest):
+            for number, item in enumerate((*items, rest)):
+                if number % 256 == 255:
+                    await asyncio.sleep(0)  # the loop has other work
                 if len(item) >= _BUFFER:
                     return "".join((*lines, "reading request: bufio: buffer full\n"))
                 if item is not rest:

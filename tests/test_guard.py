@@ -189,15 +189,16 @@ def test_every_one_of_several_hosts_must_be_local():
     assert "Host" in denial(scope(host="evil.example", headers=[("host", "localhost")]))
 
 
-@pytest.mark.parametrize("site", ["none", "same-origin", "same-site"])
+@pytest.mark.parametrize("site", ["none", "same-origin"])
 def test_a_browser_on_this_site_comes_in(site):
     """As typed into the address bar, or followed on the index page."""
     allow_loopback(scope(headers=[("sec-fetch-site", site)]))
 
 
-def test_a_page_of_another_site_is_turned_away():
+@pytest.mark.parametrize("site", ["cross-site", "same-site"])
+def test_a_page_of_another_site_or_port_is_turned_away(site):
     """It could not read the answer, but it could start profiles."""
-    assert "Sec-Fetch-Site" in denial(scope(headers=[("sec-fetch-site", "cross-site")]))
+    assert "Sec-Fetch-Site" in denial(scope(headers=[("sec-fetch-site", site)]))
 
 
 @pytest.mark.parametrize(

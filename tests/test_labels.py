@@ -374,9 +374,9 @@ def test_a_route_is_named_by_its_template(make_app, path, template, root_path):
     assert serve(make_app(), scope) == 200
     assert route_template(scope) == template
     request = RequestLabels(scope)
-    assert request.pairs() == {"method": "GET", "route": template}
+    assert request.own() == {"method": "GET", "route": template}
     request.finish()
-    assert request.pairs() == {"method": "GET", "route": template}
+    assert request.own() == {"method": "GET", "route": template}
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_an_unmatched_request_has_no_route(make_app, path):
     scope = request_scope(path)
     assert serve(make_app(), scope) == 404
     assert route_template(scope) == ""
-    assert RequestLabels(scope).pairs() == {"method": "GET"}
+    assert RequestLabels(scope).own() == {"method": "GET"}
 
 
 def test_a_mounted_app_without_routes_is_named_by_its_mount():
@@ -412,7 +412,7 @@ def test_a_mounted_app_without_routes_is_named_by_its_mount():
 def test_a_request_has_no_route_before_routing():
     """The method is known at once, the route as soon as the router has found it."""
     scope = request_scope("/plain", method="PUT")
-    assert RequestLabels(scope).pairs() == {"method": "PUT"}
+    assert RequestLabels(scope).own() == {"method": "PUT"}
 
 
 @pytest.mark.parametrize("route", [None, object(), type("Odd", (), {"path": None})()])
@@ -467,9 +467,9 @@ def test_a_finished_request_is_let_go_of(make_app, path):
     scope = request_scope(path, state={"session": session}, session=session)
     request = RequestLabels(scope)
     serve(make_app(), scope)
-    before, alive = request.pairs(), weakref.ref(session)
+    before, alive = request.own(), weakref.ref(session)
     request.finish()
     del session, scope
     gc.collect()
     assert alive() is None
-    assert request.pairs() == before
+    assert request.own() == before

@@ -353,3 +353,89 @@ def test_a_fault_of_ours_is_a_500_in_plain_words(caplog):
     assert body["body"] == b"failed to collect profile\n"
     assert "ZeroDivisionError" in caplog.text
     app.close()  # the log keeps the traceback, and that the app
+
+
+@pytest.mark.parametrize("name", ["profile", "goroutine"])
+def test_a_middleware_that_replays_the_body_does_not_stop_the_loop(name):
+    """Its receive answers at once, for ever, with the same request."""
+
+    async def replay():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def call():
+        messages = []
+
+        async def send(message):
+            messages.append(message)
+
+        scope = http_scope(f"/{name}", query_string=b"seconds=1")
+        await asyncio.wait_for(PprofApp()(scope, replay, send), 30)
+        return messages[0]["status"]
+
+    assert asyncio.run(call()) == 200
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"root_path": None, "app_root_path": None},
+        {"raw_path": "/debug/pprof/heap"},
+        {"raw_path": None},
+        {"client": None},
+        {"client": [None, None]},
+    ],
+)
+def test_odd_scopes_get_an_answer(odd):
+    """What a server leaves out or gets wrong raises nothing into it."""
+    app = PprofMiddleware(Recorder())
+    start, _ = asyncio.run(answered(app, http_scope("/debug/pprof/heap", **odd)))
+    assert start["status"] in (200, 403)
+
+
+def test_bare_scopes_get_through():
+    """Scopes without method and headers reach the application, and ours is answered."""
+    recorder = Recorder()
+    app = PprofMiddleware(recorder)
+    asyncio.run(app({"type": "http", "path": "/"}, no_receive, no_send))
+    assert len(recorder.calls) == 1
+    scope = {"type": "http", "path": "/debug/pprof/heap", "client": ("127.0.0.1", 1)}
+    start, _ = asyncio.run(answered(app, scope))
+    assert start["status"] == 200
+
+
+@pytest.mark.server
+def test_labels_do_not_pass_from_request_to_request(loop_name):
+    """Not on a kept connection after large bodies, where servers reuse a context."""
+    seen = []
+
+    async def read_all(request):
+        await request.body()
+        seen.append((_depth(), resolve(current.get())))
+        return PlainTextResponse("read")
+
+    app = Starlette(routes=[Route("/up", read_all, methods=["POST"])])
+    app.add_middleware(PprofMiddleware)
+    with serve(app, loop=loop_name) as port, httpx.Client() as client:
+        for _ in range(20):
+            assert client.post(f"http://127.0.0.1:{port}/up", content=bytes(400_000)).text == "read"
+    assert seen == [(1, (("method", "POST"), ("route", "/up")))] * 20
+
+
+def _depth():
+    depth, link = 0, current.get()
+    while link is not None:
+        depth, link = depth + 1, link.outer
+    return depth
+
+
+def test_inner_labels_reach_a_mounted_service_with_a_middleware_of_its_own():
+    """The same request's labels are kept, whoever has set them."""
+    recorder = Recorder()
+    inner = PprofMiddleware(recorder)
+
+    async def between(scope, receive, send):
+        with labels(tenant="acme"):
+            await inner(scope, receive, send)
+
+    asyncio.run(PprofMiddleware(between)(http_scope(), no_receive, no_send))
+    assert recorder.labels == (("method", "GET"), ("tenant", "acme"))

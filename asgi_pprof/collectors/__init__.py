@@ -9,6 +9,7 @@ what is slow they hand to a thread.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -27,8 +28,13 @@ class SnapshotCollector(Protocol):
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that holds on whatever a delta needs to see its seconds."""
 
-    async def snapshot(self) -> Profile:
-        """Return the totals now; its `time_ns` is set, its `duration_ns` is not."""
+    async def snapshot(self) -> Callable[[], Profile]:
+        """
+        Take the totals now, and return a function that makes the profile of them.
+
+        That function may be slow; it runs on any thread, once, after the
+        window is closed. The profile's `time_ns` is now, it has no duration.
+        """
 
 
 class TimedCollector(Protocol):

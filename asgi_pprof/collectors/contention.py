@@ -12,6 +12,7 @@ Source: runtime/pprof, writeBlock and writeMutex; runtime.SetBlockProfileRate.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 from asgi_pprof.profile import Profile, ValueType
@@ -34,9 +35,9 @@ class ContentionCollector:
         """Return a manager that does nothing."""
         return nullcontext()
 
-    async def snapshot(self) -> Profile:
-        """Return a valid profile without samples: contentions/count, delay/nanoseconds."""
-        return Profile(
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give a valid profile without samples: contentions/count, delay/nanoseconds."""
+        profile = Profile(
             sample_types=(
                 ValueType("contentions", "count"),
                 ValueType("delay", "nanoseconds"),
@@ -47,3 +48,4 @@ class ContentionCollector:
             time_ns=time.time_ns(),
             comments=(OFF,),
         )
+        return lambda: profile

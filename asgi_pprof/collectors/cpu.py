@@ -52,6 +52,7 @@ ENGINE = "signal"
 
 _SAMPLE_TYPES = (ValueType("samples", "count"), ValueType("cpu", "nanoseconds"))
 _DRAIN_S = 1.0
+_MAX_PENDING = 1024  # ten seconds of a blocked loop
 _MAX_STACKS = 65_536  # distinct stacks kept in one profile
 _LOST = pseudo_location("lost: too many different stacks")
 _NOT_SAMPLED = "stack not sampled by the signal engine"
@@ -128,7 +129,7 @@ class _Sampler:
         self.samples = 0
         self.own_ns = 0
         self.contended_ns = 0
-        self.failure: Exception | None = None
+        self.failure = ""
         self._mark_ns = 0
         self._process_mark_ns = 0
         self._pending: list[tuple[int, list[CodeType | int], bool, LabelSet | None]] = []
@@ -156,13 +157,15 @@ class _Sampler:
             raise ProfileBusy("Could not enable CPU profiling: the application uses ITIMER_PROF")
         self._replaced = signal.SIG_DFL if inherited else handler
         try:
-            signal.signal(signal.SIGPROF, self._on_signal)
+            self._wakeup.install()
         except ValueError as error:  # a sub-interpreter's main thread
             raise ProfileUnavailable(f"Could not enable CPU profiling: {error}") from error
+        except OSError as error:  # no descriptors left; nothing has been changed
+            raise ProfileBusy(f"Could not enable CPU profiling: {error}") from error
         _Sampler._running = self, os.getpid()
+        signal.signal(signal.SIGPROF, self._on_signal)
         # Restart interrupted system calls: C libraries in other threads may not.
         signal.siginterrupt(signal.SIGPROF, False)
-        self._wakeup.install()
         self._process_mark_ns = time.process_time_ns()
         self._mark_ns = time.thread_time_ns()
         signal.setitimer(signal.ITIMER_PROF, 1 / HZ, 1 / HZ)
@@ -173,9 +176,11 @@ class _Sampler:
         # The timer first: a SIGPROF that finds its default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, 0)
         if signal.getsignal(signal.SIGPROF) == self._on_signal:
+            # Ignoring it discards one that is still on its way.
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)
             signal.signal(signal.SIGPROF, self._replaced)
-        self._wakeup.restore()
         _Sampler._running = None
+        self._wakeup.restore()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Runs inside the application. One Python frame deep, and never raises.
@@ -195,13 +200,17 @@ class _Sampler:
                 frame = frame.f_back
                 depth += 1
             label_set = current.get() if instructions else None
-            self._pending.append((weight_ns, instructions, frame is not None, label_set))
+            note = weight_ns, instructions, frame is not None, label_set
+            if len(self._pending) < _MAX_PENDING:
+                self._pending.append(note)
+            else:  # the loop that drains is blocked: add up here, in bounded memory
+                self.stacks.add(*note)
             self._process_mark_ns = time.process_time_ns()
             self._mark_ns = time.thread_time_ns()
             self.samples += 1
             self.own_ns += self._mark_ns - mark_ns
         except Exception as error:
-            self.failure = error
+            self.failure = repr(error)  # the error itself would keep frames alive
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def drain(self) -> None:
@@ -217,6 +226,7 @@ class _Stacks:
     def __init__(self) -> None:
         self._totals: dict[tuple[_Instructions, bool, tuple[tuple[str, str], ...]], list[int]] = {}
         self._codes: dict[int, CodeType] = {}
+        self._carried_ns = 0
         self.lost = 0
         self._lost_ns = 0
 
@@ -239,7 +249,10 @@ class _Stacks:
                 return
             total = self._totals[key] = [0, 0]
             self._codes.update((id(code), code) for code in codes if isinstance(code, CodeType))
-        total[0] += 1
+        # Counts are CPU time too, in whole periods: a signal that finds the main
+        # thread idle, because another one has used the time, counts nothing.
+        count, self._carried_ns = divmod(self._carried_ns + weight_ns, PERIOD_NS)
+        total[0] += count
         total[1] += weight_ns
 
     def samples(self) -> list[Sample]:
@@ -289,6 +302,6 @@ def _comments(sampler: _Sampler, clocks: ThreadClocks) -> list[str]:
         )
     if sampler.stacks.lost:
         comments.append(f"lost: {sampler.stacks.lost} samples, more than {_MAX_STACKS} stacks")
-    if sampler.failure is not None:
-        comments.append(f"stopped early: the sampler failed with {sampler.failure!r}")
+    if sampler.failure:
+        comments.append(f"stopped early: the sampler failed with {sampler.failure}")
     return comments

@@ -57,7 +57,8 @@ class ThreadClocks:
         between two looks) comes last, with id 0.
         """
         used = [
-            (self._name(thread_id), thread_id, cpu_ns - self._start.get(thread_id, 0))
+            # Below 0 where the system has given an id to a new thread.
+            (self._name(thread_id), thread_id, max(0, cpu_ns - self._start.get(thread_id, 0)))
             for thread_id, cpu_ns in sorted(self._last.items())
             if thread_id != self._own_id
         ]

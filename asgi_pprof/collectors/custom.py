@@ -9,15 +9,15 @@ Source: runtime/pprof, NewProfile, Profile.Add and Profile.Remove.
 
 from __future__ import annotations
 
+import posixpath
 import re
 import sys
 import threading
 import time
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile, Sample, ValueType
 from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
 
@@ -45,12 +45,12 @@ class CustomProfile:
     """
 
     def __init__(self, name: str) -> None:
-        encodable = name.encode("utf-8", "replace").decode() == name
-        if not (encodable and _NAME.fullmatch(name)) or name[0] == "/" or name[-1] == "/":
+        # A name must come through a URL as it is.
+        servable = name.encode("utf-8", "replace").decode() == posixpath.normpath(name)
+        if not _NAME.fullmatch(name) or not servable or name.startswith(("/", ".")):
             raise ValueError(f"{name!r} cannot name a profile")
         self.name = name
-        self._lock = threading.RLock()
-        self._stacks: dict[Hashable, RawStack] = {}
+        self._stacks: dict[Hashable, list[RawStack]] = {}
         with _registry_lock:
             if name in BUILT_IN_NAMES or name in _registry:
                 raise ValueError(f"a profile named {name!r} exists already")
@@ -67,24 +67,22 @@ class CustomProfile:
         Raises:
             ValueError: The value is in the profile already.
         """
-        stack = capture(sys._getframe(1))[max(skip, 0) :]
-        with self._lock:
-            if value in self._stacks:
-                raise ValueError(f"profile {self.name!r} has this value already: {value!r}")
-            self._stacks[value] = stack
+        # Single dictionary operations, no lock: a fork could leave one taken.
+        stack = [capture(sys._getframe(1))[max(skip, 0) :]]
+        if self._stacks.setdefault(value, stack) is not stack:
+            kind = type(value).__name__
+            raise ValueError(f"profile {self.name!r} has this {kind} already")
 
     def remove(self, value: Hashable) -> None:
         """Remove a value; nothing happens if it is not there."""
-        with self._lock:
-            self._stacks.pop(value, None)
+        self._stacks.pop(value, None)
 
     def close(self) -> None:
         """Take the profile out of service and forget its values; its name is free again."""
         with _registry_lock:
             if _registry.get(self.name) is self:
                 del _registry[self.name]
-        with self._lock:
-            self._stacks.clear()
+        self._stacks.clear()
 
     def count(self) -> int:
         """Return the number of values."""
@@ -98,13 +96,11 @@ class CustomProfile:
         """Return a manager that does nothing."""
         return nullcontext()
 
-    async def snapshot(self) -> Profile:
-        """Return NAME/count by the stack that added the values."""
-        with self._lock:
-            stacks = list(self._stacks.values())
-        kind = ValueType(self.name, "count")
-        samples = await run_in_thread(lambda: _samples(stacks))
-        return Profile((kind,), samples, period_type=kind, period=1, time_ns=time.time_ns())
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give NAME/count by the stack that added the values."""
+        stacks = [stack for (stack,) in self._stacks.copy().values()]
+        kind, time_ns = ValueType(self.name, "count"), time.time_ns()
+        return lambda: Profile((kind,), _samples(stacks), kind, period=1, time_ns=time_ns)
 
 
 def _samples(stacks: list[RawStack]) -> tuple[Sample, ...]:

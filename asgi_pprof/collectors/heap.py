@@ -26,14 +26,18 @@ Source: CPython, Modules/_tracemalloc.c, Lib/tracemalloc.py; runtime/mprof.go.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import tracemalloc
 from _tracemalloc import _get_traces
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import cast
 
+from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Location, Profile, Sample, Stack, ValueType
@@ -59,6 +63,7 @@ _SAMPLE_TYPES = (
 # As tracemalloc keeps them: ((file, line), ...) leaf first, and the whole depth.
 _Frames = tuple[tuple[str, int], ...]
 _Traceback = tuple[_Frames, int | None]
+_Trace = tuple[int, int, _Frames, int | None]  # domain, size, frames, whole depth
 _Site = tuple[_Traceback, int]  # a traceback and a size class in bytes
 _NONE = (0, 0)  # objects and bytes
 
@@ -67,13 +72,15 @@ class Tracing:
     """
     tracemalloc, switched on while anybody needs it; one for the process.
 
-    Tracing that the application started is used and never stopped.
+    Tracing that the application started is used and never stopped. (A `start`
+    of the application's while ours is on does nothing, and cannot be noticed.)
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        # Reentrant: a finalizer may disable in the middle of enabling.
+        self._lock = threading.RLock()
         self._users = 0
-        self._started = False
+        self._witness: _Witness | None = None
         self.starts = 0
 
     def enable(self) -> None:
@@ -82,25 +89,44 @@ class Tracing:
             self._users += 1
             if not tracemalloc.is_tracing():
                 tracemalloc.start(_TRACED_FRAMES)
-                self._started = True
+                self._witness = _Witness()
                 self.starts += 1
 
     def disable(self) -> None:
         """Stop tracing if it was started here and nobody else needs it."""
         with self._lock:
             self._users -= 1
-            if self._users == 0 and self._started:
-                tracemalloc.stop()
-                self._started = False
+            if self._users == 0 and self._witness is not None:
+                # Stopped and started by the application meanwhile, it is not ours.
+                if self._witness.is_traced():
+                    tracemalloc.stop()
+                self._witness = None
 
     @contextmanager
     def on(self) -> Iterator[None]:
-        """Trace inside the `with`."""
+        """
+        Trace inside the `with`.
+
+        Raises:
+            PprofError: At the end, if somebody else has stopped the tracing.
+        """
         self.enable()
         try:
+            witness = _Witness()
             yield
+            if not witness.is_traced():
+                raise PprofError("failed to collect profile: tracemalloc was stopped meanwhile")
         finally:
             self.disable()
+
+
+class _Witness:
+    """An object made while tracing is on, which is known as long as it has been on since."""
+
+    __slots__ = ()  # with a dictionary, CPython 3.11 looks for it in the wrong place
+
+    def is_traced(self) -> bool:
+        return tracemalloc.get_object_traceback(self) is not None
 
 
 tracing = Tracing()
@@ -128,33 +154,40 @@ class HeapCollector:
         """Return how to switch it on while it is off, else which engine serves."""
         return f"engine: {ENGINE}" if tracemalloc.is_tracing() else OFF
 
-    async def snapshot(self) -> Profile:
-        """Return live memory; without samples, and with a comment, while nothing is traced."""
-        return await run_in_thread(self._snapshot)
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give live memory; without samples, and with a comment, while nothing is traced."""
+        if not tracemalloc.is_tracing():
+            profile = self._profile((), time.time_ns(), (f"heap profiling is {OFF}",))
+            return lambda: profile
+        # Only copied here: adding up and naming allocate, and would be traced.
+        traces = await run_in_thread(_copy_traces)
+        limit, starts = tracemalloc.get_traceback_limit(), tracing.starts
+        return partial(self._build, traces, time.time_ns(), limit, starts)
 
-    def _snapshot(self) -> Profile:
-        samples: tuple[Sample, ...] = ()
-        comments = [f"heap profiling is {OFF}"]
-        if tracemalloc.is_tracing():
-            samples = self._peaks.samples(_traces())
-            comments = [
-                f"engine: {ENGINE}, every block since tracing began,"
-                f" {tracemalloc.get_traceback_limit()} frames",
-                "alloc_objects and alloc_space are lower bounds:"
-                " tracemalloc forgets blocks when they are freed",
-            ]
-            if self._peaks.full:
-                comments.append(
-                    f"alloc_* of stacks beyond the first {_MAX_PEAKS} count live blocks only"
-                )
+    def _build(self, traces: list[_Trace], time_ns: int, limit: int, starts: int) -> Profile:
+        samples = self._peaks.samples(_sites(traces), starts)
+        comments = [
+            f"engine: {ENGINE}, every block since tracing began, {limit} frames",
+            "alloc_objects and alloc_space are lower bounds:"
+            " tracemalloc forgets blocks when they are freed",
+        ]
+        if self._peaks.full:
+            comments.append(
+                f"alloc_* of stacks beyond the first {_MAX_PEAKS} count live blocks only"
+            )
+        return self._profile(samples, time_ns, tuple(comments))
+
+    def _profile(
+        self, samples: tuple[Sample, ...], time_ns: int, comments: tuple[str, ...]
+    ) -> Profile:
         return Profile(
             sample_types=_SAMPLE_TYPES,
             samples=samples,
             period_type=ValueType("space", "bytes"),
             period=1,
-            time_ns=time.time_ns(),
+            time_ns=time_ns,
             default_sample_type=self._default_sample_type,
-            comments=tuple(comments),
+            comments=comments,
         )
 
 
@@ -172,17 +205,18 @@ class Peaks:
         """Whether new sites are no longer remembered."""
         return len(self._peaks) >= _MAX_PEAKS
 
-    def samples(self, traces: Iterable[tuple[_Traceback, int]]) -> tuple[Sample, ...]:
-        """Return live and peak totals by site from all live (traceback, size) pairs."""
-        live: dict[_Site, tuple[int, int]] = {}
-        for traceback, size in traces:
-            site = traceback, size_class(size)
-            objects, total = live.get(site, _NONE)
-            live[site] = objects + 1, total + size
+    def samples(self, live: dict[_Site, tuple[int, int]], starts: int) -> tuple[Sample, ...]:
+        """
+        Return live and peak totals by site.
+
+        Args:
+            live: Objects and bytes that are alive.
+            starts: How often tracing had been started then.
+        """
         with self._lock:
-            if self._starts != tracing.starts:
+            if self._starts != starts:
                 # Traced anew, from nothing: a window's delta starts at 0.
-                self._starts = tracing.starts
+                self._starts = starts
                 self._peaks.clear()
             for site, (objects, size) in live.items():
                 peak = self._peaks.get(site)
@@ -216,16 +250,31 @@ def size_class(size: int) -> int:
     return int(1 << (size - 1).bit_length())
 
 
-def _traces() -> Iterator[tuple[_Traceback, int]]:
-    # Leaf first; domain 0 is Python's own memory. [] if somebody has stopped
-    # tracing meanwhile, where take_snapshot() would raise.
-    traces = cast("list[tuple[int, int, _Frames, int | None]]", _get_traces())
+def _copy_traces() -> list[_Trace]:
+    # [] if somebody has stopped tracing meanwhile, where take_snapshot() would raise.
+    return cast("list[_Trace]", _get_traces())
+
+
+def _sites(traces: list[_Trace]) -> dict[_Site, tuple[int, int]]:
+    """Return objects and bytes by site, without our own."""
+    live: dict[_Site, tuple[int, int]] = {}
     for domain, size, frames, depth in traces:
-        if domain == 0 and frames[0][0] not in _OWN_FILES:
-            yield (frames, depth), size
+        if domain == 0:  # Python's own memory
+            site = (frames, depth), size_class(size)
+            objects, total = live.get(site, _NONE)
+            live[site] = objects + 1, total + size
+    return {site: used for site, used in live.items() if not _is_ours(site[0][0])}
 
 
-_OWN_FILES = {tracemalloc.__file__, __file__}
+_PACKAGE = str(Path(__file__).parent.parent) + os.sep
+# What the application's own calls go through.
+_PASSED_THROUGH = {f"{_PACKAGE}{name}.py" for name in ("middleware", "labels")}
+
+
+def _is_ours(frames: _Frames) -> bool:
+    return frames[0][0] == tracemalloc.__file__ or any(
+        filename.startswith(_PACKAGE) and filename not in _PASSED_THROUGH for filename, _ in frames
+    )
 
 
 def _stack(traceback: _Traceback, names: LineNames) -> Stack:

@@ -37,11 +37,11 @@ from types import FrameType
 from typing import Any, cast
 
 from asgi_pprof.labels import current, resolve
-from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Goroutine, Label, Profile, Sample, Stack, ValueType
 from asgi_pprof.stacks import UNKNOWN, Symbols, await_stack, call_stack
 
 _SLICE_S = 0.004
+_COUNT_EXACTLY = 5_000
 _KIND = ValueType("goroutine", "count")
 _DEFAULT_NAME = re.compile(r"Task-(\d+)")
 
@@ -63,8 +63,11 @@ class TaskCollector:
         self._next_id = itertools.count(1)
 
     def count(self) -> int:
-        """Return the number of tasks that are not done."""
-        return sum(1 for _ in self._tasks())
+        """Return the number of tasks that are not done; of very many, those there are at all."""
+        entries = self._registered()
+        if len(entries) > _COUNT_EXACTLY:
+            return len(entries)  # to look at each would hold the loop
+        return sum(1 for _ in _alive(entries))
 
     def note(self) -> str:
         """Return nothing: it is always on."""
@@ -74,30 +77,27 @@ class TaskCollector:
         """Return a manager that does nothing."""
         return nullcontext()
 
-    async def snapshot(self) -> Profile:
-        """Return goroutine/count: one sample per stack, labels, name and state."""
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give goroutine/count: one sample per stack, labels, name and state."""
         # Counted here and now, in the slices: 100,000 samples kept until the end
         # would set off collections of garbage that take longer than any slice.
         counts: Counter[tuple[Stack, tuple[Label, ...]]] = Counter()
-        async for goroutine in self._collect():
+        async for goroutine in self.goroutines():
             counts[goroutine.stack, _profile_labels(goroutine)] += 1
         samples = tuple(
             Sample(stack, (count,), labels) for (stack, labels), count in counts.items()
         )
-        return Profile((_KIND,), samples, period_type=_KIND, period=1, time_ns=time.time_ns())
+        profile = Profile((_KIND,), samples, _KIND, period=1, time_ns=time.time_ns())
+        return lambda: profile
 
-    async def dump(self) -> list[Goroutine]:
-        """Return every task: the one that asks first, the others by age as far as known."""
-        first, *others = [goroutine async for goroutine in self._collect()]
-        return [first, *await run_in_thread(lambda: sorted(others, key=_age))]
-
-    async def _collect(self) -> AsyncIterator[Goroutine]:
+    async def goroutines(self) -> AsyncIterator[Goroutine]:
+        """Yield every task, the one that asks first, the others in no order."""
         symbols = Symbols()
         asking = asyncio.current_task()
         assert asking is not None
         yield self._goroutine(asking, symbols)
         slice_end = self._clock() + _SLICE_S
-        for task in self._tasks():
+        for task in _alive(self._registered()):
             if self._clock() > slice_end:
                 await asyncio.sleep(0)
                 slice_end = self._clock() + _SLICE_S
@@ -114,16 +114,21 @@ class TaskCollector:
             self._ids[task] = next(self._next_id)
         return Goroutine(self._ids[task], state, stack, tuple(sorted(labels)))
 
-    def _tasks(self) -> Iterator[_Task]:
-        """Yield the tasks there are now that are not done when their turn comes."""
+    def _registered(self) -> list[_Task | weakref.ref[_Task]]:
         self._loops.add(asyncio.get_running_loop())
-        self._loops.update(running_loops())
-        seen: set[_Task] = set()
-        for entry in _registered(self._loops):
-            task = entry() if isinstance(entry, weakref.ref) else entry
-            if task is not None and task not in seen and not task.done():
-                seen.add(task)
-                yield task
+        if sys.version_info >= (3, 14):
+            self._loops.update(running_loops())
+        return _registered(self._loops)
+
+
+def _alive(entries: Iterable[_Task | weakref.ref[_Task]]) -> Iterator[_Task]:
+    """Yield each task that is not done when its turn comes."""
+    seen: set[_Task] = set()
+    for entry in entries:
+        task = entry() if isinstance(entry, weakref.ref) else entry
+        if task is not None and task not in seen and not task.done():
+            seen.add(task)
+            yield task
 
 
 def _registered(
@@ -153,7 +158,9 @@ def running_loops(
     Return the event loops that other threads run, as their stacks show them.
 
     asyncio's loop is the `self` of its `run_forever`; any other (uvloop) is
-    found where `asyncio.Runner` or the code that called it holds it.
+    found where `asyncio.Runner` or the code that called it holds it. For CPython
+    3.14 and later: before 3.13 reading a frame's locals keeps them alive, and
+    before 3.14 asyncio's registry leads to all loops that have tasks.
     """
     own = threading.get_ident()
     loops: set[asyncio.AbstractEventLoop] = set()
@@ -182,8 +189,8 @@ def _locals(frame: FrameType) -> list[object]:
     return [values.get(name) for name in names]
 
 
-def _age(goroutine: Goroutine) -> tuple[bool, int, int]:
-    """Return a sort key: asyncio numbers the tasks it names; ours come in order of first sight."""
+def age(goroutine: Goroutine) -> tuple[bool, int, int]:
+    """Return a sort key: asyncio numbers the tasks it names, the others come as first seen."""
     match = _DEFAULT_NAME.fullmatch(str(dict(goroutine.labels)["task"]))
     return match is None, int(match[1]) if match else 0, goroutine.id
 

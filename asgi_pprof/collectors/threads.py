@@ -31,7 +31,7 @@ from typing import Any
 from asgi_pprof.collectors.cpu_clocks import native_thread_ids
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, Stack, ValueType, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, call_stack, capture
+from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
 
 _MAX_STACKS = 4096  # different stacks that start threads
 
@@ -61,25 +61,31 @@ class ThreadCollector:
         """Return a manager that does nothing."""
         return nullcontext()
 
-    async def snapshot(self) -> Profile:
-        """Return thread/count, labelled with the thread's name."""
-        symbols = Symbols()
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give thread/count, labelled with the thread's name."""
         threads = {thread.ident: thread for thread in threading.enumerate()}
-        samples, listed, unlisted = [], set(), 0
+        stacks: list[tuple[RawStack, tuple[Label, ...]]] = []
+        listed, unlisted = set(), 0
         for ident, frame in self._current_frames().items():
             thread = threads.get(ident)
             if thread is not None:
                 listed.add(thread.native_id)
             unlisted += thread is None
-            labels = _labels(thread.name if thread else "")
-            samples.append(Sample(call_stack(frame, symbols) or (UNKNOWN,), (1,), labels))
+            stacks.append((capture(frame), _labels(thread.name if thread else "")))
         native = [thread_id for thread_id in native_thread_ids() if thread_id not in listed]
         # Threads that run Python but are unknown to `threading` are in both
         # views, and nothing says which is which: leave out as many.
-        for thread_id in native[unlisted:]:
-            place = pseudo_location(f"native thread {_system_name(thread_id)}")
-            samples.append(Sample((place,), (1,)))
-        return _count_profile("thread", sum_samples(samples))
+        names = [_system_name(thread_id) for thread_id in native[unlisted:]]
+        return functools.partial(_thread_profile, stacks, names, time.time_ns())
+
+
+def _thread_profile(
+    stacks: list[tuple[RawStack, tuple[Label, ...]]], native: list[str], time_ns: int
+) -> Profile:
+    symbols = Symbols()
+    samples = [Sample(symbols.stack(raw) or (UNKNOWN,), (1,), labels) for raw, labels in stacks]
+    samples += (Sample((pseudo_location(f"native thread {name}"),), (1,)) for name in native)
+    return _count_profile("thread", samples, time_ns)
 
 
 class ThreadStarts:
@@ -120,9 +126,9 @@ class ThreadStarts:
     def _wrap(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def start(thread: threading.Thread, *args: Any, **kwargs: Any) -> None:
+            original(thread, *args, **kwargs)
             if self._users and self._hook is start:
                 self._record(sys._getframe(1))
-            original(thread, *args, **kwargs)
 
         return start
 
@@ -131,31 +137,42 @@ class ThreadStarts:
             stack = capture(frame)
             # By identity: equal code objects of different files compare equal.
             key = tuple((id(code), lasti) for code, lasti in stack)
-            with self._lock:
-                if key in self._counts:
+            # A fork may have left the lock taken for ever: then the stack is lost.
+            locked = self._lock.acquire(timeout=0.1)
+            try:
+                if locked and key in self._counts:
                     self._counts[key] += 1
-                elif len(self._counts) < _MAX_STACKS:
+                elif locked and len(self._counts) < _MAX_STACKS:
                     self._counts[key] = 1
                     self._stacks[key] = stack
                 else:
                     self._unrecorded += 1
+            finally:
+                if locked:
+                    self._lock.release()
         except Exception:
             self._unrecorded += 1
 
-    def totals(self) -> tuple[dict[Stack, int], int]:
-        """Return threads by the stack that started them, and those of no known stack."""
-        symbols = Symbols()
+    def counted(self) -> tuple[list[tuple[RawStack, int]], int]:
+        """Return captured stacks with their threads, and the threads of no known stack."""
         with self._lock:
-            counted = [(self._stacks[key], count) for key, count in self._counts.items()]
-        totals: dict[Stack, int] = {}
-        for raw, count in counted:
-            stack = symbols.stack(raw) or (UNKNOWN,)
-            totals[stack] = totals.get(stack, 0) + count
-        return totals, self._before + self._unrecorded
+            counts = self._counts.copy()
+        stacks = [(self._stacks[key], count) for key, count in counts.items()]
+        return stacks, self._before + self._unrecorded
 
     def count(self) -> int:
         """Return how many threads have been counted."""
         return self._before + self._unrecorded + sum(self._counts.values())
+
+
+def name_stacks(counted: list[tuple[RawStack, int]]) -> dict[Stack, int]:
+    """Return totals by named stack."""
+    symbols = Symbols()
+    totals: dict[Stack, int] = {}
+    for raw, count in counted:
+        stack = symbols.stack(raw) or (UNKNOWN,)
+        totals[stack] = totals.get(stack, 0) + count
+    return totals
 
 
 thread_starts = ThreadStarts()
@@ -176,18 +193,23 @@ class ThreadCreateCollector:
         """Return a manager that does nothing."""
         return nullcontext()
 
-    async def snapshot(self) -> Profile:
-        """Return threadcreate/count by the stack that called `Thread.start`."""
-        totals, unknown = thread_starts.totals()
-        samples = [Sample(stack, (count,)) for stack, count in totals.items()]
-        if unknown:
-            samples.append(Sample((UNKNOWN,), (unknown,)))
-        return _count_profile("threadcreate", sum_samples(samples))
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give threadcreate/count by the stack that called `Thread.start`."""
+        return functools.partial(_threadcreate_profile, *thread_starts.counted(), time.time_ns())
 
 
-def _count_profile(name: str, samples: tuple[Sample, ...]) -> Profile:
+def _threadcreate_profile(
+    counted: list[tuple[RawStack, int]], unknown: int, time_ns: int
+) -> Profile:
+    samples = [Sample(stack, (count,)) for stack, count in name_stacks(counted).items()]
+    if unknown:
+        samples.append(Sample((UNKNOWN,), (unknown,)))
+    return _count_profile("threadcreate", samples, time_ns)
+
+
+def _count_profile(name: str, samples: list[Sample], time_ns: int) -> Profile:
     kind = ValueType(name, "count")
-    return Profile((kind,), samples, period_type=kind, period=1, time_ns=time.time_ns())
+    return Profile((kind,), sum_samples(samples), kind, period=1, time_ns=time_ns)
 
 
 def _labels(name: str) -> tuple[Label, ...]:

@@ -32,17 +32,28 @@ class SignalWakeup:
         self._pipe: tuple[int, int] | None = None
 
     def install(self) -> None:
-        """Take the place of the wakeup descriptor, if there is one."""
-        replaced = signal.set_wakeup_fd(_NONE)
-        if replaced == _NONE:
-            return
-        reader, writer = self._pipe = os.pipe()
+        """
+        Take the place of the wakeup descriptor, if there is one.
+
+        Raises:
+            OSError: No descriptor is left.
+            ValueError: Not the main thread of the main interpreter.
+        """
+        reader, writer = os.pipe()  # first: what can fail must change nothing
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
-        self._replaced = replaced
+        try:
+            self._replaced = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        except ValueError:
+            os.close(reader)
+            os.close(writer)
+            raise
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(reader, self.forward)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._pipe = reader, writer
+        if self._replaced == _NONE:
+            self.restore()
+        else:
+            self._loop.add_reader(reader, self.forward)
 
     def restore(self) -> None:
         """Put the descriptor back, unless somebody has set another one since."""
@@ -66,7 +77,7 @@ class SignalWakeup:
         try:
             received = os.read(self._pipe[0], 65536)
             others = bytes(number for number in received if number != self._ignore)
-            if others:
+            if others and self._replaced != _NONE:
                 os.write(self._replaced, others)
         except BlockingIOError:
             pass  # nothing to read, or a full buffer, which wakes the loop as well

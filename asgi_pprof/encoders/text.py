@@ -92,7 +92,7 @@ def contention_text(name: str, profile: Profile) -> str:
 
 def goroutine_dump(goroutines: Iterable[Goroutine]) -> str:
     """Return goroutine?debug=2: every task with its state and stack, in the order given."""
-    return "\n".join(map(_goroutine_text, goroutines))
+    return "\n".join(map(goroutine_text, goroutines))
 
 
 def align(text: str) -> str:
@@ -151,7 +151,8 @@ def _frame_text(location: Location) -> str:
     )
 
 
-def _goroutine_text(goroutine: Goroutine) -> str:
+def goroutine_text(goroutine: Goroutine) -> str:
+    """Return one task of the dump; an empty line comes between two."""
     labels = ", ".join(f"{_word(key)}: {_word(str(value))}" for key, value in goroutine.labels)
     head = f"goroutine {goroutine.id} [{goroutine.state}]" + (f" {{{labels}}}" if labels else "")
     return f"{head}:\n{''.join(_dump_frames(goroutine.stack))}"

@@ -11,7 +11,7 @@ from asgi_pprof.profile import check_valid
 def test_valid_empty_and_says_so():
     """Go's sample types, no samples, and a comment and a note that it is off."""
     collector = ContentionCollector()
-    profile = asyncio.run(collector.snapshot())
+    profile = asyncio.run(collector.snapshot())()
     check_valid(profile)
     assert [tuple(kind) for kind in profile.sample_types] == [
         ("contentions", "count"),

@@ -295,3 +295,35 @@ def test_thread_clocks_add_up_to_the_process():
     clocks.read()
     busy = [(thread_id, cpu_ns) for _, thread_id, cpu_ns in clocks.others() if cpu_ns > 0.05e9]
     assert [thread_id for thread_id, _ in busy] == [0], "it ended before anybody looked"
+
+
+def test_a_start_without_descriptors_changes_nothing(monkeypatch):
+    """Refused with the reason; handler, timer and wakeup are as before; the next one works."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGUSR1, lambda: None)
+        try:
+            before = signal.getsignal(signal.SIGPROF)
+            with monkeypatch.context() as patch:
+                patch.setattr("os.pipe", _no_descriptors)
+                with pytest.raises(ProfileBusy, match="Too many open files"):
+                    await CpuCollector().collect(1, asyncio.Event())
+            assert signal.getsignal(signal.SIGPROF) == before
+            assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+            check_valid(await profiled(lambda: burn_in_python(0.05)))
+        finally:
+            assert loop.remove_signal_handler(signal.SIGUSR1)
+
+    run(main())
+
+
+def _no_descriptors():
+    raise OSError(24, "Too many open files")
+
+
+def test_a_blocked_loop_keeps_memory_bounded(monkeypatch):
+    """Beyond a number of samples the handler adds up by itself, and none is lost."""
+    monkeypatch.setattr(cpu, "_MAX_PENDING", 3)
+    profile = run(profiled(lambda: burn_in_python(0.4)))
+    assert cpu_by_function(profile)["burn_in_python"] > 0.3e9

@@ -8,6 +8,7 @@ import tracemalloc
 import pytest
 
 from asgi_pprof.collectors.heap import HeapCollector, Peaks, size_class, tracing
+from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import subtract
 from asgi_pprof.profile import check_valid
 
@@ -16,12 +17,17 @@ def keep_blocks(count, size):
     return [bytearray(size) for _ in range(count)]
 
 
+def restart_tracing(frames):
+    tracemalloc.stop()
+    tracemalloc.start(frames)
+
+
 def deep_keep(depth):
     return deep_keep(depth - 1) if depth else keep_blocks(1, 5000)
 
 
 def snapshot(collector):
-    return asyncio.run(collector.snapshot())
+    return asyncio.run(collector.snapshot())()
 
 
 def of(profile, function):
@@ -155,3 +161,27 @@ def test_old_sites_are_bounded(monkeypatch):
 def test_size_classes(size, served_by):
     """pymalloc's steps of 16 up to 512, powers of two beyond."""
     assert size_class(size) == served_by
+
+
+def test_tracing_stopped_by_the_application_fails_the_window():
+    """Not a profile in which everything seems freed; and its new tracing is left alone."""
+    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+        tracemalloc.stop()
+    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+        restart_tracing(7)
+    assert tracemalloc.get_traceback_limit() == 7
+    tracemalloc.stop()
+
+
+def test_our_own_memory_is_left_out():
+    """What the profiler allocates is not what the application is asked about."""
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        snapshot(collector)
+        profile = snapshot(collector)
+    ours = [
+        sample
+        for sample in profile.samples
+        if any("asgi_pprof.collectors" in place.function.name for place in sample.stack)
+    ]
+    assert ours == []

@@ -21,6 +21,10 @@ def run(main, loop_name):
         return runner.run(main)
 
 
+async def tasks_of(collector):
+    return [goroutine async for goroutine in collector.goroutines()]
+
+
 async def innermost(event):
     await event.wait()
 
@@ -44,7 +48,7 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
         event = asyncio.Event()
         task = asyncio.create_task(outermost(event), name="patient")
         await asyncio.sleep(0)
-        profile = await TaskCollector().snapshot()
+        profile = (await TaskCollector().snapshot())()
         event.set()
         await task
         return profile
@@ -66,7 +70,7 @@ def test_states_are_running_runnable_and_waiting(loop_name):
         await asyncio.sleep(0)
         runnable = asyncio.create_task(outermost(event), name="can run")
         asyncio.current_task().set_name("asks")
-        dump = await TaskCollector().dump()
+        dump = await tasks_of(TaskCollector())
         event.set()
         await asyncio.gather(waiting, runnable)
         return dump
@@ -85,7 +89,7 @@ def test_equal_tasks_add_up(loop_name):
         event = asyncio.Event()
         tasks = [asyncio.create_task(outermost(event)) for _ in range(1000)]
         await asyncio.sleep(0)
-        profile = await TaskCollector().snapshot()
+        profile = (await TaskCollector().snapshot())()
         event.set()
         await asyncio.gather(*tasks)
         return profile
@@ -107,7 +111,7 @@ def test_labels_come_from_the_tasks_context(loop_name):
         plain = asyncio.create_task(outermost(event), name="plain")
         await asyncio.sleep(0)
         await asyncio.sleep(0)
-        dump = await TaskCollector().dump()
+        dump = await tasks_of(TaskCollector())
         event.set()
         await asyncio.gather(task, plain)
         return {dict(each.labels)["task"]: dict(each.labels).get("tenant") for each in dump}
@@ -124,10 +128,10 @@ def test_ids_stay_with_their_task(loop_name):
         task = asyncio.create_task(outermost(event), name="stays")
         await asyncio.sleep(0)
         collector = TaskCollector()
-        first = {dict(each.labels)["task"]: each.id for each in await collector.dump()}
+        first = {dict(each.labels)["task"]: each.id for each in await tasks_of(collector)}
         another = asyncio.create_task(outermost(event), name="comes later")
         await asyncio.sleep(0)
-        second = {dict(each.labels)["task"]: each.id for each in await collector.dump()}
+        second = {dict(each.labels)["task"]: each.id for each in await tasks_of(collector)}
         event.set()
         await asyncio.gather(task, another)
         return first, second
@@ -154,7 +158,7 @@ def test_loops_of_other_threads_are_seen(loop_name, other_loop):
     thread.start()
     try:
         assert ready.wait(20)
-        dump = run(TaskCollector().dump(), loop_name)
+        dump = run(tasks_of(TaskCollector()), loop_name)
     finally:
         finish.set()
         thread.join()
@@ -179,7 +183,7 @@ def test_other_work_goes_on_between_slices(loop_name):
 
         counter = asyncio.create_task(count_turns())
         ticks = iter(range(10**6))
-        await TaskCollector(clock=lambda: next(ticks)).dump()
+        await tasks_of(TaskCollector(clock=lambda: next(ticks)))
         counter.cancel()
         event.set()
         await asyncio.gather(*tasks, counter, return_exceptions=True)
@@ -194,7 +198,7 @@ def test_a_task_that_ends_meanwhile_is_left_out(loop_name):
     async def main():
         tasks = [asyncio.create_task(asyncio.sleep(0)) for _ in range(20)]
         ticks = iter(range(10**6))
-        dump = await TaskCollector(clock=lambda: next(ticks)).dump()
+        dump = await tasks_of(TaskCollector(clock=lambda: next(ticks)))
         await asyncio.gather(*tasks)
         return dump
 
@@ -209,7 +213,7 @@ def test_odd_names_do_no_harm(loop_name):
         odd = ["", "\udcff", "two\nlines", 'quo"te']
         tasks = [asyncio.create_task(outermost(event), name=name) for name in odd]
         await asyncio.sleep(0)
-        profile = await TaskCollector().snapshot()
+        profile = (await TaskCollector().snapshot())()
         event.set()
         await asyncio.gather(*tasks)
         return profile
