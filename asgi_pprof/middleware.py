@@ -7,12 +7,22 @@ object and two contextvar calls); websocket and lifespan scopes pay nothing.
 
 from __future__ import annotations
 
+from sys import getrefcount
+
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_pprof.app import PprofApp
 from asgi_pprof.labels import RequestLabels, current
 from asgi_pprof.paths import locate
 from asgi_pprof.switches import HeapEngine
+
+
+def _references_to_a_local() -> int:
+    local = object()
+    return getrefcount(local)
+
+
+_UNSHARED = _references_to_a_local()  # differs from one CPython to another
 
 
 class PprofMiddleware:
@@ -60,11 +70,13 @@ class PprofMiddleware:
             try:
                 await self.app(scope, receive, send)
             finally:
-                request.finish()
                 try:
                     current.reset(token)
                 except ValueError:
                     pass  # closed from another context, as a loop ends: nothing to put back
+                # Seldom: a task or a sample that outlives the request.
+                if getrefcount(request) > _UNSHARED:
+                    request.finish()
         elif kind == "lifespan":
             try:
                 await self.app(scope, receive, send)

@@ -7,6 +7,7 @@ import gc
 import gzip
 import threading
 import tracemalloc
+import weakref
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from asgi_pprof import PprofApp, PprofMiddleware, labels
+from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.labels import current, resolve
 from tests import official
 from tests.servers import ask, serve
@@ -439,3 +441,37 @@ def test_inner_labels_reach_a_mounted_service_with_a_middleware_of_its_own():
 
     asyncio.run(PprofMiddleware(between)(http_scope(), no_receive, no_send))
     assert recorder.labels == (("method", "GET"), ("tenant", "acme"))
+
+
+def test_a_task_that_outlives_its_request_keeps_the_route_and_not_the_request():
+    """Its labels stay, while what the scope held is freed."""
+
+    class Session:
+        pass
+
+    sessions, outliving = [], []
+
+    async def spawn(request):
+        request.scope["session"] = Session()
+        sessions.append(weakref.ref(request.scope["session"]))
+        outliving.append(asyncio.create_task(asyncio.sleep(30)))
+        return PlainTextResponse("spawned")
+
+    app = PprofMiddleware(Starlette(routes=[Route("/spawn/{number}", spawn)]))
+
+    async def call():
+        scope = http_scope("/spawn/1")
+        await answered(app, scope)
+        del scope
+        gc.collect()
+        (dump,) = [
+            dict(task.labels)
+            async for task in TaskCollector().goroutines()
+            if any("sleep" in place.function.name for place in task.stack)
+        ]
+        outliving[0].cancel()
+        return dump
+
+    found = asyncio.run(call())
+    assert (found["method"], found["route"]) == ("GET", "/spawn/{number}")
+    assert sessions[0]() is None
