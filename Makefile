@@ -7,7 +7,7 @@ export GOFLAGS := -buildvcs=false
 export GOTELEMETRY := off
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint type test test-fast cover golden bench demo build check clean
+.PHONY: help install format lint type test test-fast cover bench demo build check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -39,9 +39,6 @@ test-fast: install ## Run the tests that need neither a server nor Go
 
 cover: install ## Run all tests and show what they do not reach
 	$(RUN) -m pytest --cov --cov-report=term-missing $(ARGS)
-
-golden: install ## Write the golden texts anew
-	$(RUN) -m pytest --update-golden $(ARGS)
 
 bench: install ## Measure cost and accuracy; ARGS=--help shows the parts
 	$(RUN) -m tests.bench $(ARGS)

@@ -24,10 +24,6 @@ settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
 
-def pytest_addoption(parser):
-    parser.addoption("--update-golden", action="store_true", help="write golden texts anew")
-
-
 def _left_behind() -> dict[str, object]:
     """Return everything a profiler could leave in the process."""
     return {

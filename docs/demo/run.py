@@ -194,10 +194,7 @@ async def show_profiles(profiles: str, seconds: int) -> None:
             ("tasks", "goroutine"),
         ):
             print(f"\n{title}: go tool pprof -top {profiles}/{name}", flush=True)
-            # By itself pprof waits half as long again and 5 s; the first heap can take longer.
-            text = await output_of(
-                pprof, "-top", "-timeout=120", f"{profiles}/{name}", cwd=directory
-            )
+            text = await output_of(pprof, "-top", f"{profiles}/{name}", cwd=directory)
             print("\n".join(text.splitlines()[:TOP_LINES]), flush=True)
 
 
