@@ -7,9 +7,10 @@ its context, its name and its state: running, runnable, or waiting.
 
 How: the coroutine's chain of awaits is followed from outside; nothing is
 installed, and a task pays nothing until somebody asks. Collecting runs on the
-serving loop in slices of at most 5 ms, with the loop's other work in between.
+serving loop in slices of 4 ms, with the loop's other work in between.
 
-What it costs: about 10 us a task and 1 us a frame, on request only.
+What it costs: about 20 us a task, on request only. Copying the list of tasks is
+not divided: some tens of ms with 100,000 tasks.
 
 What it misses: tasks change between two slices, so the profile is not one
 moment. Loops that run in other threads are read while they run; on CPython
