@@ -27,6 +27,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.collectors.cpu import CpuCollector
+from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
 from asgi_pprof.collectors.tasks import age
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (
@@ -64,8 +65,10 @@ class PprofApp:
     By default only direct requests from this machine are answered.
 
     Args:
-        heap: "tracemalloc" to trace memory from now on, None to trace only
-            while somebody asks.
+        heap: "tracemalloc" to trace every allocation from now on (slow: see
+            docs/profiles.md), None to sample them.
+        memory_profile_rate: Mean bytes from one sample to the next, as Go's
+            MemProfileRate; 1 takes every allocation, 0 none.
         prefix: What comes before the names in the path; "" when mounted.
         guard: Who may come in.
     """
@@ -74,6 +77,7 @@ class PprofApp:
         self,
         *,
         heap: HeapEngine | None = None,
+        memory_profile_rate: int = DEFAULT_RATE,
         prefix: str = "",
         guard: Guard = allow_loopback,
     ) -> None:
@@ -82,13 +86,13 @@ class PprofApp:
         self._registry = Registry()
         self._cpu = CpuCollector()
         self._addresses = AddressBook()
-        self._switches = Switches(heap)
+        self._switches = Switches(heap, memory_profile_rate)
         self.open()
         # An app that is dropped without a shutdown must leave nothing behind either.
         weakref.finalize(self, self._switches.off).atexit = False
 
     def open(self) -> None:
-        """Switch on what records all the time: threads' starts, pauses of the collector."""
+        """Switch on what records all the time: memory, threads' starts, garbage collections."""
         self._switches.on()
 
     def close(self) -> None:
@@ -169,9 +173,10 @@ class PprofApp:
         return _text_response(await self._addresses.answer(_once(request.scope["query_string"])))
 
     async def _profile(self, request: Request) -> Response:
-        seconds = _params(request).cpu_seconds
+        params = _params(request)
+        seconds, hz = params.cpu_seconds, params.hz
         async with _watched(request) as gone:
-            profile = await self._cpu.collect(seconds, gone)
+            profile = await self._cpu.collect(seconds, gone, hz)
             if gone.is_set():
                 raise ClientGone
         return await _binary_response(lambda: profile, "profile")
@@ -187,7 +192,7 @@ class PprofApp:
             return _text_response(await self._goroutine_dump())
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
-            return await _binary_response(make_profile, name)
+            return await _binary_response(lambda: served.estimate(make_profile()), name)
         return _text_response(await run_in_thread(lambda: self._text(served, make_profile())))
 
     async def _goroutine_dump(self) -> str:
@@ -213,15 +218,19 @@ class PprofApp:
             duration_ns = time.monotonic_ns() - started_ns
 
         def make_delta() -> Profile:
-            first = before()  # its totals are part of what the second is measured by
-            return replace(subtract(after(), first), duration_ns=duration_ns)
+            # In this order: the first one's totals are part of what the second is measured by.
+            first = served.estimate(before())
+            second = served.estimate(after())
+            return replace(subtract(second, first), duration_ns=duration_ns)
 
         return await _binary_response(make_delta, f"{served.name}-delta")
 
     def _text(self, served: NamedProfile, profile: Profile) -> str:
         self._addresses.remember(profile)
         if served.text == "heap":
-            return heap_text(profile, mem_stats_text(read_mem_stats()))
+            live_bytes = sum(sample.values[3] for sample in served.estimate(profile).samples)
+            stats = read_mem_stats(live_bytes, heap_sampler.counters())
+            return heap_text(profile, mem_stats_text(stats))
         if served.text == "contention":
             return contention_text(served.name, profile)
         return count_text(served.name, profile)

@@ -19,15 +19,24 @@ from typing import Any, Protocol, TypeVar, cast
 
 from starlette.types import Scope
 
+from asgi_pprof.native import LabelNode
+
 Pairs = tuple[tuple[str, str], ...]
 
 _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 class LabelSet(Protocol):
-    """What the contextvar holds: labels that can be asked for later, from any thread."""
+    """
+    What the contextvar holds: labels that can be asked for later, from any thread.
+
+    With the C core each has a number of its own, which is never used again.
+    """
 
     outer: LabelSet | None
+
+    @property
+    def number(self) -> int: ...
 
     def own(self) -> dict[str, str]:
         """Return its labels, without those of the sets around it."""
@@ -103,7 +112,7 @@ class labels:
         return cast(_Callable, call)
 
 
-class _OwnLabels:
+class _OwnLabels(LabelNode):
     __slots__ = ("_own", "outer")
 
     def __init__(self, own: dict[str, str], outer: LabelSet | None) -> None:
@@ -114,7 +123,7 @@ class _OwnLabels:
         return self._own
 
 
-class RequestLabels:
+class RequestLabels(LabelNode):
     """
     The labels of one request: its method and the template of its route.
 

@@ -87,6 +87,15 @@ gc_pauses = GcPauses()
 
 
 @dataclass(frozen=True, slots=True)
+class AllocationCounters:
+    """Allocations and frees by Python's allocators, and bytes allocated, since counting began."""
+
+    mallocs: int
+    frees: int
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class MemStats:
     """Go's runtime.MemStats in its order, and RSS; bytes unless named otherwise."""
 
@@ -125,18 +134,24 @@ class MemStats:
     RSS: int
 
 
-def read_mem_stats() -> MemStats:
-    """Return the numbers now; takes some hundred us, from any thread."""
+def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = None) -> MemStats:
+    """
+    Return the numbers now; takes some hundred us, from any thread.
+
+    Args:
+        live_bytes: What a heap profile says is in use.
+        counters: What the native heap sampler has counted, if it is on.
+    """
     malloc, status = _mallinfo(), _proc_status()
-    traced = tracemalloc.get_traced_memory()[0] if tracemalloc.is_tracing() else 0
+    counters = counters or AllocationCounters(0, 0, 0)
     return MemStats(
-        Alloc=traced,
-        TotalAlloc=0,
+        Alloc=live_bytes,
+        TotalAlloc=counters.total_bytes,
         Sys=status.get("VmData", 0) + status.get("VmStk", 0),
         Lookups=0,
-        Mallocs=0,
-        Frees=0,
-        HeapAlloc=traced,
+        Mallocs=counters.mallocs,
+        Frees=counters.frees,
+        HeapAlloc=live_bytes,
         HeapSys=malloc["arena"] + malloc["hblkhd"],
         HeapIdle=malloc["fordblks"],
         HeapInuse=malloc["uordblks"] + malloc["hblkhd"],

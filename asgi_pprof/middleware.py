@@ -12,6 +12,7 @@ from sys import getrefcount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_pprof.app import PprofApp
+from asgi_pprof.collectors.heap_native import DEFAULT_RATE
 from asgi_pprof.labels import RequestLabels, current
 from asgi_pprof.paths import locate
 from asgi_pprof.switches import HeapEngine
@@ -36,11 +37,14 @@ class PprofMiddleware:
     Args:
         app: The application.
         prefix: Where the profiles are, below the root path.
-        heap: "tracemalloc" to trace memory from now on (slow: see
-            docs/profiles.md), None to trace only while somebody asks.
+        heap: "tracemalloc" to trace every allocation from now on (slow: see
+            docs/profiles.md), None to sample them.
+        memory_profile_rate: Mean bytes from one sample to the next, as Go's
+            MemProfileRate; 1 takes every allocation, 0 none.
 
     Raises:
-        ValueError: `prefix` is no absolute path, or `heap` is unknown.
+        ValueError: `prefix` is no absolute path, `heap` is unknown, or the rate
+            is negative.
     """
 
     def __init__(
@@ -49,6 +53,7 @@ class PprofMiddleware:
         *,
         prefix: str = "/debug/pprof",
         heap: HeapEngine | None = None,
+        memory_profile_rate: int = DEFAULT_RATE,
     ) -> None:
         if not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix:
             raise ValueError(f'prefix is a path such as "/debug/pprof", not {prefix!r}')
@@ -57,7 +62,7 @@ class PprofMiddleware:
         # What to look for in a path. "" is in every path: after a shutdown,
         # the next request, if one ever comes, switches everything on again.
         self._looked_for = prefix
-        self._pprof = PprofApp(heap=heap, prefix=prefix)
+        self._pprof = PprofApp(heap=heap, memory_profile_rate=memory_profile_rate, prefix=prefix)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -78,6 +83,7 @@ class PprofMiddleware:
                 if getrefcount(request) > _UNSHARED:
                     request.finish()
         elif kind == "lifespan":
+            self._pprof.open()  # a server that forks has built us in its parent
             try:
                 await self.app(scope, receive, send)
             finally:

@@ -15,6 +15,8 @@ from urllib.parse import unquote_plus
 from asgi_pprof.errors import BadParameter
 
 DEFAULT_CPU_SECONDS = 30
+DEFAULT_HZ = 100  # as Go: enough for 1 % shares in 30 s, far below what costs show
+MAX_HZ = 1000
 
 _INT64_MAX = 2**63 - 1
 _MAX_SECONDS = _INT64_MAX // 1_000_000_000  # about 292 years: their nanoseconds still fit
@@ -55,6 +57,22 @@ class Params:
         if seconds is None or seconds <= 0:
             return DEFAULT_CPU_SECONDS
         return min(seconds, _MAX_SECONDS)
+
+    @property
+    def hz(self) -> int:
+        """
+        Return how many samples to take in a second of CPU time; ours, not Go's.
+
+        Raises:
+            BadParameter: `hz` is there and no number from 1 to 1000.
+        """
+        text = self._values.get("hz", "")
+        if text == "":
+            return DEFAULT_HZ
+        hz = _parse_int64(text)
+        if hz is None or not 1 <= hz <= MAX_HZ:
+            raise BadParameter(f'invalid value for "hz" - must be an integer from 1 to {MAX_HZ}')
+        return hz
 
     @property
     def delta(self) -> bool:

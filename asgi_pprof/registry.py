@@ -13,10 +13,13 @@ from typing import Literal
 from asgi_pprof.collectors import SnapshotCollector
 from asgi_pprof.collectors.contention import ContentionCollector
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.collectors.heap import HeapCollector, Peaks
+from asgi_pprof.collectors.heap import HeapCollector
+from asgi_pprof.collectors.heap_tracemalloc import Peaks
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector, ThreadCreateCollector
 from asgi_pprof.errors import UnknownProfile
+from asgi_pprof.heap_sizes import scale_sampled
+from asgi_pprof.profile import Profile
 
 TextForm = Literal["count", "heap", "contention"]
 
@@ -39,6 +42,10 @@ class NamedProfile:
     description: str = ""
     text: TextForm = "count"
     custom: bool = False
+
+    def estimate(self, profile: Profile) -> Profile:
+        """Return what its samples stand for; debug=1 texts show them as taken, as in Go."""
+        return scale_sampled(profile) if self.text == "heap" else profile
 
 
 SPECIAL: Mapping[str, str] = {

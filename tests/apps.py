@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import hashlib
-import signal
 import sys
-import threading
 import time
-import tracemalloc
 
 from fastapi import APIRouter, FastAPI
 from fastapi.responses import JSONResponse
 
 from asgi_pprof import PprofMiddleware, Profile, labels
+from tests.state import process_state
 
 app = FastAPI()
 app.add_middleware(PprofMiddleware)
@@ -122,16 +119,4 @@ app.include_router(items, prefix="/v1")
 
 @app.get("/state")
 async def state() -> JSONResponse:
-    wakeup = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(wakeup, warn_on_full_buffer=False)
-    return JSONResponse(
-        {
-            "handler": str(signal.getsignal(signal.SIGPROF)),
-            "timer": signal.getitimer(signal.ITIMER_PROF),
-            "wakeup": wakeup,
-            "tracing": tracemalloc.is_tracing(),
-            "threads": sorted(thread.name for thread in threading.enumerate()),
-            "callbacks": len(gc.callbacks),
-            "tasks": len(asyncio.all_tasks()),
-        }
-    )
+    return JSONResponse({**process_state(), "tasks": len(asyncio.all_tasks())})

@@ -6,10 +6,8 @@ import asyncio
 import contextlib
 import gc
 import os
-import signal
 import threading
 import time
-import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from hypothesis import settings
 from asgi_pprof.collectors.custom import custom_profiles
 from asgi_pprof.memstats import read_mem_stats
 from tests.servers import ServerProcess, serve_process
+from tests.state import clock_timers, process_state
 
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
@@ -27,13 +26,10 @@ settings.load_profile("any machine")
 def _left_behind() -> dict[str, object]:
     """Return everything a profiler could leave in the process."""
     return {
-        "SIGPROF handler": signal.getsignal(signal.SIGPROF),
-        "ITIMER_PROF": signal.getitimer(signal.ITIMER_PROF),
-        "wakeup descriptor": _wakeup_fd(),
+        **process_state(),
+        "clock timers": clock_timers(),
         "Thread.start": threading.Thread.start,
-        "gc.callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],
-        "tracemalloc": tracemalloc.is_tracing(),
-        "threads": {thread.name for thread in threading.enumerate()},
+        "callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "custom profiles": set(custom_profiles()),
     }
@@ -44,16 +40,10 @@ def _is_hypothesis(callback) -> bool:
     return (getattr(callback, "__module__", "") or "").startswith("hypothesis.")
 
 
-def _wakeup_fd() -> int:
-    descriptor = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(descriptor)
-    return descriptor
-
-
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
     """Fail any test that leaves a timer, handler, thread, patch or tracing behind."""
-    for shared in {"shop", "any_shop"} & set(request.fixturenames):
+    for shared in {"shop", "any_shop", "pure_shop"} & set(request.fixturenames):
         request.getfixturevalue(shared)  # outlives the test: start it before looking
     gc.collect()
     before = _left_behind()
@@ -97,10 +87,13 @@ def _servers():
     with contextlib.ExitStack() as stack:
         servers: dict[str, ServerProcess] = {}
 
-        def server(loop: str) -> ServerProcess:
-            if loop not in servers:
-                servers[loop] = stack.enter_context(serve_process("tests.apps:app", loop=loop))
-            return servers[loop]
+        def server(loop: str, native: str = "1") -> ServerProcess:
+            if loop + native not in servers:
+                env = {} if native == "1" else {"ASGI_PPROF_NATIVE": native}
+                servers[loop + native] = stack.enter_context(
+                    serve_process("tests.apps:app", loop=loop, env=env)
+                )
+            return servers[loop + native]
 
         yield server
 
@@ -109,6 +102,12 @@ def _servers():
 def shop(_servers, loop_name):
     """A service with the middleware, in a process of its own, on each kind of loop."""
     return _servers(loop_name)
+
+
+@pytest.fixture
+def pure_shop(_servers, loop_name):
+    """The same service, without the C core."""
+    return _servers(loop_name, native="0")
 
 
 @pytest.fixture

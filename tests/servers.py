@@ -137,6 +137,10 @@ class ServerProcess:
         """Return what the service says about signals, timers, patches and tracing in it."""
         return json.loads(self.visit("/state").body)
 
+    def is_sampling(self) -> bool:
+        """Tell whether a CPU profile is being taken, by whichever engine."""
+        return bool(self.state()["sampling"])
+
     @contextlib.contextmanager
     def load(self, path: str, clients: int = 2) -> Iterator[None]:
         """Keep some clients asking for a path, one request after the other."""

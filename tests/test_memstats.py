@@ -11,7 +11,14 @@ from pathlib import Path
 import pytest
 
 from asgi_pprof import memstats
-from asgi_pprof.memstats import GcPauses, MemStats, gc_pauses, mem_stats_text, read_mem_stats
+from asgi_pprof.memstats import (
+    AllocationCounters,
+    GcPauses,
+    MemStats,
+    gc_pauses,
+    mem_stats_text,
+    read_mem_stats,
+)
 
 GOLDEN = Path(__file__).parent / "golden" / "heap_debug1.body"
 
@@ -146,16 +153,21 @@ class TestReading:
         assert stats.Sys > stats.StackSys > 0
         assert stats.StackInuse <= stats.StackSys
 
-    def test_live_memory_is_known_while_it_is_traced(self):
-        """And 0 while it is not."""
-        assert read_mem_stats().HeapAlloc == read_mem_stats().Alloc == 0
+    def test_allocations_are_those_that_were_counted(self):
+        """Of the heap profile and the sampler's counters; 0 without them."""
+        assert read_mem_stats().HeapAlloc == read_mem_stats().Mallocs == 0
+        stats = read_mem_stats(2**20, AllocationCounters(mallocs=5, frees=3, total_bytes=2**21))
+        assert stats.Alloc == stats.HeapAlloc == 2**20
+        assert (stats.Mallocs, stats.Frees, stats.TotalAlloc) == (5, 3, 2**21)
+
+    def test_tables_of_tracemalloc_are_known_while_it_traces(self):
+        """They are what Go calls bucket hash tables."""
+        assert read_mem_stats().BuckHashSys == 0
         tracemalloc.start()
         try:
-            hold_a_megabyte = bytearray(2**20)
             stats = read_mem_stats()
         finally:
             tracemalloc.stop()
-        assert len(hold_a_megabyte) <= stats.HeapAlloc == stats.Alloc
         assert stats.BuckHashSys > 0
 
     def test_debug_flags_of_the_collector_are_told(self):

@@ -40,9 +40,14 @@ class SnapshotCollector(Protocol):
 class TimedCollector(Protocol):
     """A profile of what happens during some seconds."""
 
-    async def collect(self, duration_s: float, stop: asyncio.Event) -> Profile:
+    async def collect(self, duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
         """
         Return a profile of the next seconds, or of those until `stop` is set.
+
+        Args:
+            duration_s: How long.
+            stop: Ends it early.
+            hz: How many samples to take in a second.
 
         Raises:
             ProfileBusy: It is taken already.

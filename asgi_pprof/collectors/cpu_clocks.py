@@ -49,19 +49,23 @@ class ThreadClocks:
         self.process_ns = time.process_time_ns() - self._process_start
         self._own_ns = time.thread_time_ns() - self._own_start
 
-    def others(self) -> list[tuple[str, int, int]]:
-        """
-        Return (name, native id, nanoseconds) for each other thread as last read.
-
-        What the process used beyond all these (threads that started and ended
-        between two looks) comes last, with id 0.
-        """
-        used = [
+    def threads(self) -> list[tuple[str, int, int]]:
+        """Return (name, native id, nanoseconds) for each other thread as last read."""
+        return [
             # Below 0 where the system has given an id to a new thread.
             (self._name(thread_id), thread_id, max(0, cpu_ns - self._start.get(thread_id, 0)))
             for thread_id, cpu_ns in sorted(self._last.items())
             if thread_id != self._own_id
         ]
+
+    def others(self) -> list[tuple[str, int, int]]:
+        """
+        Return the same as `threads`, and what the process used beyond it.
+
+        That (threads that started and ended between two looks) comes last,
+        with id 0.
+        """
+        used = self.threads()
         rest_ns = self.process_ns - self._own_ns - sum(cpu_ns for _, _, cpu_ns in used)
         # The clocks are not read at one instant: what is below a tick is no thread.
         if rest_ns > 10_000_000:

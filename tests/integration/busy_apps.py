@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
-import threading
 import time
 import tracemalloc
 
@@ -17,24 +15,14 @@ from starlette.responses import JSONResponse
 from starlette.routing import Mount, Route
 
 from asgi_pprof import PprofApp, PprofMiddleware
+from tests.state import process_state
 
 received: list[int] = []
 kept: list[bytearray] = []
 
 
 async def state(request: Request) -> JSONResponse:
-    wakeup = signal.set_wakeup_fd(-1)
-    signal.set_wakeup_fd(wakeup)
-    return JSONResponse(
-        {
-            "handler": str(signal.getsignal(signal.SIGPROF)),
-            "timer": signal.getitimer(signal.ITIMER_PROF),
-            "wakeup": wakeup,
-            "tracing": tracemalloc.is_tracing(),
-            "threads": sorted(thread.name for thread in threading.enumerate()),
-            "callbacks": len(gc.callbacks),
-        }
-    )
+    return JSONResponse(process_state())
 
 
 async def block(request: Request) -> JSONResponse:
@@ -73,9 +61,9 @@ async def fork(request: Request) -> JSONResponse:
     child = os.fork()
     if child == 0:
         try:
-            timer = signal.getitimer(signal.ITIMER_PROF)
+            sampling = process_state()["sampling"]
             status = _profile_in_a_new_loop()
-            os.write(writer, f"timer {timer}, profile {status}".encode())
+            os.write(writer, f"sampling {sampling}, profile {status}".encode())
         finally:
             os._exit(0)
     os.close(writer)

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from asgi_pprof.collectors import cpu_native
 from tests import apps, official
 from tests.servers import ask, leaving_client, serve, serve_process, until
 
@@ -36,46 +37,51 @@ def test_client_that_leaves_stops_the_sampler_at_once(shop):
     """Timer and handler are put back well before the 30 s are over; the next may start."""
     before = shop.state()
     with leaving_client(shop.port, "/debug/pprof/profile"):
-        until(lambda: shop.state()["timer"] != IDLE_TIMER)
-    until(lambda: shop.state()["timer"] == IDLE_TIMER, seconds=5)
-    until(lambda: shop.state()["tasks"] == before["tasks"], seconds=5)
-    after = shop.state()
-    assert after["handler"] == before["handler"]
-    assert after["wakeup"] == before["wakeup"]
+        until(lambda: shop.is_sampling())
+    until(lambda: not shop.is_sampling(), seconds=5)
+    until(lambda: shop.state() == before, seconds=5)
     assert shop.get("profile?seconds=1").status == 200
 
 
-def test_client_that_leaves_a_heap_window_stops_tracing(shop):
+def test_client_that_leaves_a_heap_window_stops_tracing(pure_shop):
     """tracemalloc is off again when nobody waits for the delta."""
-    with leaving_client(shop.port, "/debug/pprof/heap?seconds=30"):
-        until(lambda: shop.state()["tracing"])
-    until(lambda: not shop.state()["tracing"], seconds=5)
+    with leaving_client(pure_shop.port, "/debug/pprof/heap?seconds=30"):
+        until(lambda: pure_shop.state()["tracing"])
+    until(lambda: not pure_shop.state()["tracing"], seconds=5)
 
 
-def test_overlapping_heap_windows_share_the_tracing(shop):
+def test_overlapping_heap_windows_share_the_tracing(pure_shop):
     """The first to end does not take it from the second."""
     answers = []
-    long = threading.Thread(target=lambda: answers.append(shop.get("heap?seconds=3")))
-    long.start()
-    until(lambda: shop.state()["tracing"])
-    assert shop.get("allocs?seconds=1").status == 200
-    assert shop.state()["tracing"]
-    shop.visit("/keep")
-    long.join()
-    shop.visit("/forget")
-    assert not shop.state()["tracing"]
+
+    def window(seconds):
+        answers.append(pure_shop.get(f"heap?seconds={seconds}"))
+
+    for seconds in (3, 12):  # the longer one is for a machine that is busy
+        long = threading.Thread(target=window, args=(seconds,))
+        long.start()
+        until(lambda: pure_shop.state()["tracing"])
+        assert pure_shop.get("allocs?seconds=1").status == 200
+        still_tracing = pure_shop.state()["tracing"]
+        pure_shop.visit("/keep")
+        long.join()
+        pure_shop.visit("/forget")
+        if still_tracing:
+            break
+    assert still_tracing
+    assert not pure_shop.state()["tracing"]
     kept = [
         values
-        for stack, values, _ in samples(official.parse(answers[0].body))
+        for stack, values, _ in samples(official.parse(answers[-1].body))
         if stack[0] == "tests.apps.keep_ten_megabytes"
     ]
     assert sum(values[3] for values in kept) >= 10 * 2**20
 
 
-def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(shop):
+def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(pure_shop):
     """A `def` endpoint's CPU is there in full, under a pseudo-frame for each thread."""
-    with shop.load("/thread/x"):
-        message = official.parse(shop.get("profile?seconds=3").body)
+    with pure_shop.load("/thread/x"):
+        message = official.parse(pure_shop.get("profile?seconds=3").body)
     threads = [
         (stack, values, labels)
         for stack, values, labels in samples(message)
@@ -126,13 +132,14 @@ def test_deep_recursion_is_cut_and_says_so(shop):
 
 def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
     """Seconds of a blocked loop at 100 Hz do not overflow asyncio's own signal pipe."""
-    with serve_process("tests.integration.busy_apps:with_signal_handler") as server:
+    app, env = "tests.integration.busy_apps:with_signal_handler", {"ASGI_PPROF_NATIVE": "0"}
+    with serve_process(app, env=env) as server:
         state = server.state()
         assert state["wakeup"] != -1
         answers = []
         reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=2")))
         reader.start()
-        until(lambda: server.state()["timer"] != IDLE_TIMER)
+        until(lambda: server.is_sampling())
         server.visit("/block/6")  # 600 signals; the socket pair holds under 300
         reader.join()
         assert answers[0].status == 200
@@ -160,8 +167,9 @@ def test_the_applications_own_use_of_sigprof_is_left_alone(app, reason):
         assert (server.state()["timer"] == IDLE_TIMER) is (before["timer"] == IDLE_TIMER)
 
 
-def test_without_a_main_thread_loop_the_cpu_profile_says_so(loop_name):
+def test_without_a_main_thread_loop_the_signal_engine_says_so(loop_name, monkeypatch):
     """501 with the reason where Python cannot handle signals; all else works."""
+    monkeypatch.setattr(cpu_native, "why_not", lambda: "not here")
     with serve(apps.app, loop=loop_name) as port:
         answer = ask(port, "/debug/pprof/profile?seconds=1")
         assert answer.status == 501
@@ -182,7 +190,7 @@ def test_two_middlewares_share_one_process(loop_name):
             target=lambda: first.append(ask(server.port, "/other/profile?seconds=2"))
         )
         reader.start()
-        until(lambda: server.state()["timer"] != IDLE_TIMER)
+        until(lambda: server.is_sampling())
         assert ask(server.port, "/inner/debug/pprof/profile?seconds=1").status == 500
         reader.join()
         assert first[0].status == 200
@@ -194,8 +202,8 @@ def test_forked_child_is_clean_and_can_profile_itself():
         answers = []
         reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=3")))
         reader.start()
-        until(lambda: server.state()["timer"] != IDLE_TIMER)
-        assert server.visit("/fork").text == '"timer (0.0, 0.0), profile 200"'
+        until(lambda: server.is_sampling())
+        assert server.visit("/fork").text == '"sampling False, profile 200"'
         reader.join()
         assert answers[0].status == 200
 
@@ -274,9 +282,9 @@ def test_gc_parameter_collects_for_the_heap_only(any_shop):
     assert forced() == before + 1
 
 
-def test_heap_that_is_off_says_how_to_switch_it_on(any_shop):
+def test_heap_that_is_off_says_how_to_switch_it_on(pure_shop):
     """Never silently empty: the comment in the profile is the note on the index."""
-    message = official.parse(any_shop.get("heap").body)
+    message = official.parse(pure_shop.get("heap").body)
     assert len(message.sample) == 0
     (comment,) = (message.string_table[each] for each in message.comment)
     assert "heap?seconds=N" in comment

@@ -7,7 +7,8 @@ import tracemalloc
 
 import pytest
 
-from asgi_pprof.collectors.heap import HeapCollector, Peaks, size_class, tracing
+from asgi_pprof.collectors.heap import HeapCollector
+from asgi_pprof.collectors.heap_tracemalloc import Peaks, tracing
 from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import subtract
 from asgi_pprof.profile import check_valid
@@ -41,14 +42,14 @@ def of(profile, function):
 
 
 def test_live_blocks_are_counted_with_their_size_class():
-    """Ten blocks of 900 bytes: ten objects, 9,000 bytes and a little, class 1,024."""
+    """Ten blocks of 900 bytes: ten objects, 9,000 bytes and a little, class 960."""
     collector = HeapCollector(Peaks())
     with tracing.on():
         kept = keep_blocks(10, 900)
         profile = snapshot(collector)
         del kept
     check_valid(profile)
-    large = [values for values, label in of(profile, "keep_blocks") if label["bytes"] == 1024]
+    large = [values for values, label in of(profile, "keep_blocks") if label["bytes"] == 960]
     assert sum(values[2] for values in large) == 10
     assert 9_000 <= sum(values[3] for values in large) < 10_000
     assert profile.period == 1
@@ -62,15 +63,15 @@ def test_freed_blocks_are_not_in_use_but_stay_allocated():
         before = snapshot(collector)
         del kept
         after = snapshot(collector)
-    was = [values for values, label in of(before, "keep_blocks") if label["bytes"] == 1024]
-    now = [values for values, label in of(after, "keep_blocks") if label["bytes"] == 1024]
+    was = [values for values, label in of(before, "keep_blocks") if label["bytes"] == 960]
+    now = [values for values, label in of(after, "keep_blocks") if label["bytes"] == 960]
     assert sum(values[3] for values in was) >= 9_000
     assert sum(values[3] for values in now) == 0
     assert sum(values[1] for values in now) == sum(values[1] for values in was)
     shrunk = [
         values
         for values, label in of(subtract(after, before), "keep_blocks")
-        if label["bytes"] == 1024
+        if label["bytes"] == 960
     ]
     assert sum(values[2] for values in shrunk) == -10
 
@@ -144,7 +145,7 @@ def test_allocs_is_the_same_data_with_another_default():
 
 def test_old_sites_are_bounded(monkeypatch):
     """When the table is full, new sites count their live blocks, and a comment says so."""
-    monkeypatch.setattr("asgi_pprof.collectors.heap._MAX_PEAKS", 1)
+    monkeypatch.setattr("asgi_pprof.collectors.heap_tracemalloc._MAX_PEAKS", 1)
     collector = HeapCollector(Peaks())
     with tracing.on():
         kept = keep_blocks(10, 900)
@@ -152,15 +153,6 @@ def test_old_sites_are_bounded(monkeypatch):
         del kept
     assert all(sample.values[0] >= sample.values[2] for sample in profile.samples)
     assert any("beyond the first 1" in comment for comment in profile.comments)
-
-
-@pytest.mark.parametrize(
-    ("size", "served_by"),
-    [(0, 16), (1, 16), (16, 16), (17, 32), (512, 512), (513, 1024), (1024, 1024), (1025, 2048)],
-)
-def test_size_classes(size, served_by):
-    """pymalloc's steps of 16 up to 512, powers of two beyond."""
-    assert size_class(size) == served_by
 
 
 def test_tracing_stopped_by_the_application_fails_the_window():

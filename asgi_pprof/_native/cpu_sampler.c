@@ -1,0 +1,602 @@
+#define _GNU_SOURCE
+#include "cpu_sampler.h"
+
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/time.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "labels.h"
+#include "names.h"
+#include "reader.h"
+#include "store.h"
+#include "unwinder.h"
+
+#ifndef sigev_notify_thread_id
+#define sigev_notify_thread_id _sigev_un._tid
+#endif
+
+#define MAX_THREADS 1024
+#define MAX_INTERPRETERS 1024
+#define WATCH_NS 40000000 /* new threads are found within 50 ms */
+#define SAMPLE_UNITS (1u << 22) /* 64 MiB of address space */
+#define SAMPLE_SLOTS (1u << 20)
+#define STOP_PATIENCE_S 5
+
+typedef struct {
+    uint64_t label_set;
+    uint32_t places[MAX_DEPTH + 1];
+    uint32_t unused;
+} SampleKey;
+
+#define SAMPLE_KEY_SIZE(depth) (offsetof(SampleKey, places) + (depth) * sizeof(uint32_t))
+
+/* A thread that has a timer, and room for its handler to work in. */
+typedef struct {
+    pid_t thread;
+    timer_t timer;
+    _Atomic bool busy; /* its handler runs */
+    _Atomic uint64_t samples, periods, unreadable, lost, own_ns;
+    Reader reader;
+    PyThreadState state;
+    Stack stack;
+    SampleKey key;
+} Slot;
+
+static struct {
+    _Atomic bool on;
+    _Atomic bool displaced;
+    bool started; /* between start and stop */
+    bool active;  /* until stop is over: a fork may come in the middle of it */
+    long period_ns;
+    Slot *slots;
+    int slot_count; /* slots that have ever been used since start */
+    ByteStore samples;
+    struct sigaction replaced;
+    pthread_t watcher;
+    pid_t watcher_id;
+    bool has_watcher;
+    bool stopping;
+    pthread_mutex_t mutex; /* the watcher's sleep */
+    pthread_cond_t wake;
+    uint64_t watcher_ns, unsampled;
+    unsigned seed;
+    Reader walker; /* what looks for threads reads with */
+} cpu = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static uint64_t
+thread_cpu_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+static void
+add(_Atomic uint64_t *counter, uint64_t amount)
+{
+    atomic_fetch_add_explicit(counter, amount, memory_order_relaxed);
+}
+
+static void
+take_sample(Slot *slot, uint64_t periods)
+{
+    uint64_t begun = thread_cpu_ns();
+    Reader *reader = &slot->reader;
+    LabelSet found;
+    reader_begin(reader);
+    slot->key.label_set = 0;
+    /* A plain look into thread-local storage: no lock, no allocation. NULL once
+       the thread's state is gone. */
+    const PyThreadState *state = PyGILState_GetThisThreadState();
+    if (state == NULL) {
+        slot->stack.depth = 1;
+        slot->stack.places[0] = PLACE_NO_FRAME;
+    }
+    else if (!unwind(reader, state, &slot->state, &slot->stack)) {
+        add(&slot->unreadable, periods);
+    }
+    else if (labels_find(reader, &slot->state, &found) != NULL) {
+        slot->key.label_set = found.number;
+        labels_mark(found.number);
+    }
+    memcpy(slot->key.places, slot->stack.places, slot->stack.depth * sizeof(uint32_t));
+    uint32_t id = store_intern(&cpu.samples, 0, &slot->key, SAMPLE_KEY_SIZE(slot->stack.depth),
+                               sizeof(uint64_t));
+    if (id != 0) {
+        add(record_extra(store_record(&cpu.samples, id)), periods);
+    }
+    else {
+        add(&slot->lost, periods);
+    }
+    add(&slot->samples, 1);
+    add(&slot->periods, periods);
+    add(&slot->own_ns, thread_cpu_ns() - begun);
+}
+
+static void
+on_signal(int number, siginfo_t *info, void *context)
+{
+    (void)number, (void)context;
+    int saved = errno;
+    Slot *slot = info->si_value.sival_ptr;
+    if (info->si_code == SI_TIMER && slot >= cpu.slots && slot < cpu.slots + MAX_THREADS) {
+        uint64_t periods = 1 + (uint64_t)info->si_overrun;
+        /* In this order; cpu_stop does it the other way round. */
+        if (atomic_exchange(&slot->busy, true)) {
+            add(&slot->lost, periods); /* a late signal of a thread that had the slot before */
+        }
+        else {
+            if (atomic_load(&cpu.on)) {
+                take_sample(slot, periods);
+            }
+            atomic_store(&slot->busy, false);
+        }
+    }
+    errno = saved;
+}
+
+static bool
+timer_has_ended(timer_t timer)
+{
+    /* The kernel disarms the timer of a thread that is gone. */
+    struct itimerspec left;
+    return timer_gettime(timer, &left) < 0 ||
+           (left.it_value.tv_sec == 0 && left.it_value.tv_nsec == 0);
+}
+
+static void
+release_slot(Slot *slot)
+{
+    timer_delete(slot->timer);
+    slot->thread = 0;
+}
+
+/* Start a timer on a thread; its first signal comes at a random part of a period, so
+   that threads which live shortly are seen as often as they deserve. */
+static bool
+arm(Slot *slot, pid_t thread)
+{
+    struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGPROF};
+    event.sigev_value.sival_ptr = slot;
+    event.sigev_notify_thread_id = thread;
+    clockid_t clock = (clockid_t)((~(unsigned)thread << 3) | 6); /* CPUCLOCK_PERTHREAD | _SCHED */
+    if (timer_create(clock, &event, &slot->timer) < 0) {
+        return false;
+    }
+    double part = (rand_r(&cpu.seed) + 1.0) / (RAND_MAX + 1.0);
+    long first = (long)((double)cpu.period_ns * part);
+    struct itimerspec times = {
+        .it_interval = {cpu.period_ns / 1000000000, cpu.period_ns % 1000000000},
+        .it_value = {first / 1000000000, first % 1000000000},
+    };
+    if (times.it_value.tv_sec == 0 && times.it_value.tv_nsec == 0) {
+        times.it_value.tv_nsec = 1;
+    }
+    slot->reader.pid = getpid();
+    slot->reader.trusted = false;
+    slot->reader.next_count = slot->reader.next_bytes = 0;
+    slot->thread = thread;
+    if (timer_settime(slot->timer, 0, &times, NULL) < 0) {
+        release_slot(slot);
+        return false;
+    }
+    return true;
+}
+
+static Slot *
+slot_of(pid_t thread)
+{
+    for (int i = 0; i < cpu.slot_count; i++) {
+        if (cpu.slots[i].thread == thread) {
+            return &cpu.slots[i];
+        }
+    }
+    return NULL;
+}
+
+static void
+sample_thread(pid_t thread)
+{
+    Slot *slot = slot_of(0);
+    if (slot != NULL && atomic_load(&slot->busy)) {
+        slot = NULL; /* with a handler still in it */
+    }
+    if (slot == NULL && cpu.slot_count < MAX_THREADS) {
+        slot = &cpu.slots[cpu.slot_count++];
+    }
+    if (slot == NULL || !arm(slot, thread)) {
+        cpu.unsampled++;
+    }
+}
+
+/*
+ * The native ids of all threads that have a Python thread state, in any
+ * interpreter: at most MAX_THREADS. Nothing is locked and threads come and go,
+ * so this reads as carefully as a handler, and what it finds is only a hint:
+ * the kernel refuses a timer on what is no thread of ours.
+ */
+static int
+find_threads(pid_t *threads)
+{
+    Reader *reader = &cpu.walker;
+    int count = 0;
+    const PyInterpreterState *interpreter = *(PyInterpreterState *volatile *)&_PyRuntime.interpreters.head;
+    for (int i = 0; interpreter != NULL && i < MAX_INTERPRETERS; i++) {
+        const PyThreadState *at;
+        PyThreadState state;
+        if (!reader_copy(reader, &interpreter->threads.head, &at, sizeof at)) {
+            break;
+        }
+        for (int step = 0; at != NULL && step < 2 * MAX_THREADS && count < MAX_THREADS; step++) {
+            if (!reader_copy(reader, at, &state, THREAD_STATE_SIZE)) {
+                break;
+            }
+            if (state.native_thread_id != 0) {
+                threads[count++] = (pid_t)state.native_thread_id;
+            }
+            at = state.next;
+        }
+        if (!reader_copy(reader, &interpreter->next, &interpreter, sizeof interpreter)) {
+            break;
+        }
+    }
+    return count;
+}
+
+static bool
+contains(const pid_t *threads, int count, pid_t thread)
+{
+    for (int i = 0; i < count; i++) {
+        if (threads[i] == thread) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Give every thread its timer, and take those of ended ones away. */
+static void
+look_for_threads(void)
+{
+    static pid_t threads[MAX_THREADS];
+    int count = find_threads(threads);
+    cpu.unsampled = 0;
+    for (int i = 0; i < cpu.slot_count; i++) {
+        Slot *slot = &cpu.slots[i];
+        if (slot->thread != 0 &&
+            (timer_has_ended(slot->timer) || !contains(threads, count, slot->thread))) {
+            release_slot(slot);
+        }
+    }
+    for (int i = 0; i < count; i++) {
+        if (slot_of(threads[i]) == NULL) {
+            sample_thread(threads[i]);
+        }
+    }
+}
+
+static bool
+signal_is_ours(void)
+{
+    struct sigaction current;
+    return sigaction(SIGPROF, NULL, &current) == 0 && current.sa_sigaction == on_signal;
+}
+
+static void *
+watch(void *unused)
+{
+    (void)unused;
+    pthread_setname_np(pthread_self(), "asgi_pprof");
+    pthread_mutex_lock(&cpu.mutex);
+    cpu.watcher_id = (pid_t)syscall(SYS_gettid);
+    while (!cpu.stopping) {
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        until.tv_nsec += WATCH_NS;
+        if (until.tv_nsec >= 1000000000) {
+            until.tv_nsec -= 1000000000;
+            until.tv_sec++;
+        }
+        pthread_cond_timedwait(&cpu.wake, &cpu.mutex, &until);
+        if (cpu.stopping) {
+            break;
+        }
+        if (signal_is_ours()) {
+            look_for_threads();
+        }
+        else { /* the application's now: not one more signal of ours */
+            atomic_store(&cpu.displaced, true);
+            for (int i = 0; i < cpu.slot_count; i++) {
+                if (cpu.slots[i].thread != 0) {
+                    release_slot(&cpu.slots[i]);
+                }
+            }
+            break;
+        }
+    }
+    cpu.watcher_ns = thread_cpu_ns();
+    pthread_mutex_unlock(&cpu.mutex);
+    return NULL;
+}
+
+static bool
+start_watcher(void)
+{
+    sigset_t all, before;
+    pthread_condattr_t clock;
+    pthread_condattr_init(&clock);
+    pthread_condattr_setclock(&clock, CLOCK_MONOTONIC);
+    pthread_cond_init(&cpu.wake, &clock);
+    pthread_condattr_destroy(&clock);
+    cpu.stopping = false;
+    /* No signal of the application's is ever handled there. */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    int failed = pthread_create(&cpu.watcher, NULL, watch, NULL);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    cpu.has_watcher = failed == 0;
+    errno = failed;
+    return cpu.has_watcher;
+}
+
+static bool
+refuse(PyObject *type, const char *reason)
+{
+    PyErr_SetString(type, reason);
+    return false;
+}
+
+bool
+cpu_start(long hz)
+{
+    struct sigaction current;
+    struct itimerval timer;
+    if (cpu.active) {
+        return refuse(PyExc_RuntimeError, "cpu profiling already in use");
+    }
+    if (sigaction(SIGPROF, NULL, &current) < 0 || getitimer(ITIMER_PROF, &timer) < 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return false;
+    }
+    if (current.sa_handler != SIG_DFL && current.sa_handler != SIG_IGN) {
+        return refuse(PyExc_RuntimeError, "the application handles SIGPROF");
+    }
+    if (timer.it_value.tv_sec != 0 || timer.it_value.tv_usec != 0) {
+        return refuse(PyExc_RuntimeError, "the application uses ITIMER_PROF");
+    }
+    if (cpu.slots == NULL) {
+        /* Never given back: a handler may be late. Touched only as far as there are threads. */
+        void *memory = mmap(NULL, MAX_THREADS * sizeof(Slot), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) {
+            PyErr_NoMemory();
+            return false;
+        }
+        cpu.slots = memory;
+    }
+    cpu_free();
+    if (!names_open()) {
+        PyErr_NoMemory();
+        return false;
+    }
+    if (!store_open(&cpu.samples, SAMPLE_SLOTS, SAMPLE_UNITS, 1)) {
+        names_close();
+        PyErr_NoMemory();
+        return false;
+    }
+    for (int i = 0; i < cpu.slot_count; i++) {
+        Slot *slot = &cpu.slots[i];
+        slot->samples = slot->periods = slot->unreadable = slot->lost = slot->own_ns = 0;
+    }
+    cpu.slot_count = 0;
+    cpu.period_ns = 1000000000 / hz;
+    cpu.watcher_ns = cpu.unsampled = 0;
+    cpu.walker.pid = getpid();
+    cpu.seed = (unsigned)thread_cpu_ns();
+    labels_clear_marks();
+    atomic_store(&cpu.displaced, false);
+
+    /* On Go's threads and under faulthandler there is an alternate stack to run on. */
+    struct sigaction ours = {.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK};
+    ours.sa_sigaction = on_signal;
+    sigemptyset(&ours.sa_mask);
+    sigaction(SIGPROF, &ours, &cpu.replaced);
+    cpu.started = cpu.active = true;
+    atomic_store(&cpu.on, true);
+    look_for_threads();
+    if (!start_watcher()) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        cpu_stop();
+        cpu_free();
+        return false;
+    }
+    return true;
+}
+
+static bool
+any_handler_runs(void)
+{
+    for (int i = 0; i < cpu.slot_count; i++) {
+        if (atomic_load(&cpu.slots[i].busy)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static void
+stop_watcher(void)
+{
+    if (cpu.has_watcher) {
+        pthread_mutex_lock(&cpu.mutex);
+        cpu.stopping = true;
+        pthread_cond_signal(&cpu.wake);
+        pthread_mutex_unlock(&cpu.mutex);
+        Py_BEGIN_ALLOW_THREADS
+        pthread_join(cpu.watcher, NULL);
+        Py_END_ALLOW_THREADS
+        pthread_cond_destroy(&cpu.wake);
+        cpu.has_watcher = false;
+    }
+}
+
+void
+cpu_stop(void)
+{
+    if (!cpu.started) {
+        return;
+    }
+    cpu.started = false;
+    stop_watcher();
+    for (int i = 0; i < cpu.slot_count; i++) {
+        if (cpu.slots[i].thread != 0) {
+            release_slot(&cpu.slots[i]);
+        }
+    }
+    if (signal_is_ours()) {
+        /* Ignoring it discards one that is on its way; the default would end the process. */
+        struct sigaction ignore = {.sa_handler = SIG_IGN};
+        sigaction(SIGPROF, &ignore, NULL);
+        sigaction(SIGPROF, &cpu.replaced, NULL);
+    }
+    atomic_store(&cpu.on, false);
+    struct timespec pause = {0, 1000000};
+    for (int i = 0; any_handler_runs() && i < STOP_PATIENCE_S * 1000; i++) {
+        Py_BEGIN_ALLOW_THREADS
+        nanosleep(&pause, NULL);
+        Py_END_ALLOW_THREADS
+    }
+    cpu.active = false;
+    names_close();
+}
+
+void
+cpu_free(void)
+{
+    if (!cpu.active && cpu.samples.slots != NULL) {
+        if (any_handler_runs()) {
+            cpu.samples.slots = NULL; /* rather a leak than a crash; never seen */
+        }
+        store_close(&cpu.samples);
+    }
+}
+
+CpuStats
+cpu_stats(void)
+{
+    CpuStats stats = {.watcher_ns = cpu.watcher_ns,
+                      .unsampled = cpu.unsampled,
+                      .displaced = atomic_load(&cpu.displaced)};
+    for (int i = 0; i < cpu.slot_count; i++) {
+        Slot *slot = &cpu.slots[i];
+        stats.samples += slot->samples;
+        stats.periods += slot->periods;
+        stats.unreadable += slot->unreadable;
+        stats.lost += slot->lost;
+        stats.own_ns += slot->own_ns;
+    }
+    return stats;
+}
+
+static PyObject *
+describe_sample(const RecordHeader *record)
+{
+    const SampleKey *key = record_key(record);
+    Py_ssize_t depth = (Py_ssize_t)((record_size(record) - SAMPLE_KEY_SIZE(0)) / sizeof(uint32_t));
+    PyObject *places = PyTuple_New(depth);
+    for (Py_ssize_t i = 0; places != NULL && i < depth; i++) {
+        PyObject *place = PyLong_FromUnsignedLong(key->places[i]);
+        if (place == NULL) {
+            Py_CLEAR(places);
+            break;
+        }
+        PyTuple_SET_ITEM(places, i, place);
+    }
+    if (places == NULL) {
+        return NULL;
+    }
+    const _Atomic uint64_t *periods = record_extra(record);
+    return Py_BuildValue("(NKK)", places, (unsigned long long)key->label_set,
+                         (unsigned long long)atomic_load(periods));
+}
+
+PyObject *
+cpu_read(uint32_t *id, int limit)
+{
+    PyObject *list = PyList_New(0);
+    uint32_t end = cpu.samples.slots != NULL ? atomic_load(&cpu.samples.used) : 0;
+    if (*id == 0) {
+        *id = 1;
+    }
+    for (; list != NULL && *id < end && PyList_GET_SIZE(list) < limit;
+         *id = store_next(&cpu.samples, *id, sizeof(uint64_t))) {
+        const RecordHeader *record = store_record(&cpu.samples, *id);
+        if (atomic_load((const _Atomic uint64_t *)record_extra(record)) == 0) {
+            continue; /* two handlers added the same at once: the other one counts */
+        }
+        PyObject *sample = describe_sample(record);
+        if (sample == NULL || PyList_Append(list, sample) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(sample);
+    }
+    return list;
+}
+
+static bool
+append_id(PyObject *list, pid_t thread)
+{
+    PyObject *id = PyLong_FromLong(thread);
+    bool appended = id != NULL && PyList_Append(list, id) == 0;
+    Py_XDECREF(id);
+    return appended;
+}
+
+PyObject *
+cpu_threads(void)
+{
+    pid_t threads[MAX_THREADS + 1];
+    int count = 0;
+    pthread_mutex_lock(&cpu.mutex);
+    threads[count++] = cpu.watcher_id;
+    for (int i = 0; i < cpu.slot_count; i++) {
+        threads[count] = cpu.slots[i].thread;
+        count += threads[count] != 0;
+    }
+    pthread_mutex_unlock(&cpu.mutex);
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i < count; i++) {
+        if (!append_id(list, threads[i])) {
+            Py_CLEAR(list);
+        }
+    }
+    return list;
+}
+
+void
+cpu_after_fork_in_child(void)
+{
+    if (!cpu.active) {
+        return;
+    }
+    /* Timers and the watcher were not inherited; the handler was. */
+    if (signal_is_ours()) {
+        sigaction(SIGPROF, &cpu.replaced, NULL);
+    }
+    for (int i = 0; i < cpu.slot_count; i++) {
+        cpu.slots[i].thread = 0;
+        atomic_store(&cpu.slots[i].busy, false);
+    }
+    atomic_store(&cpu.on, false);
+    cpu.started = cpu.active = cpu.has_watcher = false;
+    pthread_mutex_init(&cpu.mutex, NULL);
+    cpu_free();
+    names_close();
+}

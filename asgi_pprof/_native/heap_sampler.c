@@ -1,0 +1,496 @@
+#define _GNU_SOURCE
+#include "heap_sampler.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+
+#include "blocks.h"
+#include "hooks.h"
+#include "labels.h"
+#include "names.h"
+#include "reader.h"
+#include "store.h"
+#include "unwinder.h"
+
+#define MAX_PENDING 4096
+#define MAX_EVENTS 8192
+#define SMALL 512 /* pymalloc serves up to here, in classes of 16 bytes */
+
+/* A sample that waits for its label set to be written down. */
+typedef struct {
+    uint32_t stack, label;
+    uint64_t size;
+} Event;
+
+/* A label set that has samples: while it lives its route may still become known. */
+typedef struct {
+    LabelSet *set; /* borrowed; NULL when it has died */
+    uint32_t label; /* what it was written down as */
+    bool used;
+} Pending;
+
+typedef struct {
+    uint32_t stack, label;
+    uint64_t size_class;
+} BucketKey;
+
+typedef struct {
+    uint64_t objects, bytes;
+} Bucket;
+
+typedef struct {
+    uint64_t stack; /* the sampling it belongs to, in the upper half */
+    uint64_t size_class, label;
+    uint64_t alloc_objects, alloc_bytes, live_objects, live_bytes;
+} Row;
+
+static struct {
+    bool on;
+    uint64_t rate;
+    pthread_mutex_t mutex; /* guards all that follows, and blocks.c; held for microseconds */
+    uint32_t generation;   /* counts samplings: ids of one mean nothing in the next */
+    ByteStore stacks, buckets;
+    Event events[MAX_EVENTS];
+    uint32_t event_count;
+    Pending pending[MAX_PENDING];
+    uint64_t lost, unlabelled, unreadable;
+    Reader reader;
+    PyThreadState state;
+    Stack stack;
+} heap = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+uint64_t
+heap_size_class(uint64_t size)
+{
+    if (size <= SMALL) {
+        return size <= 16 ? 16 : (size + 15) & ~(uint64_t)15;
+    }
+    unsigned bits = 64 - (unsigned)__builtin_clzll(size - 1);
+    uint64_t step = (uint64_t)1 << (bits - 4);
+    return (size + step - 1) & ~(step - 1);
+}
+
+static void
+add_to_bucket(uint32_t stack, uint32_t label, uint64_t size)
+{
+    BucketKey key = {stack, label, heap_size_class(size)};
+    uint32_t id = store_intern(&heap.buckets, 0, &key, sizeof key, sizeof(Bucket));
+    if (id == 0) {
+        heap.lost++;
+        return;
+    }
+    Bucket *bucket = record_extra(store_record(&heap.buckets, id));
+    bucket->objects++;
+    bucket->bytes += size;
+}
+
+/* The label that is known by now; a pending one if it is not. */
+static uint32_t
+settled(uint32_t label)
+{
+    if (label < HEAP_PENDING) {
+        return label;
+    }
+    const Pending *pending = &heap.pending[label - HEAP_PENDING];
+    return pending->set == NULL ? pending->label : label;
+}
+
+/* Move samples whose label has become known to their buckets, and free its number. */
+static void
+settle_labels(void)
+{
+    uint32_t kept = 0;
+    for (uint32_t i = 0; i < heap.event_count; i++) {
+        Event event = heap.events[i];
+        event.label = settled(event.label);
+        if (event.label < HEAP_PENDING) {
+            add_to_bucket(event.stack, event.label, event.size);
+        }
+        else {
+            heap.events[kept++] = event;
+        }
+    }
+    heap.event_count = kept;
+    for (Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
+        block->label = settled(block->label);
+    }
+    for (uint32_t i = 0; i < MAX_PENDING; i++) {
+        heap.pending[i].used = heap.pending[i].set != NULL;
+    }
+}
+
+static uint32_t
+pending_label(LabelSet *set)
+{
+    /* Number 0 means none. */
+    for (int round = 0; set->pending == 0 && round < 2; round++) {
+        for (uint32_t i = 1; i < MAX_PENDING; i++) {
+            if (!heap.pending[i].used) {
+                heap.pending[i] = (Pending){.set = set, .used = true};
+                set->pending = i;
+                break;
+            }
+        }
+        if (set->pending == 0 && round == 0) {
+            settle_labels();
+        }
+    }
+    if (set->pending == 0) {
+        heap.unlabelled++;
+        return 0;
+    }
+    return HEAP_PENDING + set->pending;
+}
+
+static void
+count_sample(uint32_t stack, uint32_t label, uint64_t size)
+{
+    if (label >= HEAP_PENDING) {
+        if (heap.event_count == MAX_EVENTS) {
+            settle_labels();
+        }
+        if (heap.event_count < MAX_EVENTS) {
+            heap.events[heap.event_count++] = (Event){stack, label, size};
+            return;
+        }
+        heap.unlabelled++;
+        label = 0;
+    }
+    add_to_bucket(stack, label, size);
+}
+
+/* Who allocates here: a stack and a label. */
+static void
+look_around(uint32_t *stack, uint32_t *label)
+{
+    const PyThreadState *state = PyGILState_GetThisThreadState();
+    LabelSet copy, *set = NULL;
+    if (state == NULL) {
+        heap.stack.depth = 1;
+        heap.stack.places[0] = PLACE_NO_FRAME;
+    }
+    else if (unwind(&heap.reader, state, &heap.state, &heap.stack)) {
+        set = labels_find(&heap.reader, &heap.state, &copy);
+    }
+    else {
+        heap.unreadable++;
+    }
+    *stack = store_intern(&heap.stacks, 0, heap.stack.places,
+                          heap.stack.depth * (uint32_t)sizeof(uint32_t), 0);
+    *label = set != NULL ? pending_label(set) : 0;
+}
+
+void
+heap_allocated(void *address, size_t size)
+{
+    pthread_mutex_lock(&heap.mutex);
+    if (heap.on) {
+        Block block = {.address = (uintptr_t)address, .size = size, .captured_size = size};
+        look_around(&block.stack, &block.label);
+        heap.lost += !blocks_insert(&block);
+        count_sample(block.stack, block.label, size);
+    }
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+void
+heap_freed(void *address)
+{
+    pthread_mutex_lock(&heap.mutex);
+    Block *block = blocks_find((uintptr_t)address);
+    if (block != NULL) {
+        blocks_remove(block);
+    }
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+/*
+ * A block stays in the sample with the chance that a new one of its size would have,
+ * so that what is alive is estimated without bias however often it grows. Its stack is
+ * taken again when it has doubled, not at each of the million reallocations of a string
+ * that grows by a byte.
+ */
+void
+heap_resized(void *before, void *after, size_t size, bool sampled)
+{
+    pthread_mutex_lock(&heap.mutex);
+    Block *known = blocks_find((uintptr_t)before);
+    if (known != NULL && sampled && after == before && size < 2 * known->captured_size) {
+        known->size = size;
+        count_sample(known->stack, known->label, size);
+    }
+    else {
+        Block block = {.captured_size = 0};
+        if (known != NULL) {
+            block = *known;
+            blocks_remove(known);
+        }
+        if (sampled && heap.on) {
+            block.address = (uintptr_t)after;
+            block.size = size;
+            if (size >= 2 * block.captured_size) {
+                look_around(&block.stack, &block.label);
+                block.captured_size = size;
+            }
+            heap.lost += !blocks_insert(&block);
+            count_sample(block.stack, block.label, size);
+        }
+    }
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+static void
+clear_tables(void)
+{
+    store_close(&heap.stacks);
+    store_close(&heap.buckets);
+    blocks_close();
+    heap.event_count = 0;
+    for (uint32_t i = 0; i < MAX_PENDING; i++) {
+        if (heap.pending[i].used && heap.pending[i].set != NULL) {
+            heap.pending[i].set->pending = 0;
+        }
+        heap.pending[i] = (Pending){0};
+    }
+}
+
+static bool
+open_tables(void)
+{
+    heap.generation++;
+    if (names_open()) {
+        if (blocks_open() && store_open(&heap.stacks, 1u << 19, 1u << 21, 1) &&
+            store_open(&heap.buckets, 1u << 17, 1u << 19, 1)) {
+            return true;
+        }
+        clear_tables();
+        names_close();
+    }
+    return false;
+}
+
+bool
+heap_start(uint64_t rate)
+{
+    if (heap.on) {
+        PyErr_SetString(PyExc_RuntimeError, "heap profiling already in use");
+        return false;
+    }
+    pthread_mutex_lock(&heap.mutex);
+    bool opened = open_tables();
+    if (opened) {
+        heap.reader.trusted = true;
+        heap.rate = rate;
+        heap.lost = heap.unlabelled = heap.unreadable = 0;
+        heap.on = true;
+    }
+    pthread_mutex_unlock(&heap.mutex);
+    if (!opened) {
+        PyErr_NoMemory();
+        return false;
+    }
+    if (!hooks_install(rate)) {
+        heap_stop();
+        PyErr_SetString(PyExc_OSError, "no thread-specific storage left");
+        return false;
+    }
+    return true;
+}
+
+void
+heap_stop(void)
+{
+    if (heap.on) {
+        hooks_uninstall();
+        pthread_mutex_lock(&heap.mutex);
+        heap.on = false;
+        clear_tables();
+        pthread_mutex_unlock(&heap.mutex);
+        names_close();
+    }
+}
+
+bool
+heap_check(void)
+{
+    return heap.on && hooks_are_called();
+}
+
+HeapStats
+heap_stats(void)
+{
+    HookTotals totals = hooks_totals();
+    pthread_mutex_lock(&heap.mutex);
+    HeapStats stats = {
+        .rate = heap.on ? heap.rate : 0,
+        .mallocs = totals.mallocs,
+        .frees = totals.frees,
+        .total_bytes = totals.bytes,
+        .live = blocks_count(),
+        .stacks = heap.on ? atomic_load(&heap.stacks.count) : 0,
+        .lost = heap.lost,
+        .unlabelled = heap.unlabelled,
+        .unreadable = heap.unreadable,
+    };
+    pthread_mutex_unlock(&heap.mutex);
+    return stats;
+}
+
+static int
+compare_rows(const void *left, const void *right)
+{
+    return memcmp(left, right, offsetof(Row, alloc_objects));
+}
+
+static size_t
+merge_rows(Row *rows, size_t count)
+{
+    qsort(rows, count, sizeof(Row), compare_rows);
+    size_t kept = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (kept > 0 && compare_rows(&rows[kept - 1], &rows[i]) == 0) {
+            Row *row = &rows[kept - 1];
+            row->alloc_objects += rows[i].alloc_objects;
+            row->alloc_bytes += rows[i].alloc_bytes;
+            row->live_objects += rows[i].live_objects;
+            row->live_bytes += rows[i].live_bytes;
+        }
+        else {
+            rows[kept++] = rows[i];
+        }
+    }
+    return kept;
+}
+
+/* Everything as rows that may repeat; the caller holds the lock. */
+static size_t
+copy_rows(Row *rows)
+{
+    uint64_t sampling = (uint64_t)heap.generation << 32;
+    size_t count = 0;
+    uint32_t end = atomic_load(&heap.buckets.used);
+    for (uint32_t id = 1; id < end; id = store_next(&heap.buckets, id, sizeof(Bucket))) {
+        const RecordHeader *record = store_record(&heap.buckets, id);
+        const BucketKey *key = record_key(record);
+        const Bucket *bucket = record_extra(record);
+        rows[count++] = (Row){sampling | key->stack, key->size_class, key->label,
+                              bucket->objects, bucket->bytes, 0, 0};
+    }
+    for (uint32_t i = 0; i < heap.event_count; i++) {
+        const Event *event = &heap.events[i];
+        rows[count++] = (Row){sampling | event->stack, heap_size_class(event->size), event->label,
+                              1, event->size, 0, 0};
+    }
+    for (const Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
+        rows[count++] = (Row){sampling | block->stack, heap_size_class(block->size), block->label,
+                              0, 0, 1, block->size};
+    }
+    return count;
+}
+
+PyObject *
+heap_read(void)
+{
+    Row *rows = NULL;
+    size_t count = 0;
+    bool failed = false;
+    /* Without the GIL: whoever needs the lock meanwhile holds that. */
+    Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&heap.mutex);
+    if (heap.on) {
+        settle_labels();
+        size_t most = atomic_load(&heap.buckets.count) + heap.event_count + blocks_count();
+        rows = malloc((most + 1) * sizeof(Row));
+        failed = rows == NULL;
+        count = failed ? 0 : copy_rows(rows);
+    }
+    pthread_mutex_unlock(&heap.mutex);
+    count = rows != NULL ? merge_rows(rows, count) : 0;
+    Py_END_ALLOW_THREADS
+    if (failed) {
+        return PyErr_NoMemory();
+    }
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)rows,
+                                                (Py_ssize_t)(count * sizeof(Row)));
+    free(rows);
+    return bytes;
+}
+
+PyObject *
+heap_pending(void)
+{
+    PyObject *list = PyList_New(0);
+    for (uint32_t i = 1; list != NULL && i < MAX_PENDING; i++) {
+        PyObject *set = (PyObject *)heap.pending[i].set;
+        if (set == NULL || Py_REFCNT(set) <= 0) {
+            continue; /* or waits for its deallocation (Objects/object.c, trashcan) */
+        }
+        /* First of all: making the tuple may end other sets. */
+        PyObject *pair = Py_BuildValue("(kN)", (unsigned long)(HEAP_PENDING + i), Py_NewRef(set));
+        if (pair == NULL || PyList_Append(list, pair) < 0) {
+            Py_CLEAR(list);
+        }
+        Py_XDECREF(pair);
+    }
+    return list;
+}
+
+PyObject *
+heap_stack(uint64_t numbered)
+{
+    uint32_t stack = (uint32_t)numbered;
+    const uint32_t *places = NULL;
+    uint32_t depth = 0;
+    if (numbered >> 32 == heap.generation && stack != 0 && heap.on && stack < atomic_load(&heap.stacks.used)) {
+        const RecordHeader *record = store_record(&heap.stacks, stack);
+        places = record_key(record);
+        depth = record_size(record) / (uint32_t)sizeof(uint32_t);
+    }
+    PyObject *tuple = PyTuple_New(depth != 0 ? depth : 1);
+    if (tuple != NULL && depth == 0) {
+        PyTuple_SET_ITEM(tuple, 0, PyLong_FromLong(PLACE_LOST));
+    }
+    for (uint32_t i = 0; tuple != NULL && i < depth; i++) {
+        PyTuple_SET_ITEM(tuple, i, PyLong_FromUnsignedLong(places[i]));
+    }
+    return tuple;
+}
+
+void
+heap_resolve(uint32_t pending, uint32_t label)
+{
+    if (pending != 0) {
+        pthread_mutex_lock(&heap.mutex);
+        heap.pending[pending].set = NULL;
+        heap.pending[pending].label = label;
+        pthread_mutex_unlock(&heap.mutex);
+    }
+}
+
+void
+heap_before_fork(void)
+{
+    pthread_mutex_lock(&heap.mutex);
+    hooks_before_fork();
+}
+
+void
+heap_after_fork_in_parent(void)
+{
+    hooks_after_fork_in_parent();
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+void
+heap_after_fork_in_child(void)
+{
+    bool was_on = heap.on;
+    heap.on = false;
+    clear_tables();
+    hooks_after_fork_in_child();
+    pthread_mutex_unlock(&heap.mutex);
+    if (was_on) {
+        names_close();
+    }
+}

@@ -1,0 +1,303 @@
+/*
+ * asgi_pprof._native: the samplers as Python sees them. All functions need the
+ * GIL of the main interpreter, in which alone the module can be imported.
+ */
+#include "cpu_sampler.h"
+#include "heap_sampler.h"
+#include "labels.h"
+#include "names.h"
+#include "reader.h"
+
+#include <pthread.h>
+
+#define NO_ARGUMENTS PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(unused)
+
+static PyObject *
+none_unless(bool failed)
+{
+    if (failed) {
+        return NULL;
+    }
+    Py_RETURN_NONE;
+}
+
+static bool closed; /* the interpreter is ending */
+
+static bool
+refuse_when_closed(void)
+{
+    if (closed) {
+        PyErr_SetString(PyExc_RuntimeError, "the interpreter is ending");
+    }
+    return closed;
+}
+
+static PyObject *
+native_check(NO_ARGUMENTS)
+{
+    if (!reader_works()) {
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+native_use_labels(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *variable, *writer;
+    if (!PyArg_ParseTuple(args, "O!O", &PyContextVar_Type, &variable, &writer) ||
+        !labels_use(variable)) {
+        return NULL;
+    }
+    labels_set_writer(writer);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+native_describe(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long place = PyLong_AsUnsignedLong(argument);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    return names_describe(place);
+}
+
+static PyObject *
+native_cpu_start(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long hz = PyLong_AsLong(argument);
+    if (hz == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    if (hz < 1 || hz > 100000) {
+        return PyErr_Format(PyExc_ValueError, "hz is 1 to 100000, not %ld", hz);
+    }
+    return none_unless(refuse_when_closed() || !cpu_start(hz));
+}
+
+static PyObject *
+native_cpu_stop(NO_ARGUMENTS)
+{
+    cpu_stop();
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+native_cpu_free(NO_ARGUMENTS)
+{
+    cpu_free();
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+native_cpu_read(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    unsigned int position;
+    int limit;
+    if (!PyArg_ParseTuple(args, "Ii", &position, &limit)) {
+        return NULL;
+    }
+    PyObject *samples = cpu_read(&position, limit);
+    return samples != NULL ? Py_BuildValue("(NI)", samples, position) : NULL;
+}
+
+static PyObject *
+native_cpu_threads(NO_ARGUMENTS)
+{
+    return cpu_threads();
+}
+
+static PyObject *
+native_cpu_stats(NO_ARGUMENTS)
+{
+    CpuStats s = cpu_stats();
+    return Py_BuildValue("{sKsKsKsKsKsKsKsO}",
+                         "samples", (unsigned long long)s.samples,
+                         "periods", (unsigned long long)s.periods,
+                         "unreadable", (unsigned long long)s.unreadable,
+                         "lost", (unsigned long long)s.lost,
+                         "own_ns", (unsigned long long)s.own_ns,
+                         "watcher_ns", (unsigned long long)s.watcher_ns,
+                         "unsampled", (unsigned long long)s.unsampled,
+                         "displaced", s.displaced ? Py_True : Py_False);
+}
+
+static PyObject *
+native_heap_start(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long long rate = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred()) {
+        return NULL;
+    }
+    if (rate == 0) {
+        PyErr_SetString(PyExc_ValueError, "rate is at least 1");
+        return NULL;
+    }
+    return none_unless(refuse_when_closed() || !heap_start(rate));
+}
+
+static PyObject *
+native_heap_stop(NO_ARGUMENTS)
+{
+    heap_stop();
+    Py_RETURN_NONE;
+}
+
+static PyObject *
+native_heap_check(NO_ARGUMENTS)
+{
+    return PyBool_FromLong(heap_check());
+}
+
+static PyObject *
+native_heap_read(NO_ARGUMENTS)
+{
+    return heap_read();
+}
+
+static PyObject *
+native_heap_stack(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long long stack = PyLong_AsUnsignedLongLong(argument);
+    return PyErr_Occurred() ? NULL : heap_stack(stack);
+}
+
+static PyObject *
+native_heap_pending(NO_ARGUMENTS)
+{
+    return heap_pending();
+}
+
+static PyObject *
+native_heap_stats(NO_ARGUMENTS)
+{
+    HeapStats s = heap_stats();
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsI}",
+                         "rate", (unsigned long long)s.rate,
+                         "mallocs", (unsigned long long)s.mallocs,
+                         "frees", (unsigned long long)s.frees,
+                         "total_bytes", (unsigned long long)s.total_bytes,
+                         "live", (unsigned long long)s.live,
+                         "lost", (unsigned long long)s.lost,
+                         "unlabelled", (unsigned long long)s.unlabelled,
+                         "unreadable", (unsigned long long)s.unreadable,
+                         "stacks", (unsigned long long)s.stacks,
+                         "names_refused", names_refused());
+}
+
+static PyObject *
+native_size_class(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long long size = PyLong_AsUnsignedLongLong(argument);
+    return PyErr_Occurred() ? NULL : PyLong_FromUnsignedLongLong(heap_size_class(size));
+}
+
+static PyObject *
+native_marked_labels(NO_ARGUMENTS)
+{
+    return labels_marked();
+}
+
+/* At exit: while the interpreter takes itself apart nothing may be sampled. */
+static PyObject *
+native_close(NO_ARGUMENTS)
+{
+    closed = true;
+    cpu_stop();
+    cpu_free();
+    heap_stop();
+    labels_set_writer(NULL);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"check", native_check, METH_NOARGS,
+     PyDoc_STR("Raise OSError where the system lets no process read itself.")},
+    {"use_labels", native_use_labels, METH_VARARGS,
+     PyDoc_STR("use_labels(variable, writer): where label sets are found, and who writes"
+               " down those that die: writer(set, number, on_cpu) -> label.")},
+    {"describe", native_describe, METH_O,
+     PyDoc_STR("describe(place) -> (name, file, first line, line)")},
+    {"cpu_start", native_cpu_start, METH_O,
+     PyDoc_STR("cpu_start(hz): raises RuntimeError if SIGPROF or its timer is in use.")},
+    {"cpu_stop", native_cpu_stop, METH_NOARGS, PyDoc_STR("End sampling; samples stay.")},
+    {"cpu_free", native_cpu_free, METH_NOARGS, PyDoc_STR("Drop the samples.")},
+    {"cpu_read", native_cpu_read, METH_VARARGS,
+     PyDoc_STR("cpu_read(position, limit) -> ([(places, label set's number, periods)],"
+               " next position); 0 is the first position.")},
+    {"cpu_threads", native_cpu_threads, METH_NOARGS,
+     PyDoc_STR("Native ids of the threads that are being sampled, and of the one that"
+               " looks for them.")},
+    {"cpu_stats", native_cpu_stats, METH_NOARGS, PyDoc_STR("What sampling has seen and cost.")},
+    {"heap_start", native_heap_start, METH_O,
+     PyDoc_STR("heap_start(rate): one sample in so many bytes.")},
+    {"heap_stop", native_heap_stop, METH_NOARGS, PyDoc_STR("End sampling and forget.")},
+    {"heap_check", native_heap_check, METH_NOARGS,
+     PyDoc_STR("Whether it samples: another tool may have removed the hooks.")},
+    {"heap_read", native_heap_read, METH_NOARGS,
+     PyDoc_STR("Rows of seven native uint64: stack, size class, label, allocated objects"
+               " and bytes, live objects and bytes, as sampled.")},
+    {"heap_stack", native_heap_stack, METH_O, PyDoc_STR("heap_stack(stack) -> places")},
+    {"heap_pending", native_heap_pending, METH_NOARGS,
+     PyDoc_STR("[(label, label set)] of labels that are not written down yet.")},
+    {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and losses.")},
+    {"size_class", native_size_class, METH_O, PyDoc_STR("size_class(size) -> its class")},
+    {"marked_labels", native_marked_labels, METH_NOARGS,
+     PyDoc_STR("Living label sets that CPU samples may carry.")},
+    {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
+    {NULL, NULL, 0, NULL},
+};
+
+static void
+after_fork_in_child(void)
+{
+    cpu_after_fork_in_child();
+    heap_after_fork_in_child();
+}
+
+static int
+execute(PyObject *module)
+{
+    static bool registered;
+    if (PyInterpreterState_Get() != PyInterpreterState_Main()) {
+        PyErr_SetString(PyExc_ImportError, "only the main interpreter can be profiled");
+        return -1;
+    }
+    if (!registered) {
+        if (pthread_atfork(heap_before_fork, heap_after_fork_in_parent, after_fork_in_child) != 0) {
+            PyErr_NoMemory();
+            return -1;
+        }
+        registered = true;
+    }
+    return PyModule_AddType(module, &LabelSet_Type) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_TRUNCATED) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_UNREADABLE) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_NO_FRAME) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_LOST) < 0
+               ? -1
+               : 0;
+}
+
+static PyModuleDef_Slot slots[] = {
+    {Py_mod_exec, execute},
+#if PY_VERSION_HEX >= 0x030c0000
+    {Py_mod_multiple_interpreters, Py_MOD_MULTIPLE_INTERPRETERS_NOT_SUPPORTED},
+#endif
+    {0, NULL},
+};
+
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "asgi_pprof._native",
+    .m_doc = PyDoc_STR("Samplers of CPU time and memory. Private to asgi_pprof."),
+    .m_methods = methods,
+    .m_slots = slots,
+};
+
+PyMODINIT_FUNC
+PyInit__native(void)
+{
+    return PyModuleDef_Init(&definition);
+}

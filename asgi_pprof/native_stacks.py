@@ -1,0 +1,38 @@
+"""
+Stacks as the C core numbers them: places that become locations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from asgi_pprof.native import native
+from asgi_pprof.profile import Function, Location, Stack, pseudo_location
+from asgi_pprof.stacks import TRUNCATED, Symbols
+
+_UNREADABLE = pseudo_location("stack could not be read")
+_NO_FRAME = pseudo_location("no Python code")
+_LOST = pseudo_location("lost: too many different names")
+
+
+class Places:
+    """Locations by place, remembered for the length of one collection."""
+
+    def __init__(self) -> None:
+        self._symbols = Symbols()
+        self._locations: dict[int, Location] = {
+            native.PLACE_TRUNCATED: TRUNCATED,
+            native.PLACE_UNREADABLE: _UNREADABLE,
+            native.PLACE_NO_FRAME: _NO_FRAME,
+            native.PLACE_LOST: _LOST,
+        }
+
+    def stack(self, places: Iterable[int]) -> Stack:
+        """Return the locations of a stack, leaf first."""
+        return tuple(self._locations.get(place) or self._describe(place) for place in places)
+
+    def _describe(self, place: int) -> Location:
+        qualname, filename, first_line, line = native.describe(place)
+        function = Function(self._symbols.qualify(filename, qualname), filename, first_line)
+        location = self._locations[place] = Location(function, line)
+        return location

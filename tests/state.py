@@ -1,0 +1,49 @@
+"""What a profiler could leave in a process, or has in use."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import tracemalloc
+from pathlib import Path
+
+from asgi_pprof.native import native
+
+
+def wakeup_descriptor() -> int:
+    """Return signal.set_wakeup_fd's descriptor; main thread only."""
+    descriptor = signal.set_wakeup_fd(-1)
+    signal.set_wakeup_fd(descriptor, warn_on_full_buffer=False)
+    return descriptor
+
+
+def clock_timers() -> int:
+    """Return how many POSIX timers the process has."""
+    try:
+        return Path("/proc/self/timers").read_text().count("ID:")
+    except OSError:
+        return 0
+
+
+def process_state() -> dict[str, object]:
+    """Return signals, timers, hooks and threads, as JSON has them; main thread only."""
+    timer = signal.getitimer(signal.ITIMER_PROF)
+    return {
+        "handler": str(signal.getsignal(signal.SIGPROF)),
+        "timer": timer,
+        "sampling": timer != (0.0, 0.0) or clock_timers() > 0,
+        "wakeup": wakeup_descriptor(),
+        "tracing": tracemalloc.is_tracing(),
+        "heap rate": native.heap_stats()["rate"] if native else 0,
+        "threads": sorted(thread.name for thread in threading.enumerate()),
+        "native threads": _own_threads(),
+        "callbacks": len(gc.callbacks),
+    }
+
+
+def _own_threads() -> int:
+    """Return how many threads outside Python are ours, by their name."""
+    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
+    return sum(name.exists() and name.read_text() == "asgi_pprof\n" for name in names)
