@@ -7,14 +7,14 @@ export GOFLAGS := -buildvcs=false
 export GOTELEMETRY := off
 
 .DEFAULT_GOAL := help
-.PHONY: help install format lint type test test-fast cover bench demo build check clean
+.PHONY: help install format lint type test test-all test-fast cover bench demo build check clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
 install: $(VENV)/.installed ## Make the virtual environment and install everything into it
 
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml setup.py $(wildcard asgi_pprof/_native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --upgrade 'pip>=25.1'
 	$(RUN) -m pip install --quiet --editable . --group dev
@@ -34,6 +34,9 @@ type: install ## Check types
 test: install ## Run all tests
 	$(RUN) -X dev -m pytest $(ARGS)
 
+test-all: install ## Run all tests on each CPython; ARGS=--help shows what it needs
+	$(RUN) -m tests.all_pythons $(ARGS)
+
 test-fast: install ## Run the tests that need neither a server nor Go
 	$(RUN) -X dev -m pytest -m "not server and not go and not slow" $(ARGS)
 
@@ -49,7 +52,7 @@ demo: install ## Start the demo shop with load on it; SECONDS=20 profiles it and
 build: install ## Build the source distribution and the wheel
 	$(RUN) -m build
 
-check: lint type test ## Everything CI checks
+check: lint type test ## What CI checks, on one Python
 
 clean: ## Remove what was made
-	rm -rf $(VENV) build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-* asgi_pprof/*.so build dist *.egg-info .coverage .mypy_cache .pytest_cache .ruff_cache .hypothesis

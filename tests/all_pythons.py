@@ -1,0 +1,331 @@
+"""
+Run the whole test suite on every CPython that is supported.
+
+    make test-all [ARGS="pytest's arguments"]
+
+Each version has a virtual environment, .venv-3.13 for example, in which the C
+extension must compile and import. One more suite runs on the default Python
+with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
+
+Suites run side by side, one per processor. Tests marked slow are left to the
+end, where each suite's have the machine to themselves: they measure it.
+
+Interpreters are looked for on PATH, among pyenv's, and among those fetched
+before; what is missing is fetched into .venv-pythons. One without headers, a
+free-threaded one and one that does not start count as missing.
+
+Environment variables:
+    EXPECT       The versions to test (default: "3.11 3.12 3.13 3.14 3.15").
+    GET_PYTHONS  A command that fetches interpreters: it gets a folder and the
+                 missing versions, and prints the path of each interpreter.
+                 Default: `uv python install`, uv from PATH or from PyPI.
+    JOBS         How many suites run side by side (default: as many as processors).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FETCHED = ROOT / ".venv-pythons"
+VERSIONS = "3.11 3.12 3.13 3.14 3.15"
+LAST_LINES = 150
+"""How much of a failing suite's output is shown."""
+LIMIT_S = 2400
+"""After which a suite hangs. Each test has a limit too, but it cannot interrupt C code."""
+
+PROBE = """
+import ensurepip, json, platform, sys, sysconfig, venv
+print(json.dumps({
+    "version": platform.python_version(),
+    "implementation": sys.implementation.name,
+    "free_threaded": bool(sysconfig.get_config_var("Py_GIL_DISABLED")),
+    "include": sysconfig.get_path("include"),
+}))
+"""
+
+
+class Failed(Exception):
+    """No tests can be run, and why."""
+
+
+@dataclass(frozen=True)
+class Interpreter:
+    """A CPython to test: its path, and its version in full."""
+
+    path: Path
+    version: str
+
+
+@dataclass
+class Suite:
+    """All tests on one interpreter with one engine, and how they went."""
+
+    name: str
+    interpreter: Interpreter
+    python: Path
+    native: bool
+    engine: str = ""
+    counts: Counter[str] = field(default_factory=Counter)
+    seconds: float = 0
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return os.environ | ({} if self.native else {"ASGI_PPROF_NATIVE": "0"})
+
+
+def main() -> None:
+    os.environ.pop("ASGI_PPROF_NATIVE", None)
+    parser = argparse.ArgumentParser(
+        prog="make test-all",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-m", dest="marks", help="as pytest's; all other arguments go to pytest")
+    options, arguments = parser.parse_known_args()
+    marks = f"({options.marks}) and " if options.marks else ""
+    try:
+        suites = prepare(find_or_fetch(os.environ.get("EXPECT", VERSIONS).split()))
+    except Failed as error:
+        sys.exit(f"test-all: {error}")
+    with ThreadPoolExecutor(int(os.environ.get("JOBS") or os.cpu_count() or 1)) as pool:
+        list(pool.map(lambda suite: run(suite, marks + "not slow", arguments), suites))
+    for suite in suites:
+        run(suite, marks + "slow", arguments)
+    for suite in suites:
+        if not suite.counts["passed"]:
+            suite.problems.append("no test has passed")
+    say(*summary(suites))
+    sys.exit(any(suite.problems for suite in suites))
+
+
+def find_or_fetch(versions: list[str]) -> dict[str, Interpreter]:
+    """
+    Return an interpreter by version.
+
+    Raises:
+        Failed: Some are still missing; says what was found instead.
+    """
+    found, unfit = find(versions)
+    missing = [version for version in versions if version not in found]
+    if missing:
+        say(f"fetching CPython {' '.join(missing)}")
+        more, still_unfit = find(missing, fetch(missing))
+        found |= more
+        unfit += still_unfit
+    missing = [version for version in versions if version not in found]
+    if missing:
+        wanting = f"no CPython {', '.join(missing)}; expected {' '.join(versions)}"
+        raise Failed("\n    ".join([wanting, *dict.fromkeys(unfit)]))
+    return {version: found[version] for version in versions}
+
+
+def find(
+    versions: list[str], paths: Iterable[Path] = ()
+) -> tuple[dict[str, Interpreter], list[str]]:
+    """Return the first fit interpreter by version, and what is wrong with others."""
+    found: dict[str, Interpreter] = {}
+    unfit = []
+    for version in versions:
+        for path in filter(Path.exists, [*paths, *candidates(version)]):
+            fit = probe(path, version)
+            if isinstance(fit, Interpreter):
+                found[version] = fit
+                break
+            unfit.append(f"{path}: {fit}")
+    return found, unfit
+
+
+def candidates(version: str) -> Iterator[Path]:
+    """Yield paths that may be an interpreter of that version, the likeliest first."""
+    name = f"python{version}"
+    if version == "{}.{}".format(*sys.version_info):
+        yield Path(sys.base_prefix) / "bin" / name
+    for folder in os.get_exec_path():
+        yield Path(folder) / name
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from pyenv.glob(f"versions/{version}.*/bin/{name}")
+    yield from FETCHED.glob(f"*/bin/{name}")
+
+
+def probe(path: Path, version: str) -> Interpreter | str:
+    """Return the interpreter at this path, or why it is not one to test this version with."""
+    try:
+        done = subprocess.run(
+            [path, "-I", "-c", PROBE], capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    if done.returncode:
+        return f"exit status {done.returncode}: {' '.join(done.stderr.split())[:200]}"
+    about = json.loads(done.stdout)
+    if about["implementation"] != "cpython" or not about["version"].startswith(f"{version}."):
+        return f"is {about['implementation']} {about['version']}"
+    if about["free_threaded"]:
+        return "is free-threaded"
+    if not Path(about["include"], "Python.h").exists():
+        return f"has no headers in {about['include']}"
+    return Interpreter(path, about["version"])
+
+
+def fetch(versions: list[str]) -> list[Path]:
+    """Fetch interpreters into FETCHED, and return those the fetching command names."""
+    command = os.environ.get("GET_PYTHONS")
+    if command:
+        fetching = [*shlex.split(command), str(FETCHED / "fetched"), *versions]
+    else:
+        uv = shutil.which("uv") or _install_uv()
+        fetching = [uv, "python", "install", "--no-bin", "--install-dir", str(FETCHED), *versions]
+    done = subprocess.run(fetching, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode:
+        say(f"{shlex.join(fetching)}: exit status {done.returncode}")
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
+def _install_uv() -> str:
+    _call("uv", sys.executable, "-m", "pip", "install", "--quiet", "uv")
+    return str(Path(sys.prefix) / "bin" / "uv")
+
+
+def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
+    """
+    Return the suites to run, everything installed.
+
+    Raises:
+        Failed: pip has failed, or the extension does not compile or import.
+    """
+    default = "{}.{}".format(*sys.version_info)
+    if default not in interpreters:
+        default = next(iter(interpreters))
+    suites = []
+    # One after the other: all write to the checkout, and pip keeps a processor busy.
+    for version, interpreter in interpreters.items():
+        say(f"{version}: installing")
+        python = install(version, interpreter)
+        suites.append(Suite(version, interpreter, python, native=True))
+        if version == default:
+            suites.append(Suite(f"{version} pure", interpreter, python, native=False))
+    for suite in suites:
+        suite.engine = _engine(suite)
+    # go tool pprof compiles itself at its first use: not in two suites at once.
+    go = suites[0].python.with_name("go")
+    subprocess.run([go, "tool", "pprof", "-h"], capture_output=True, check=False)
+    return suites
+
+
+def install(version: str, interpreter: Interpreter) -> Path:
+    """Bring the version's virtual environment up to date; return the interpreter in it."""
+    folder = ROOT / f".venv-{version}"
+    python = folder / "bin" / "python"
+    if probe(python, version) != Interpreter(python, interpreter.version):
+        _call(version, interpreter.path, "-m", "venv", "--clear", folder)
+    pip = (python, "-m", "pip", "install", "--quiet")
+    _call(version, *pip, "--upgrade", "pip>=25.1")
+    _call(version, *pip, "--editable", ".", "--group", "test")
+    return python
+
+
+def _call(what: str, *command: str | Path) -> None:
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "ASGI_PPROF_REQUIRE_NATIVE": "1"}, check=False
+    )
+    if done.returncode:
+        raise Failed(f"{what}: exit status {done.returncode}: {shlex.join(map(str, command))}")
+
+
+def _engine(suite: Suite) -> str:
+    """Return "native", or why it is not."""
+    ask = "from asgi_pprof.native import native, reason; print('native' if native else reason)"
+    done = subprocess.run(
+        [suite.python, "-c", ask],
+        cwd=ROOT,
+        env=suite.environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    engine = done.stdout.strip()
+    if done.returncode or (engine == "native") != suite.native:
+        raise Failed(f"{suite.name}: the engine is wrong: {engine}{done.stderr}")
+    return engine if suite.native else "python"
+
+
+def run(suite: Suite, marks: str, arguments: list[str]) -> None:
+    """Run the tests of a suite that have these marks, and add the result to the suite."""
+    say(f"{suite.name}: {marks}")
+    pytest: list[str | Path] = [suite.python, "-X", "dev", "-m", "pytest", "-m", marks, *arguments]
+    start = time.monotonic()
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        try:
+            status: int | None = subprocess.run(
+                [*pytest, "-p", "no:cacheprovider"],
+                cwd=ROOT,
+                env=suite.environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=LIMIT_S,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            status = None
+        output.seek(0)
+        lines = output.read().splitlines()
+    seconds = time.monotonic() - start
+    found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", (lines or [""])[-1])
+    counts = Counter({what: int(number) for number, what in found})
+    suite.seconds += seconds
+    suite.counts += counts
+    if status in (0, 5):  # 5: no test has these marks
+        say(f"{suite.name}: {marks}: {counts['passed']} passed in {seconds:.0f} s")
+    else:
+        how = f"hangs after {LIMIT_S} s" if status is None else f"exit status {status}"
+        suite.problems.append(how)
+        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: {how}")
+
+
+def summary(suites: list[Suite]) -> list[str]:
+    """Return the lines of a table."""
+    titles = ["suite", "version", "engine", "passed", "failed", "skipped", "seconds", ""]
+    rows = [titles]
+    for suite in suites:
+        count = suite.counts
+        numbers = (count["passed"], count["failed"] + count["errors"] + count["error"])
+        rows.append(
+            [
+                suite.name,
+                suite.interpreter.version,
+                suite.engine,
+                *map(str, numbers),
+                str(count["skipped"]),
+                f"{suite.seconds:.0f}",
+                ", ".join(suite.problems) or "ok",
+            ]
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
+
+
+def say(*lines: str) -> None:
+    """Print at once: who watches CI sees how far it is."""
+    sys.stdout.write("\n".join([*lines, ""]))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
