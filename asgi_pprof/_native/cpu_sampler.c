@@ -181,7 +181,7 @@ arm(Slot *slot, pid_t thread)
     }
     slot->reader.pid = getpid();
     slot->reader.trusted = false;
-    slot->reader.next_count = slot->reader.next_bytes = 0;
+    slot->reader.count = 0;
     slot->thread = thread;
     if (timer_settime(slot->timer, 0, &times, NULL) < 0) {
         release_slot(slot);

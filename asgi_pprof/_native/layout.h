@@ -44,8 +44,8 @@ typedef struct _PyInterpreterFrame Frame;
 #define FRAME_SIZE offsetof(Frame, localsplus)
 /* What of a code object is read: all but its bytecode. */
 #define CODE_SIZE offsetof(PyCodeObject, co_code_adaptive)
-/* What of a thread state is read: up to the bounds of its data stack. */
-#define THREAD_STATE_SIZE (offsetof(PyThreadState, datastack_limit) + sizeof(PyObject **))
+/* What of a thread state is read: up to its context. */
+#define THREAD_STATE_SIZE (offsetof(PyThreadState, context) + sizeof(PyObject *))
 
 #if PY_VERSION_HEX >= 0x030d0000
 #define THREAD_FRAME(state) ((state)->current_frame)

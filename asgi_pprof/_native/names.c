@@ -269,11 +269,9 @@ uint32_t
 names_place(Reader *reader, PyCodeObject *address, const char *instruction)
 {
     const char *bytecode = (const char *)address + CODE_SIZE;
-    int64_t at = (instruction - bytecode) / (int64_t)sizeof(_Py_CODEUNIT);
-    if (at < 0) {
-        at = 0; /* a frame before its first instruction */
-    }
-    bool cacheable = at < 1 << INSTRUCTION_BITS;
+    /* From 1, because a frame before its first instruction may be at -1. */
+    int64_t at = (instruction - bytecode) / (int64_t)sizeof(_Py_CODEUNIT) + 1;
+    bool cacheable = at >= 0 && at < 1 << INSTRUCTION_BITS;
     uint32_t function = known_function((uintptr_t)address);
     if (function != 0 && cacheable) {
         uint64_t key = (uint64_t)function << INSTRUCTION_BITS | (uint64_t)at;
@@ -303,10 +301,13 @@ names_place(Reader *reader, PyCodeObject *address, const char *instruction)
         }
         remember_function((uintptr_t)address, function);
     }
-    PlaceKey place = {function, find_line(reader, &code, (size_t)table.ob_size, at)};
-    uint32_t id = store_intern(&store, KIND_PLACE, &place, sizeof place, 0);
-    if (id == 0) {
-        return PLACE_LOST;
+    uint32_t id = PLACE_HIDDEN;
+    if (at - 1 >= code._co_firsttraceable) {
+        PlaceKey place = {function, find_line(reader, &code, (size_t)table.ob_size, at - 1)};
+        id = store_intern(&store, KIND_PLACE, &place, sizeof place, 0);
+        if (id == 0) {
+            return PLACE_LOST;
+        }
     }
     if (cacheable) {
         uint64_t known = (uint64_t)function << INSTRUCTION_BITS | (uint64_t)at;

@@ -19,6 +19,7 @@ enum {
     PLACE_UNREADABLE, /* the stack could not be read */
     PLACE_NO_FRAME,   /* no Python frame at all */
     PLACE_LOST,       /* the table is full */
+    PLACE_HIDDEN,     /* a frame that CPython does not show either */
     PLACE_FIRST = 16, /* the first that is code */
 };
 
@@ -26,7 +27,10 @@ enum {
 bool names_open(void);
 void names_close(void);
 
-/* The place of a frame, PLACE_NONE if that is no code object. Safe in a signal handler. */
+/*
+ * The place of a frame; PLACE_NONE if that is no code object, PLACE_HIDDEN if the frame
+ * is not complete (pycore_frame.h, _PyFrame_IsIncomplete). Safe in a signal handler.
+ */
 uint32_t names_place(Reader *reader, PyCodeObject *code, const char *instruction);
 
 /* A new tuple (name, file, first line, line); ValueError if the place is no code's. */

@@ -15,26 +15,20 @@ reader_works(void)
 void
 reader_begin(Reader *reader)
 {
-    uint32_t count = reader->next_count;
-    reader->cursor = reader->valid = 0;
-    reader->next_count = reader->next_bytes = 0;
-    if (reader->trusted || count == 0) {
-        return;
-    }
-    struct iovec *from = reader->vectors;
     uint32_t wanted = 0;
-    for (uint32_t i = 0; i < count; i++) {
-        reader->pieces[i] = reader->next[i];
-        reader->pieces[i].offset = wanted;
-        from[i].iov_base = (void *)reader->next[i].address;
-        from[i].iov_len = reader->next[i].size;
-        wanted += reader->next[i].size;
+    for (uint32_t i = 0; i < reader->count; i++) {
+        if (reader->used >> i & 1) {
+            reader->addresses[wanted] = reader->addresses[i];
+            reader->vectors[wanted].iov_base = (void *)reader->addresses[i];
+            reader->vectors[wanted++].iov_len = READER_BLOCK;
+        }
     }
-    struct iovec to = {reader->recalled, wanted};
-    /* Stops before the first piece that is no longer there. */
-    ssize_t got = process_vm_readv(reader->pid, &to, 1, from, count, 0);
-    while (reader->valid < count && got >= (ssize_t)reader->pieces[reader->valid].size) {
-        got -= reader->pieces[reader->valid++].size;
+    reader->used = reader->count = 0;
+    if (wanted != 0) {
+        /* Ends before the first block that is no longer there. */
+        struct iovec to = {reader->blocks, (size_t)wanted * READER_BLOCK};
+        ssize_t got = process_vm_readv(reader->pid, &to, 1, reader->vectors, wanted, 0);
+        reader->count = got > 0 ? (uint32_t)got / READER_BLOCK : 0;
     }
 }
 
@@ -45,59 +39,44 @@ reader_copy(Reader *reader, const void *from, void *to, size_t size)
     return process_vm_readv(reader->pid, &local, 1, &remote, 1, 0) == (ssize_t)size;
 }
 
-static void
-remember(Reader *reader, const char *address, size_t size)
-{
-    if (reader->next_count < READER_PIECES && reader->next_bytes + size <= READER_BYTES) {
-        reader->next[reader->next_count++] = (Piece){address, (uint32_t)size, 0};
-        reader->next_bytes += (uint32_t)size;
-    }
-}
-
-bool
-reader_recall(Reader *reader, const void *from, void *to, size_t size)
-{
-    const char *address = from;
-    for (uint32_t tried = 0; tried < reader->valid; tried++) {
-        uint32_t at = reader->cursor + tried;
-        const Piece *piece = &reader->pieces[at < reader->valid ? at : at - reader->valid];
-        if (piece->address == address && piece->size == size) {
-            reader->cursor = (uint32_t)(piece - reader->pieces) + 1;
-            memcpy(to, reader->recalled + piece->offset, size);
-            remember(reader, address, size);
-            return true;
-        }
-    }
-    if (!reader_copy(reader, from, to, size)) {
-        return false;
-    }
-    remember(reader, address, size);
-    return true;
-}
-
+/* The block at an address, NULL if it is not there or there are too many. */
 static const char *
-page_of(const char *address)
+find_block(Reader *reader, uintptr_t address)
 {
-    return (const char *)((uintptr_t)address & ~(uintptr_t)(READER_PAGE - 1));
+    uint32_t i = 0;
+    while (i < reader->count && reader->addresses[i] != address) {
+        i++;
+    }
+    if (i == reader->count) {
+        if (i == READER_BLOCKS ||
+            !reader_copy(reader, (const void *)address, reader->blocks[i], READER_BLOCK)) {
+            return NULL;
+        }
+        reader->addresses[i] = address;
+        reader->count++;
+    }
+    reader->used |= (uint64_t)1 << i;
+    return reader->blocks[i];
 }
 
 bool
-reader_read_near(Reader *reader, const void *from, void *to, size_t size)
+reader_copy_blocks(Reader *reader, const void *from, void *to, size_t size)
 {
-    const char *address = from, *page = page_of(address);
-    if (reader->trusted || address < reader->near_from || address + size > reader->near_to ||
-        page != page_of(address + size - 1)) {
-        return reader_read(reader, from, to, size);
-    }
-    if (address < reader->page_start || address + size > reader->page_end) {
-        /* Up to a round address, so that the next sample asks for the same piece. */
-        size_t part = ((size_t)(address - page) + size + 511) & ~(size_t)511;
-        if (!reader_read(reader, page, reader->page, part)) {
-            return false;
+    uintptr_t address = (uintptr_t)from, end = address + size;
+    char *out = to;
+    while (address < end) {
+        uintptr_t start = address & ~(uintptr_t)(READER_BLOCK - 1);
+        size_t part = start + READER_BLOCK - address;
+        if (part > end - address) {
+            part = end - address;
         }
-        reader->page_start = page;
-        reader->page_end = page + part;
+        const char *block = find_block(reader, start);
+        if (block == NULL) {
+            return reader_copy(reader, (const void *)address, out, end - address);
+        }
+        memcpy(out, block + (address - start), part);
+        address += part;
+        out += part;
     }
-    memcpy(to, reader->page + (address - page), size);
     return true;
 }

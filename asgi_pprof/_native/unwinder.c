@@ -26,23 +26,25 @@ walk(Reader *reader, const PyThreadState *state, Stack *stack)
     if (!first_frame(reader, state, &at)) {
         return false;
     }
-    reader_set_near(reader, state->datastack_chunk, state->datastack_limit);
     for (int step = 0; at != NULL && step < MAX_STEPS; step++) {
         Frame frame;
-        if (!reader_read_near(reader, at, &frame, FRAME_SIZE)) {
+        if (!reader_read(reader, at, &frame, FRAME_SIZE)) {
             return false;
         }
         at = frame.previous;
         if (frame_is_entry(&frame)) {
             continue;
         }
-        if (stack->depth == MAX_DEPTH) {
-            stack->places[stack->depth++] = PLACE_TRUNCATED;
-            return true;
-        }
         uint32_t place = names_place(reader, frame_code(&frame), frame_instruction(&frame));
         if (place == PLACE_NONE) {
             return false;
+        }
+        if (place == PLACE_HIDDEN) {
+            continue;
+        }
+        if (stack->depth == MAX_DEPTH) {
+            stack->places[stack->depth++] = PLACE_TRUNCATED;
+            return true;
         }
         stack->places[stack->depth++] = place;
     }
