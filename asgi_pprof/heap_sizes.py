@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from asgi_pprof.offload import give_way
 from asgi_pprof.profile import Profile, Sample
 
 _SMALL = 512  # pymalloc serves up to here, in classes of 16 bytes
@@ -45,6 +46,7 @@ def scale_sampled(profile: Profile) -> Profile:
 
 
 def _scale(sample: Sample, rate: int) -> Sample:
+    give_way()
     alloc_objects, alloc_bytes, live_objects, live_bytes = sample.values
     values = (
         *_estimate(alloc_objects, alloc_bytes, rate),

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from asgi_pprof.errors import IncompatibleProfiles
+from asgi_pprof.offload import give_way
 from asgi_pprof.profile import Label, Profile, Sample, Stack
 
 SampleKey = tuple[Stack, tuple[Label, ...]]
@@ -19,10 +20,16 @@ def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Return one sample per stack and label set, values added up, in order of first appearance."""
     totals: dict[SampleKey, tuple[int, ...]] = {}
     for sample in samples:
+        give_way()
         key = (sample.stack, sample.labels)
         known = totals.get(key)
         totals[key] = sample.values if known is None else _add(known, sample.values)
-    return tuple(Sample(stack, values, labels) for (stack, labels), values in totals.items())
+    return tuple(_sample(key, values) for key, values in totals.items())
+
+
+def _sample(key: SampleKey, values: tuple[int, ...]) -> Sample:
+    give_way()
+    return Sample(key[0], values, key[1])
 
 
 def subtract(after: Profile, before: Profile) -> Profile:

@@ -14,7 +14,8 @@ import asyncio
 import re
 from collections.abc import AsyncIterator
 
-from asgi_pprof.profile import Profile
+from asgi_pprof.offload import give_way
+from asgi_pprof.profile import Location, Profile
 
 _MAX_NAMES = 65_536
 _BUFFER = 4096  # bufio's: an item and what ends it must fit
@@ -31,7 +32,12 @@ class AddressBook:
 
     def remember(self, profile: Profile) -> None:
         """Remember the places of a profile; the oldest are forgotten when there are too many."""
-        for location in {place for sample in profile.samples for place in sample.stack}:
+        places: set[Location] = set()
+        for sample in profile.samples:
+            give_way()
+            places.update(sample.stack)
+        for location in places:
+            give_way()
             address = location.address
             self._names.pop(address, None)
             self._names[address] = location.function.name

@@ -28,6 +28,7 @@ import struct
 import threading
 import time
 import tracemalloc
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -202,10 +203,11 @@ class SampledHeap:
 
     def samples(self) -> tuple[Sample, ...]:
         """Return a heap profile's samples, not scaled."""
+        return sum_samples(self._rows())
+
+    def _rows(self) -> Iterator[Sample]:
         places = Places()
-        samples = []
         for stack, size, label, *values in _ROW.iter_unpack(self.rows):
             pairs = book.pairs(label) if label < _PENDING else self.labels.get(label, ())
             labels = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
-            samples.append(Sample(places.stack(native.heap_stack(stack)), tuple(values), labels))
-        return sum_samples(samples)
+            yield Sample(places.stack(native.heap_stack(stack)), tuple(values), labels)

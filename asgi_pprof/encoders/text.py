@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
+from asgi_pprof.offload import give_way
 from asgi_pprof.profile import Goroutine, Location, Profile, Sample, Stack
 
 _TAB_WIDTH = 8
@@ -39,7 +40,7 @@ def count_text(name: str, profile: Profile) -> str:
     )
     total = sum(count for count, _ in blocks)
     head = f"{name} profile: total {total}\n"
-    return align(head + "".join(text for _, text in blocks) + _comments(profile))
+    return head + "".join(text for _, text in blocks) + _comments(profile)
 
 
 def heap_text(profile: Profile, trailer: str) -> str:
@@ -63,7 +64,7 @@ def heap_text(profile: Profile, trailer: str) -> str:
         allocs, alloc_space, inuse, inuse_space = sample.values
         head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
         lines.append(_record_text(head, Sample(sample.stack, sample.values)))
-    return align("".join(lines) + "\n" + trailer + _comments(profile))
+    return "".join(lines) + "\n" + trailer + _comments(profile)
 
 
 def contention_text(name: str, profile: Profile) -> str:
@@ -81,7 +82,7 @@ def contention_text(name: str, profile: Profile) -> str:
     if name == "mutex":
         head += "sampling period=1\n"
     samples = sorted(profile.samples, key=lambda sample: -sample.values[1])
-    return align(
+    return (
         head
         + "".join(
             _record_text(f"{sample.values[1]} {sample.values[0]}", sample) for sample in samples
@@ -134,13 +135,16 @@ def _comments(profile: Profile) -> str:
 
 
 def _record_text(head: str, sample: Sample) -> str:
+    give_way()
     addresses = " ".join(f"{location.address + 1:#x}" for location in sample.stack)
     lines = [f"{head} @ {addresses}\n"]
     if sample.labels:
         pairs = ", ".join(f"{_quote(key)}:{_quote(str(value))}" for key, value in sample.labels)
         lines.append(f"# labels: {{{pairs}}}\n")
     lines += (_frame_text(location) for location in sample.stack)
-    return "".join(lines) + "\n"
+    # One by one: no column goes beyond a record, and a list of all lines would bring on
+    # full collections of garbage.
+    return align("".join(lines) + "\n")
 
 
 def _frame_text(location: Location) -> str:
