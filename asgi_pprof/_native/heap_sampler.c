@@ -4,6 +4,7 @@
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 
 #include "blocks.h"
 #include "hooks.h"
@@ -14,14 +15,16 @@
 #include "unwinder.h"
 
 #define MAX_PENDING 4096
-#define MAX_EVENTS 8192
+#define MAX_WAITING 8192
+#define WAITING_SLOTS (2 * MAX_WAITING)
+#define WORTH_SETTLING 256 /* settling looks at everything: not for one set that has died */
 #define SMALL 512 /* pymalloc serves up to here, in classes of 16 bytes */
 
-/* A sample that waits for its label set to be written down. */
+/* Samples that wait for their label set to be written down: a bucket for the time being. */
 typedef struct {
-    uint32_t stack, label;
-    uint64_t size;
-} Event;
+    uint32_t stack, label; /* label 0: an empty slot */
+    uint64_t size_class, objects, bytes;
+} Waiting;
 
 /* A label set that has samples: while it lives its route may still become known. */
 typedef struct {
@@ -51,9 +54,11 @@ static struct {
     pthread_mutex_t mutex; /* guards all that follows, and blocks.c; held for microseconds */
     uint32_t generation;   /* counts samplings: ids of one mean nothing in the next */
     ByteStore stacks, buckets;
-    Event events[MAX_EVENTS];
-    uint32_t event_count;
+    Waiting *waiting; /* one of two tables; the other one is empty, for settling */
+    Waiting tables[2][WAITING_SLOTS];
+    uint32_t waiting_count;
     Pending pending[MAX_PENDING];
+    uint32_t died; /* sets with samples, since labels were settled */
     uint64_t lost, unlabelled, unreadable;
     Reader reader;
     PyThreadState state;
@@ -72,17 +77,42 @@ heap_size_class(uint64_t size)
 }
 
 static void
-add_to_bucket(uint32_t stack, uint32_t label, uint64_t size)
+add_to_bucket(uint32_t stack, uint32_t label, uint64_t size_class, uint64_t objects, uint64_t bytes)
 {
-    BucketKey key = {stack, label, heap_size_class(size)};
+    BucketKey key = {stack, label, size_class};
     uint32_t id = store_intern(&heap.buckets, 0, &key, sizeof key, sizeof(Bucket));
     if (id == 0) {
-        heap.lost++;
+        heap.lost += objects;
         return;
     }
     Bucket *bucket = record_extra(store_record(&heap.buckets, id));
-    bucket->objects++;
-    bucket->bytes += size;
+    bucket->objects += objects;
+    bucket->bytes += bytes;
+}
+
+static bool
+add_waiting(const Waiting *samples)
+{
+    uint64_t hash = ((uint64_t)samples->stack << 32 | samples->label) * 0x9e3779b97f4a7c15u;
+    hash = (hash ^ samples->size_class) * 0xff51afd7ed558ccdu;
+    uint32_t at = (uint32_t)(hash >> 32) & (WAITING_SLOTS - 1);
+    for (;; at = (at + 1) & (WAITING_SLOTS - 1)) {
+        Waiting *slot = &heap.waiting[at];
+        if (slot->label == 0) {
+            if (heap.waiting_count == MAX_WAITING) {
+                return false;
+            }
+            *slot = *samples;
+            heap.waiting_count++;
+            return true;
+        }
+        if (slot->stack == samples->stack && slot->label == samples->label &&
+            slot->size_class == samples->size_class) {
+            slot->objects += samples->objects;
+            slot->bytes += samples->bytes;
+            return true;
+        }
+    }
 }
 
 /* The label that is known by now; a pending one if it is not. */
@@ -100,24 +130,28 @@ settled(uint32_t label)
 static void
 settle_labels(void)
 {
-    uint32_t kept = 0;
-    for (uint32_t i = 0; i < heap.event_count; i++) {
-        Event event = heap.events[i];
-        event.label = settled(event.label);
-        if (event.label < HEAP_PENDING) {
-            add_to_bucket(event.stack, event.label, event.size);
+    Waiting *before = heap.waiting;
+    heap.waiting = before == heap.tables[0] ? heap.tables[1] : heap.tables[0];
+    heap.waiting_count = 0;
+    for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
+        Waiting samples = before[i];
+        uint32_t label = samples.label == 0 ? 0 : settled(samples.label);
+        if (label >= HEAP_PENDING) {
+            add_waiting(&samples);
         }
-        else {
-            heap.events[kept++] = event;
+        else if (samples.label != 0) {
+            add_to_bucket(samples.stack, label, samples.size_class, samples.objects,
+                          samples.bytes);
         }
     }
-    heap.event_count = kept;
+    memset(before, 0, sizeof heap.tables[0]);
     for (Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
         block->label = settled(block->label);
     }
     for (uint32_t i = 0; i < MAX_PENDING; i++) {
         heap.pending[i].used = heap.pending[i].set != NULL;
     }
+    heap.died = 0;
 }
 
 static uint32_t
@@ -132,7 +166,10 @@ pending_label(LabelSet *set)
                 break;
             }
         }
-        if (set->pending == 0 && round == 0) {
+        if (set->pending == 0 && heap.died < WORTH_SETTLING) {
+            break;
+        }
+        if (set->pending == 0) {
             settle_labels();
         }
     }
@@ -146,18 +183,24 @@ pending_label(LabelSet *set)
 static void
 count_sample(uint32_t stack, uint32_t label, uint64_t size)
 {
+    Waiting sample = {stack, label, heap_size_class(size), 1, size};
     if (label >= HEAP_PENDING) {
-        if (heap.event_count == MAX_EVENTS) {
-            settle_labels();
-        }
-        if (heap.event_count < MAX_EVENTS) {
-            heap.events[heap.event_count++] = (Event){stack, label, size};
+        if (add_waiting(&sample)) {
             return;
         }
+        if (heap.died >= WORTH_SETTLING) {
+            settle_labels();
+            label = settled(label);
+            if (label >= HEAP_PENDING && add_waiting(&sample)) {
+                return;
+            }
+        }
+    }
+    if (label >= HEAP_PENDING) {
         heap.unlabelled++;
         label = 0;
     }
-    add_to_bucket(stack, label, size);
+    add_to_bucket(stack, label, sample.size_class, 1, size);
 }
 
 /* Who allocates here: a stack and a label. */
@@ -246,7 +289,11 @@ clear_tables(void)
     store_close(&heap.stacks);
     store_close(&heap.buckets);
     blocks_close();
-    heap.event_count = 0;
+    if (heap.waiting_count != 0) {
+        memset(heap.waiting, 0, sizeof heap.tables[0]);
+        heap.waiting_count = 0;
+    }
+    heap.died = 0;
     for (uint32_t i = 0; i < MAX_PENDING; i++) {
         if (heap.pending[i].used && heap.pending[i].set != NULL) {
             heap.pending[i].set->pending = 0;
@@ -259,6 +306,9 @@ static bool
 open_tables(void)
 {
     heap.generation++;
+    if (heap.waiting == NULL) {
+        heap.waiting = heap.tables[0];
+    }
     if (names_open()) {
         if (blocks_open() && store_open(&heap.stacks, 1u << 19, 1u << 21, 1) &&
             store_open(&heap.buckets, 1u << 17, 1u << 19, 1)) {
@@ -377,10 +427,12 @@ copy_rows(Row *rows)
         rows[count++] = (Row){sampling | key->stack, key->size_class, key->label,
                               bucket->objects, bucket->bytes, 0, 0};
     }
-    for (uint32_t i = 0; i < heap.event_count; i++) {
-        const Event *event = &heap.events[i];
-        rows[count++] = (Row){sampling | event->stack, heap_size_class(event->size), event->label,
-                              1, event->size, 0, 0};
+    for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
+        const Waiting *samples = &heap.waiting[i];
+        if (samples->label != 0) {
+            rows[count++] = (Row){sampling | samples->stack, samples->size_class, samples->label,
+                                  samples->objects, samples->bytes, 0, 0};
+        }
     }
     for (const Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
         rows[count++] = (Row){sampling | block->stack, heap_size_class(block->size), block->label,
@@ -400,7 +452,7 @@ heap_read(void)
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
         settle_labels();
-        size_t most = atomic_load(&heap.buckets.count) + heap.event_count + blocks_count();
+        size_t most = atomic_load(&heap.buckets.count) + heap.waiting_count + blocks_count();
         rows = malloc((most + 1) * sizeof(Row));
         failed = rows == NULL;
         count = failed ? 0 : copy_rows(rows);
@@ -463,6 +515,7 @@ heap_resolve(uint32_t pending, uint32_t label)
     if (pending != 0) {
         pthread_mutex_lock(&heap.mutex);
         heap.pending[pending].set = NULL;
+        heap.died++;
         heap.pending[pending].label = label;
         pthread_mutex_unlock(&heap.mutex);
     }
