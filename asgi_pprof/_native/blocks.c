@@ -99,7 +99,7 @@ blocks_insert(const Block *block)
 Block *
 blocks_find(uintptr_t address)
 {
-    if (slots == NULL) {
+    if (slots == NULL || address == 0) { /* which marks empty slots; free(NULL) comes here */
         return NULL;
     }
     uint32_t at = slot_of(address);

@@ -396,7 +396,9 @@ compare_rows(const void *left, const void *right)
 static size_t
 merge_rows(Row *rows, size_t count)
 {
-    qsort(rows, count, sizeof(Row), compare_rows);
+    if (count != 0) {
+        qsort(rows, count, sizeof(Row), compare_rows);
+    }
     size_t kept = 0;
     for (size_t i = 0; i < count; i++) {
         if (kept > 0 && compare_rows(&rows[kept - 1], &rows[i]) == 0) {
@@ -413,59 +415,72 @@ merge_rows(Row *rows, size_t count)
     return kept;
 }
 
-/* Everything as rows that may repeat; the caller holds the lock. */
-static size_t
-copy_rows(Row *rows)
+typedef struct {
+    Row *rows;
+    size_t count, most;
+} Rows;
+
+static void
+add_row(Rows *to, Row row)
 {
-    uint64_t sampling = (uint64_t)heap.generation << 32;
-    size_t count = 0;
+    if (to->count < to->most) {
+        row.stack |= (uint64_t)heap.generation << 32;
+        to->rows[to->count++] = row;
+    }
+}
+
+/* Everything as rows that may repeat; the caller holds the lock. */
+static void
+copy_rows(Rows *to)
+{
     uint32_t end = atomic_load(&heap.buckets.used);
     for (uint32_t id = 1; id < end; id = store_next(&heap.buckets, id, sizeof(Bucket))) {
         const RecordHeader *record = store_record(&heap.buckets, id);
         const BucketKey *key = record_key(record);
         const Bucket *bucket = record_extra(record);
-        rows[count++] = (Row){sampling | key->stack, key->size_class, key->label,
-                              bucket->objects, bucket->bytes, 0, 0};
+        add_row(to, (Row){key->stack, key->size_class, key->label, bucket->objects, bucket->bytes,
+                          0, 0});
     }
     for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
         const Waiting *samples = &heap.waiting[i];
         if (samples->label != 0) {
-            rows[count++] = (Row){sampling | samples->stack, samples->size_class, samples->label,
-                                  samples->objects, samples->bytes, 0, 0};
+            add_row(to, (Row){samples->stack, samples->size_class, samples->label,
+                              samples->objects, samples->bytes, 0, 0});
         }
     }
     for (const Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
-        rows[count++] = (Row){sampling | block->stack, heap_size_class(block->size), block->label,
-                              0, 0, 1, block->size};
+        add_row(to, (Row){block->stack, heap_size_class(block->size), block->label, 0, 0, 1,
+                          block->size});
     }
-    return count;
 }
 
 PyObject *
 heap_read(void)
 {
-    Row *rows = NULL;
-    size_t count = 0;
+    Rows all = {NULL, 0, 0};
+    size_t count;
     bool failed = false;
     /* Without the GIL: whoever needs the lock meanwhile holds that. */
     Py_BEGIN_ALLOW_THREADS
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
         settle_labels();
-        size_t most = atomic_load(&heap.buckets.count) + heap.waiting_count + blocks_count();
-        rows = malloc((most + 1) * sizeof(Row));
-        failed = rows == NULL;
-        count = failed ? 0 : copy_rows(rows);
+        all.most = atomic_load(&heap.buckets.count) + heap.waiting_count + blocks_count();
+        all.rows = malloc((all.most + 1) * sizeof(Row));
+        failed = all.rows == NULL;
+        if (!failed) {
+            copy_rows(&all);
+        }
     }
     pthread_mutex_unlock(&heap.mutex);
-    count = rows != NULL ? merge_rows(rows, count) : 0;
+    count = merge_rows(all.rows, all.count);
     Py_END_ALLOW_THREADS
     if (failed) {
         return PyErr_NoMemory();
     }
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)rows,
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)all.rows,
                                                 (Py_ssize_t)(count * sizeof(Row)));
-    free(rows);
+    free(all.rows);
     return bytes;
 }
 
