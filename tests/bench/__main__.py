@@ -5,20 +5,29 @@ from __future__ import annotations
 import argparse
 import sys
 
-from tests.bench import accuracy, inprocess, overhead
+from asgi_pprof.params import DEFAULT_HZ
+from tests.bench import accuracy, allocations, heap, inprocess, overhead, pause
 from tests.bench.report import conditions, progress, say, spread, table
 
 
 def idle(options: argparse.Namespace) -> None:
     """CPU per request with the middleware while nobody takes a profile"""
-    pairs = overhead.compare_idle(options.rounds or 20, options.loop)
-    _say_ratios(f"{overhead.TURNS * overhead.TURN} requests of each a round", pairs)
+    requests = 2 * overhead.TURNS * overhead.TURN
+    for title, without, with_it in (
+        ("the middleware without the heap sampler / the bare application", "bare", "without_heap"),
+        ("with the heap sampler / without it", "without_heap", "default"),
+        ("the middleware as it is by default / the bare application", "bare", "default"),
+    ):
+        progress(title)
+        pairs = overhead.compare(without, with_it, options.rounds or 20, options.loop)
+        _say_ratios(title, f"{requests} requests of each a round", pairs)
 
 
 def profiling(options: argparse.Namespace) -> None:
     """CPU per request while a 100 Hz CPU profile is taken"""
-    pairs = overhead.compare_profiling(options.rounds or 12, options.seconds, options.loop)
-    _say_ratios(f"each of one profile of {options.seconds} s, encoded and sent", pairs)
+    pairs = overhead.compare_profiling(options.rounds or 6, options.seconds, options.loop)
+    what = f"each of two profiles of {options.seconds} s, encoded and sent"
+    _say_ratios("during a profile / at rest", what, pairs)
 
 
 def labels(options: argparse.Namespace) -> None:
@@ -30,75 +39,142 @@ def labels(options: argparse.Namespace) -> None:
     say(table(("ns beyond a call without it", "median", "least"), rows))
 
 
+def allocating(options: argparse.Namespace) -> None:
+    """The heap sampler on code that does nothing but allocate"""
+    rows = []
+    for kind in allocations.KINDS:
+        slowdown = allocations.measure_slowdown(kind, options.rounds or 60)
+        first, median, third = spread(slowdown.ratios)
+        numbers = (f"{ratio:.3f}" for ratio in (median, first, third))
+        rows.append((kind.__name__, f"{slowdown.off_us:.0f}", *numbers))
+        progress(f"{kind.__name__}: {median:.3f}")
+    headings = ("", "us without it", "ratio with it, median", "1st quartile", "3rd quartile")
+    say(table(headings, rows))
+
+
 def sample(options: argparse.Namespace) -> None:
-    """One sample of the signal engine"""
-    cost = overhead.measure_sample(options.seconds, options.loop)
-    row = ("signal engine", cost.samples, f"{cost.depth:.1f}", f"{cost.cost_us:.1f}")
-    say(table(("", "samples", "frames a stack", "us a sample"), [row]))
+    """One sample of the CPU"""
+    rows = []
+    for what, cost in (
+        ("a FastAPI request", overhead.measure_sample(options.seconds, options.loop)),
+        ("30 calls deep", inprocess.measure_sample(30, options.seconds)),
+    ):
+        numbers = (cost.engine, cost.samples, f"{cost.depth:.1f}", f"{cost.cost_us:.1f}")
+        rows.append((what, *numbers))
+    say(table(("", "engine", "samples", "frames a stack", "us a sample"), rows))
 
 
 def accuracy_of_shares(options: argparse.Namespace) -> None:
     """CPU profile against the truth"""
     for title, endpoint, burner in (
         ("`async` endpoint", "loop", False),
-        ("`def` endpoint: all its CPU time belongs to the pseudo-frames", "thread", False),
+        ("`def` endpoint", "thread", False),
         ("`async` endpoint, a thread burns CPU beside the loop", "loop", True),
     ):
-        progress(f"accuracy: {title}")
-        _say_accuracy(title, accuracy.measure(endpoint, options.samples, options.loop, burner))
+        runs = []
+        for number in range(options.runs):
+            run = accuracy.measure(endpoint, options.samples, options.loop, burner, options.hz)
+            runs.append(run)
+            worst = 100 * accuracy.worst_error(run.clocked)
+            progress(f"{title}, run {number + 1}: {run.samples} samples, worst {worst:.1f} points")
+        _say_accuracy(title, runs)
+
+
+def heap_truth(options: argparse.Namespace) -> None:
+    """Heap profile against the truth"""
+    rounds = options.rounds or 20
+    rows = []
+    for holder in heap.HOLDERS:
+        seen = [heap.measure(holder) for _ in range(rounds)]
+        held = seen[0].held
+        live = [each.live / held.live for each in seen] if held.live else []
+        allocated = [each.allocated / held.allocated for each in seen] if held.allocated else []
+        rows.append((holder.__name__, f"{held.live / 2**20:.0f}", *_mean(live), *_mean(allocated)))
+        progress(f"heap: {holder.__name__}")
+    say(f"Means of {rounds} samplers, each started anew, at the default rate.", "")
+    headings = "|MiB live|profile / truth|standard error|alloc_space / truth|standard error"
+    say(table(headings.split("|"), rows))
+
+
+def _mean(ratios: list[float]) -> tuple[str, str]:
+    if not ratios:
+        return "", ""
+    mean, error = heap.mean_and_error(ratios)
+    return f"{mean:.3f}", f"{error:.3f}"
+
+
+def pauses(options: argparse.Namespace) -> None:
+    """Pauses of the event loop while heap profiles of 2 GiB are served"""
+    rows = []
+    for each in pause.measure(options.rounds or 10, options.loop):
+        last = len(each.gaps) - 1
+        numbers = [
+            f"{gaps[round(part * last)]:.1f}"
+            for gaps in (each.gaps, each.without_wait)
+            for part in (0.99, 0.999, 1)
+        ]
+        rows.append((each.what, each.requests, len(each.gaps), *numbers))
+    headings = "ms|requests|ticks|99 %|99.9 %|most|less wait for a CPU: 99 %|99.9 %|most"
+    say(table(headings.split("|"), rows))
 
 
 PARTS = {
     "idle": idle,
     "profiling": profiling,
     "labels": labels,
+    "allocating": allocating,
     "sample": sample,
     "accuracy": accuracy_of_shares,
+    "heap": heap_truth,
+    "pause": pauses,
 }
 
 
-def _say_ratios(what: str, pairs: list[overhead.Pair]) -> None:
+def _say_ratios(title: str, what: str, pairs: list[overhead.Pair]) -> None:
     rows = []
     for name, values, form in (
-        ("bare, us a request", [pair.bare_us for pair in pairs], ".1f"),
-        ("with, us a request", [pair.profiled_us for pair in pairs], ".1f"),
-        ("with / bare, paired", [pair.ratio for pair in pairs], ".3f"),
+        ("without, us a request", [pair.without_us for pair in pairs], ".1f"),
+        ("with, us a request", [pair.with_us for pair in pairs], ".1f"),
+        ("with / without, paired", [pair.ratio for pair in pairs], ".3f"),
     ):
         first, median, third = spread(values)
         numbers = (median, first, third, min(values), max(values))
         rows.append((name, *(format(number, form) for number in numbers)))
-    say(f"{len(pairs)} rounds, {what}; the servers take turns of {overhead.TURN} requests.", "")
-    say(table(("", "median", "1st quartile", "3rd quartile", "least", "most"), rows))
+    say(f"### {title}", "", f"{len(pairs)} rounds, {what}.", "")
+    say(table(("", "median", "1st quartile", "3rd quartile", "least", "most"), rows), "")
 
 
-def _say_accuracy(title: str, measured: accuracy.Accuracy) -> None:
-    say(f"### {title}", "", f"{measured.samples} samples in named functions.")
-    say(*(f"Comment: {comment}." for comment in measured.comments), "")
-    rows = []
+def _say_accuracy(title: str, runs: list[accuracy.Accuracy]) -> None:
+    mean = accuracy.mean_of(runs)
+    samples = ", ".join(str(run.samples) for run in runs)
+    say(f"### {title}", "", f"Mean of {len(runs)} runs; samples in named functions: {samples}.")
+    say(*(f"Comment: {comment}." for comment in mean.comments), "")
+    rows: list[tuple[str, ...]] = []
     # Where the profile has none of the functions, their shares are no errors of some size.
-    seen = measured.samples > 0
-    for counted, clocked in seen * list(zip(measured.counted, measured.clocked, strict=True)):
-        truths = (counted.truth, clocked.truth, counted.estimate)
-        errors = (counted.error, clocked.error)
-        perfect = accuracy.standard_error(counted.truth, measured.samples)
+    seen = mean.samples > 0
+    for clocked, counted in seen * list(zip(mean.clocked, mean.counted, strict=True)):
+        shares = (clocked.truth, counted.truth, clocked.estimate)
+        errors = (clocked.error, counted.error)
+        perfect = accuracy.standard_error(clocked.truth, mean.samples)
         rows.append(
             (
-                counted.name,
-                *(f"{100 * share:.1f}" for share in truths),
+                clocked.name,
+                *(f"{100 * share:.1f}" for share in shares),
                 *(f"{100 * error:+.1f}" for error in errors),
                 f"{100 * perfect:.1f}",
             )
         )
-    for share in (measured.outside, measured.threads) if seen else (measured.threads,):
-        truth, estimate = f"{100 * share.truth:.1f}", f"{100 * share.estimate:.1f}"
-        rows.append((f"({share.name})", "", truth, estimate, "", f"{100 * share.error:+.1f}", ""))
-    worst = (
-        f"**{100 * accuracy.worst_error(shares):.1f}**"
-        for shares in (measured.counted, measured.clocked)
-    )
     if seen:
-        rows.append(("worst error", "", "", "", *worst, ""))
-    headings = "share in %|calls x cost|clocked|profile|error, points|to clocked|perfect sampler's"
+        for name, chosen in (("worst of the means", [mean]), ("worst of each run, mean", runs)):
+            worst = (
+                100 * sum(accuracy.worst_error(getattr(run, truth)) for run in chosen) / len(chosen)
+                for truth in ("clocked", "counted")
+            )
+            rows.append((f"**{name}**", "", "", "", *(f"**{error:.1f}**" for error in worst), ""))
+    for share in mean.others:
+        truth, estimate = f"{100 * share.truth:.1f}", f"{100 * share.estimate:.1f}"
+        rows.append((f"({share.name})", truth, "", estimate, f"{100 * share.error:+.1f}", "", ""))
+    headings = "share in %|clocked|calls x cost|profile|error, points|to calls x cost|perfect"
     say(table(headings.split("|"), rows), "")
 
 
@@ -107,9 +183,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     add = parser.add_argument
     add("--part", choices=PARTS, action="append", help="what to measure; may be repeated (all)")
-    add("--rounds", type=int, help="of idle, profiling and labels (20, 12, 15)")
-    add("--seconds", type=int, default=5, help="length of a profile in profiling and sample (5)")
-    add("--samples", type=int, default=1200, help="length of a profile in accuracy (1200)")
+    add("--rounds", type=int, help="of all but sample and accuracy (see the tables)")
+    add("--seconds", type=int, default=15, help="length of a profile in profiling and sample (15)")
+    add("--samples", type=int, default=3000, help="length of a profile in accuracy (3000)")
+    add("--runs", type=int, default=3, help="profiles of each kind in accuracy (3)")
+    add("--hz", type=int, default=DEFAULT_HZ, help="samples a second in accuracy (100)")
     add("--loop", choices=("asyncio", "uvloop"), default="uvloop", help="event loop (uvloop)")
     options = parser.parse_args()
     say(conditions(sys.argv[1:]), "")

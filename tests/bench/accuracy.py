@@ -13,20 +13,24 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import NamedTuple
 
-from asgi_pprof.collectors.cpu import HZ
+from asgi_pprof.params import DEFAULT_HZ
 from tests.bench.load import connect
 from tests.decode import decode
 from tests.servers import ServerProcess, serve_process
 
 CALIBRATION_S = 1.5
+PROFILE_S = 5  # of one profile; as many as it takes, so that a busy machine needs longer
 _PREFIX = "tests.bench.work."
-_THREADS = "<thread "
+_BURNER = _PREFIX + "_burn"
+# Where the main thread's stacks begin, and so the loop's.
+_MAIN = "_run_module_as_main"
 
 
 class Share(NamedTuple):
-    """A function's share of the CPU time of all named functions, from 0 to 1."""
+    """A part of the CPU time, from 0 to 1: as it is, and as the profile has it."""
 
     name: str
     truth: float
@@ -44,36 +48,24 @@ class Accuracy:
 
     Args:
         samples: How many samples the named functions have.
-        counted: Shares whose truth is calls counted x calibrated cost.
-        clocked: The same, by thread clocks read around each call.
-        outside: What of the loop thread's CPU time is in no named function.
-        threads: What of the process's CPU time other threads used; the
-            estimate is what their pseudo-frames have.
+        clocked: Each function's share of all named functions' CPU time, by
+            thread clocks read around its calls.
+        counted: The same, by calls counted x calibrated cost.
+        others: Shares of the process's whole CPU time: what is in no named
+            function, and what belongs to other threads than the loop's.
         comments: The profile's.
     """
 
     samples: int
-    counted: tuple[Share, ...]
     clocked: tuple[Share, ...]
-    outside: Share
-    threads: Share
+    counted: tuple[Share, ...]
+    others: tuple[Share, ...]
     comments: Sequence[str]
 
 
-def shares_on_the_loop(samples: int = 1000, loop: str = "uvloop") -> list[tuple[str, float, float]]:
-    """
-    Return (function, true share, estimated share) of an async endpoint under load.
-
-    Starts a server of its own; takes about a second for 90 samples, and four
-    more.
-    """
-    measured = measure("loop", samples, loop)
-    return [(share.name, share.truth, share.estimate) for share in measured.counted]
-
-
-def worst_error(shares: Sequence[tuple[str, float, float]]) -> float:
+def worst_error(shares: Sequence[Share]) -> float:
     """Return the largest difference of an estimate from the truth, from 0 to 1."""
-    return max(abs(estimate - truth) for _, truth, estimate in shares)
+    return max(abs(share.error) for share in shares)
 
 
 def standard_error(share: float, samples: int) -> float:
@@ -81,22 +73,51 @@ def standard_error(share: float, samples: int) -> float:
     return math.sqrt(share * (1 - share) / samples) if samples else math.nan
 
 
-def measure(endpoint: str, samples: int, loop: str = "uvloop", burner: bool = False) -> Accuracy:
+def mean_of(runs: Sequence[Accuracy]) -> Accuracy:
+    """Return the mean of some runs' shares, with the samples of all and the last one's comments."""
+
+    def mean(shares: Sequence[tuple[Share, ...]]) -> tuple[Share, ...]:
+        return tuple(
+            Share(same[0].name, fmean(s.truth for s in same), fmean(s.estimate for s in same))
+            for same in zip(*shares, strict=True)
+        )
+
+    return Accuracy(
+        samples=sum(run.samples for run in runs),
+        clocked=mean([run.clocked for run in runs]),
+        counted=mean([run.counted for run in runs]),
+        others=mean([run.others for run in runs]),
+        comments=runs[-1].comments,
+    )
+
+
+def measure(
+    endpoint: str,
+    samples: int,
+    loop: str = "uvloop",
+    burner: bool = False,
+    hz: int = DEFAULT_HZ,
+    env: dict[str, str] | None = None,
+) -> Accuracy:
     """
     Profile the service under load, and compare.
 
     Args:
         endpoint: "loop" for an async endpoint, "thread" for a `def` one.
-        samples: How many to take, about.
+        samples: How many to take at least, the burner's not counted.
         loop: "asyncio" or "uvloop".
-        burner: Whether a thread burns CPU beside it.
+        burner: Whether a thread burns CPU beside it, which takes three quarters of it.
+        hz: Samples a second of CPU time. Of periods below the kernel's tick
+            (often 4 ms) several end at once: that makes no independent samples.
+        env: The service's environment, beyond this process's.
     """
-    seconds = math.ceil(samples / (0.9 * HZ))
-    with serve_process("tests.bench.work:app", loop) as server:
+    with serve_process("tests.bench.work:app", loop, env=env) as server:
         cost_before = _ask(server, f"calibrate?seconds={CALIBRATION_S}")
         if burner:
             _ask(server, "burn/true")
-        before, after, profile = asyncio.run(_profile_under_load(server, f"/{endpoint}", seconds))
+        before, after, profiles = asyncio.run(
+            _profile_under_load(server, f"/{endpoint}", samples, hz)
+        )
         if burner:
             _ask(server, "burn/false")
         cost_after = _ask(server, f"calibrate?seconds={CALIBRATION_S}")
@@ -106,37 +127,44 @@ def measure(endpoint: str, samples: int, loop: str = "uvloop", burner: bool = Fa
         n: _grown(after, before, endpoint, "calls", n) * (cost_before[n] + cost_after[n]) / 2
         for n in names
     }
-    return _compare(names, counted, clocked, before, after, profile, endpoint)
+    return _compare(clocked, counted, before, after, profiles)
 
 
-def _compare(names, counted, clocked, before, after, profile, endpoint) -> Accuracy:
-    estimated, number = dict.fromkeys(names, 0), 0
-    threads_ns = main_ns = 0
-    for stack, (count, cpu_ns), _ in profile["samples"]:
+def _compare(clocked, counted, before, after, profiles) -> Accuracy:
+    estimated, number = dict.fromkeys(clocked, 0), 0
+    burner_ns = loop_ns = total_ns = 0
+    for stack, (count, cpu_ns), _ in (each for p in profiles for each in p["samples"]):
         functions = {place[0] for place in stack}
-        if stack[0][0].startswith(_THREADS):
-            threads_ns += cpu_ns
+        total_ns += cpu_ns
+        if _BURNER in functions:
+            burner_ns += cpu_ns
             continue
-        main_ns += cpu_ns
-        for name in names:
+        if _MAIN in stack[-1][0]:
+            loop_ns += cpu_ns
+        for name in estimated:
             # At most one is in a stack: none of them calls another.
             if _PREFIX + name in functions:
                 estimated[name] += cpu_ns
                 number += count
-    loop_ns = after["loop_thread_ns"] - before["loop_thread_ns"]
-    process_ns = after["process_ns"] - before["process_ns"]
-    known_ns = sum(clocked.values()) if endpoint == "loop" else 0
+    ran = {n: after[n] - before[n] for n in ("loop_thread_ns", "burner_ns", "process_ns")}
+    process_ns = ran["process_ns"]
+    named_ns, named_truth_ns = sum(estimated.values()), sum(clocked.values())
+    others = [
+        Share("in no named function", 1 - named_truth_ns / process_ns, 1 - named_ns / total_ns),
+        Share(
+            "threads other than the loop's",
+            1 - ran["loop_thread_ns"] / process_ns,
+            1 - loop_ns / total_ns,
+        ),
+    ]
+    if ran["burner_ns"]:
+        others.append(Share("the burner", ran["burner_ns"] / process_ns, burner_ns / total_ns))
     return Accuracy(
         samples=number,
-        counted=_shares(counted, estimated),
         clocked=_shares(clocked, estimated),
-        outside=Share(
-            "outside", 1 - known_ns / loop_ns, 1 - _ratio(sum(estimated.values()), main_ns)
-        ),
-        threads=Share(
-            "other threads", 1 - loop_ns / process_ns, _ratio(threads_ns, threads_ns + main_ns)
-        ),
-        comments=profile["comments"],
+        counted=_shares(counted, estimated),
+        others=tuple(others),
+        comments=profiles[-1]["comments"],
     )
 
 
@@ -157,17 +185,25 @@ def _grown(after, before, endpoint: str, what: str, name: str) -> int:
     return grown
 
 
-async def _profile_under_load(server: ServerProcess, path: str, seconds: int):
-    """Return the truth just before and just after a profile, and the profile."""
+async def _profile_under_load(server: ServerProcess, path: str, samples: int, hz: int):
+    """Return the truth before and after some profiles, one after the other, and these."""
 
     async def profile():
+        profiles, taken = [], 0
         try:
             await asyncio.sleep(0.3)
             before = await asyncio.to_thread(_ask, server, "truth")
-            answer = await asyncio.to_thread(server.get, f"profile?seconds={seconds}", timeout=600)
-            after = await asyncio.to_thread(_ask, server, "truth")
-            assert answer.status == 200, answer.text
-            return before, after, decode(answer.body)
+            while taken < samples:
+                query = f"profile?seconds={PROFILE_S}&hz={hz}"
+                answer = await asyncio.to_thread(server.get, query, timeout=600)
+                assert answer.status == 200, answer.text
+                profiles.append(decode(answer.body))
+                taken += sum(
+                    count
+                    for stack, (count, _), _ in profiles[-1]["samples"]
+                    if _BURNER not in {place[0] for place in stack}
+                )
+            return before, await asyncio.to_thread(_ask, server, "truth"), profiles
         finally:
             done.set()
 

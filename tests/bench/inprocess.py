@@ -13,6 +13,11 @@ import time
 from collections.abc import Awaitable, Callable
 
 from asgi_pprof import PprofMiddleware, labels
+from asgi_pprof.collectors.cpu import CpuCollector
+from asgi_pprof.encoders.protobuf import encode
+from asgi_pprof.params import DEFAULT_HZ
+from tests.bench.overhead import SampleCost, sample_cost
+from tests.decode import decode
 
 CALLS = 20_000
 
@@ -22,6 +27,25 @@ Call = Callable[[], Awaitable[None]]
 def measure_costs(rounds: int) -> list[tuple[str, float, float]]:
     """Return (what, median, least) in nanoseconds for each piece of our code in a request's way."""
     return asyncio.run(_measure(rounds))
+
+
+def measure_sample(depth: int, seconds: float) -> SampleCost:
+    """Return what a CPU sample takes of a stack of so many calls and the few that it takes here."""
+
+    async def profile_ourselves() -> SampleCost:
+        collecting = asyncio.create_task(
+            CpuCollector().collect(seconds, asyncio.Event(), DEFAULT_HZ)
+        )
+        while not collecting.done():
+            _descend(depth)
+            await asyncio.sleep(0)
+        return sample_cost(decode(encode(await collecting)))
+
+    return asyncio.run(profile_ourselves())
+
+
+def _descend(depth: int) -> int:
+    return _descend(depth - 1) if depth else sum(number * number for number in range(5000))
 
 
 async def _measure(rounds: int) -> list[tuple[str, float, float]]:

@@ -4,28 +4,67 @@ from __future__ import annotations
 
 import pytest
 
+from asgi_pprof.collectors import cpu_native
 from tests.bench.accuracy import measure
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
+# A period of the kernel's tick: more samples in the same time, each still its own.
+HZ = 250
 
-def test_shares_on_the_loop_are_within_three_points():
+needs_native = pytest.mark.skipif(cpu_native.why_not() != "", reason=cpu_native.why_not())
+
+
+@needs_native
+@pytest.mark.parametrize("endpoint", ["loop", "thread"])
+def test_shares_are_within_two_points(endpoint):
     """
-    3,000 samples of an async endpoint: loops, recursion, json, hashing, sorting.
+    3,000 samples of an `async` and of a `def` endpoint: every named function's share.
 
-    The truth is known in two ways, calls counted x calibrated cost and the
-    thread's clock around each call, which differ by up to a point; their mean
-    counts. A perfect sampler's standard error is 0.8 points for the largest
-    share. A first failure is tried again with twice the samples.
+    The truth is the thread's clock: threads that contend for the GIL cost each
+    other what no calibration knows. A perfect sampler's standard error is 0.7
+    points for the largest share. A first failure is tried again with twice the
+    samples.
+
+    Among threads, hashing gives the GIL away and waits for it; its short runs
+    at both ends are over before the kernel's tick is there. That was measured
+    2.7 points of 15, so hashing has 4 there.
+    """
+    limits = {"hashing": 4.0} if endpoint == "thread" else {}
+    for samples in (3000, 6000):
+        found = measure(endpoint, samples, hz=HZ)
+        errors = {share.name: round(100 * share.error, 1) for share in found.clocked}
+        assert all(share.truth > 0.05 for share in found.clocked)
+        if all(abs(error) < limits.get(name, 2.0) for name, error in errors.items()):
+            return
+    pytest.fail(f"shares are off by {errors} points")
+
+
+@needs_native
+def test_threads_are_told_apart():
+    """A thread that burns CPU beside the loop has the CPU it has used, and the loop the rest."""
+    found = measure("loop", 500, hz=HZ, burner=True)
+    shares = {share.name: share for share in found.others}
+    assert shares["the burner"].truth > 0.3
+    for share in shares.values():
+        assert abs(share.error) < 0.03, share
+
+
+def test_shares_on_the_loop_are_within_three_points_without_the_c_core():
+    """
+    3,000 samples of the signal engine: an `async` endpoint's.
+
+    The truth is known in two ways, which differ by up to a point; their mean
+    counts. A first failure is tried again with twice the samples.
     """
     for samples in (3000, 6000):
-        found = measure("loop", samples)
+        found = measure("loop", samples, hz=HZ, env={"ASGI_PPROF_NATIVE": "0"})
         errors = {
-            counted.name: (counted.error + clocked.error) / 2
-            for counted, clocked in zip(found.counted, found.clocked, strict=True)
+            clocked.name: round(50 * (clocked.error + counted.error), 1)
+            for clocked, counted in zip(found.clocked, found.counted, strict=True)
         }
         assert len(errors) >= 5
-        assert all(share.truth > 0.02 for share in found.counted)
-        if max(map(abs, errors.values())) < 0.03:
+        assert all(share.truth > 0.02 for share in found.clocked)
+        if max(map(abs, errors.values())) < 3:
             return
-    pytest.fail(f"shares are off by {errors}")
+    pytest.fail(f"shares are off by {errors} points")
