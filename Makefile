@@ -46,6 +46,15 @@ cover: install ## Run all tests and show what they do not reach
 bench: install ## Measure cost and accuracy; ARGS=--help shows the parts
 	$(RUN) -m tests.bench $(ARGS)
 
+.PHONY: soak soak-asan
+soak: SLICES ?= 10
+soak: SOAK_SECONDS ?= 60
+soak: install ## Run both samplers under everything at once, SLICES=10 times SOAK_SECONDS=60
+	for slice in $$(seq $(SLICES)); do $(RUN) -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS) || exit; done
+
+soak-asan: install ## The same for 60 s with a C core that AddressSanitizer watches
+	$(RUN) -m tests.soak.asan $(ARGS)
+
 demo: install ## Start the demo shop with load on it; SECONDS=20 profiles it and ends
 	$(RUN) docs/demo/run.py $(if $(SECONDS),--seconds $(SECONDS))
 

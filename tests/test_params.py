@@ -246,3 +246,56 @@ def test_no_query_string_raises_anything_but_bad_parameter(query):
             assert 0 < params.delta_seconds <= LONGEST
         except BadParameter:
             assert params.cpu_seconds == 30
+
+
+@pytest.mark.parametrize(
+    ("query", "hz"),
+    named(
+        [
+            (b"", 100),
+            (b"hz", 100),
+            (b"hz=", 100),
+            (b"hz=1", 1),
+            (b"hz=100", 100),
+            (b"hz=1000", 1000),
+            (b"hz=0007", 7),
+            (b"hz=%2B7", 7),
+            (b"hz=7&hz=x", 7),
+            (b"hz=x;y", 100),  # what Go's parser refuses is not there
+            (b"HZ=7", 100),
+            (b"hz=" + MANY_ZEROS + b"9", 9),
+        ]
+    ),
+)
+def test_a_cpu_profile_takes_100_samples_a_second_unless_told_otherwise(query, hz):
+    """From 1 to 1000 of them."""
+    assert Params(query).hz == hz
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        b"hz=0",
+        b"hz=-1",
+        b"hz=1001",
+        b"hz=1.5",
+        b"hz=1e2",
+        b"hz=0x10",
+        b"hz=1_0",
+        b"hz=+7",
+        b"hz=%20",
+        b"hz=abc",
+        b"hz=x&hz=7",
+        b"hz=9223372036854775808",
+        b"hz=" + MANY_NINES,
+        b"hz=\xff",
+        "hz=５".encode(),
+    ],
+    ids=lambda query: repr(query)[:40],
+)
+def test_a_frequency_that_is_none_is_refused(query):
+    """Not Go's parameter, but refused in its manner."""
+    with pytest.raises(BadParameter) as caught:
+        _ = Params(query).hz
+    assert str(caught.value) == 'invalid value for "hz" - must be an integer from 1 to 1000'
+    assert caught.value.status == 400

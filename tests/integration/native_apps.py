@@ -1,0 +1,102 @@
+"""A service whose endpoints spend CPU and keep memory wherever labels have to follow them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+import time
+
+from fastapi import FastAPI
+
+from asgi_pprof import PprofMiddleware, labels
+from tests.state import process_state
+
+FREQUENT = 4096
+"""Bytes from one sample to the next."""
+
+kept: list[object] = []
+lasting: list[asyncio.Task[None]] = []
+
+
+def burn(seconds: float = 0.02) -> None:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(500))
+
+
+def keep_blocks() -> None:
+    kept.extend(bytes(10_000) for _ in range(50))
+
+
+def work(seconds: float = 0.02) -> None:
+    burn(seconds)
+    keep_blocks()
+
+
+app = FastAPI()
+
+
+@app.get("/in-coroutine/{number}")
+async def in_coroutine(number: int) -> None:
+    work()
+
+
+@app.get("/in-def/{number}")
+def in_def(number: int) -> None:
+    work()
+
+
+@app.get("/in-task/{number}")
+async def in_task(number: int) -> None:
+    async def child() -> None:
+        work()
+
+    await asyncio.create_task(child())
+
+
+@app.get("/in-to-thread/{number}")
+async def in_to_thread(number: int) -> None:
+    await asyncio.to_thread(work)
+
+
+@app.get("/in-copied-context/{number}")
+async def in_copied_context(number: int) -> None:
+    # New threads are found within 50 ms.
+    thread = threading.Thread(target=contextvars.copy_context().run, args=(work, 0.2))
+    thread.start()
+    await asyncio.to_thread(thread.join)
+
+
+@app.get("/with-own-labels/{number}")
+async def with_own_labels(number: int) -> None:
+    with labels(tenant=f"tenant-{number % 3}"):
+        work()
+
+
+@app.get("/in-task-that-lasts/{number}")
+async def in_task_that_lasts(number: int) -> None:
+    async def child() -> None:
+        await asyncio.sleep(0.01)
+        work()
+
+    lasting.append(asyncio.create_task(child()))
+    del lasting[:-100]
+
+
+@app.get("/forget")
+async def forget() -> None:
+    kept.clear()
+
+
+@app.get("/state")
+async def state() -> dict[str, object]:
+    return process_state()
+
+
+def __getattr__(name: str) -> PprofMiddleware:
+    # Made only when asked for: the first of a process sets the rate.
+    rates = {"frequent": FREQUENT, "every_block": 1, "never": 0}
+    if name in rates:
+        return PprofMiddleware(app, memory_profile_rate=rates[name])
+    raise AttributeError(name)

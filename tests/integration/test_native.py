@@ -1,0 +1,267 @@
+"""The native engines behind a real server: whose time and memory it is, under which labels."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+
+import pytest
+
+from asgi_pprof.native import native
+from tests import apps, official
+from tests.gotool import go_pprof
+from tests.integration.native_apps import FREQUENT
+from tests.integration.test_profiles import samples
+from tests.servers import ask, serve, serve_process, until
+
+needs_native = pytest.mark.skipif(not native, reason="needs the C core")
+pytestmark = pytest.mark.server
+
+ROUTES = {
+    "/in-coroutine": {},
+    "/in-def": {},
+    "/in-task": {},
+    "/in-to-thread": {},
+    "/in-copied-context": {},
+    "/in-task-that-lasts": {},
+    "/with-own-labels": {"tenant": "tenant-1"},
+}
+
+
+@pytest.fixture(scope="module")
+def servers():
+    """The service whose memory is sampled often, on each kind of loop."""
+    found = {}
+    try:
+        for loop in ("asyncio", "uvloop"):
+            server = serve_process("tests.integration.native_apps:frequent", loop=loop)
+            found[loop] = server.__enter__()
+        yield found
+    finally:
+        for server in found.values():
+            server.__exit__(None, None, None)
+
+
+@pytest.fixture
+def service(servers, loop_name):
+    return servers[loop_name]
+
+
+def comments(message):
+    return [message.string_table[each] for each in message.comment]
+
+
+def values_of(message, function, index):
+    """Return [(value, labels)] of samples with a function on the stack."""
+    return [
+        (values[index], {key: value for key, value in labels.items() if key != "bytes"})
+        for stack, values, labels in samples(message)
+        if any(name.endswith(f".{function}") for name in stack)
+    ]
+
+
+def labels_of(route):
+    return {"method": "GET", "route": f"{route}/{{number}}", **ROUTES[route]}
+
+
+@needs_native
+@pytest.mark.parametrize("route", ROUTES)
+def test_cpu_is_charged_under_the_labels_of_its_request(service, route):
+    """Wherever the endpoint lets its work be done; the profile's other time is no `burn`."""
+    with service.load(f"{route}/1", clients=2):
+        message = official.parse(service.get("profile?seconds=2&hz=500").body)
+    found = values_of(message, "burn", 1)
+    total = sum(cpu for cpu, _ in found)
+    assert total > 0.1e9
+    assert sum(cpu for cpu, labels in found if labels == labels_of(route)) > 0.95 * total
+    assert comments(message)[0] == "engine: native, every thread at 500 Hz of its CPU time"
+    # Threads that have just begun, for some milliseconds.
+    unseen = sum(values[1] for stack, values, _ in samples(message) if "not sampled" in stack[0])
+    assert unseen < 0.3 * total
+
+
+@needs_native
+@pytest.mark.parametrize("route", ROUTES)
+def test_memory_is_charged_under_the_labels_of_its_request(service, route):
+    """Also after the request has ended, and without tracemalloc."""
+    service.visit("/forget")
+    for _ in range(10):
+        service.visit(f"{route}/1")
+
+    def live():
+        found = values_of(official.parse(service.get("heap").body), "keep_blocks", 3)
+        return [(size, labels) for size, labels in found if size]
+
+    until(lambda: 0.7 < sum(size for size, _ in live()) / (500 * 10_033) < 1.4)
+    found = live()
+    assert {tuple(labels.items()) for _, labels in found} == {tuple(labels_of(route).items())}
+    assert service.state()["tracing"] is False
+    service.visit("/forget")
+    assert live() == []
+
+
+@needs_native
+def test_a_delta_of_the_heap_needs_no_tracing(service):
+    """What was kept meanwhile is the difference, and tracemalloc is never on."""
+    service.visit("/in-coroutine/1")
+    answers, traced = [], []
+    reader = threading.Thread(target=lambda: answers.append(service.get("heap?seconds=2")))
+    reader.start()
+    time.sleep(0.5)
+    for _ in range(10):
+        service.visit("/with-own-labels/1")
+        traced.append(service.state()["tracing"])
+    reader.join()
+    service.visit("/forget")
+    message = official.parse(answers[0].body)
+    grown = sum(size for size, _ in values_of(message, "keep_blocks", 3))
+    assert grown == pytest.approx(500 * 10_033, rel=0.3)
+    assert not any(traced)
+    assert comments(message)[0].startswith(f"engine: native, one sample in {FREQUENT} bytes")
+
+
+@needs_native
+def test_counters_of_the_text_are_exact_and_rise(service):
+    """Mallocs, Frees and TotalAlloc count every block since the sampler began."""
+
+    def read(name):
+        text = service.get("heap?debug=1").text
+        return int(re.search(rf"^# {name} = (\d+)$", text, re.MULTILINE)[1])
+
+    before = [read(name) for name in ("Mallocs", "TotalAlloc", "Frees")]
+    for _ in range(20):
+        service.visit("/in-def/1")
+    between = [read(name) for name in ("Mallocs", "TotalAlloc", "Frees")]
+    assert between[0] - before[0] >= 20 * 50
+    assert between[1] - before[1] >= 20 * 50 * 10_033
+    assert between[2] >= before[2]
+    service.visit("/forget")
+    assert read("Frees") - between[2] >= 20 * 50
+
+
+@needs_native
+@pytest.mark.go
+def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
+    """pprof scales what the text has as taken; the protobuf is scaled by us."""
+    for _ in range(10):
+        any_service.visit("/in-coroutine/1")
+    totals = {}
+    for kind, query in (("text", "heap?debug=1"), ("protobuf", "heap")):
+        raw = go_pprof(tmp_path, "-raw", f"{any_service.url}/{query}").text
+        rows = re.findall(r"^ +(\d+) +(\d+) +(\d+) +(\d+): ", raw, re.MULTILINE)
+        totals[kind] = [sum(map(int, column)) for column in zip(*rows, strict=True)]
+    any_service.visit("/forget")
+    assert totals["text"][3] > 500 * 8000
+    assert totals["text"][3] == pytest.approx(totals["protobuf"][3], rel=0.05)
+
+
+@pytest.fixture
+def any_service(servers):
+    return servers["asyncio"]
+
+
+@pytest.mark.parametrize("query", ["hz=0", "hz=1001", "hz=abc", "hz=-5", "hz=1.5", "hz=%20"])
+def test_frequencies_that_are_none_are_refused(any_shop, query):
+    """With 400 and the text, before anything begins."""
+    answer = any_shop.get(f"profile?seconds=1&{query}")
+    assert answer.status == 400
+    assert answer.text == 'invalid value for "hz" - must be an integer from 1 to 1000\n'
+    assert answer.headers["x-go-pprof"] == "1"
+    assert not any_shop.is_sampling()
+
+
+@pytest.mark.parametrize("hz", [1, 10, 250, 1000])
+def test_the_frequency_is_the_one_asked_for(shop, hz):
+    """With either engine; in the period, and in the comment."""
+    with shop.load("/burn/50", clients=1):
+        message = official.parse(shop.get(f"profile?seconds=1&hz={hz}").body)
+    assert message.period == 10**9 // hz
+    assert f" at {hz} Hz of " in comments(message)[0]
+
+
+@needs_native
+def test_a_loop_outside_the_main_thread_is_served(loop_name):
+    """Nothing needs Python's signal handling."""
+    with serve(apps.app, loop=loop_name) as port:
+        answers = []
+        reader = threading.Thread(
+            target=lambda: answers.append(ask(port, "/debug/pprof/profile?seconds=1"))
+        )
+        reader.start()
+        while reader.is_alive():
+            ask(port, "/burn/100")
+        reader.join()
+    assert answers[0].status == 200
+    message = official.parse(answers[0].body)
+    assert comments(message)[0].startswith("engine: native")
+    assert sum(cpu for cpu, _ in values_of(message, "burn_cpu_a", 1)) > 0
+
+
+@needs_native
+def test_worker_threads_have_stacks(shop):
+    """A `def` endpoint's time is in the function that used it."""
+    with shop.load("/thread/x"):
+        message = official.parse(shop.get("profile?seconds=2").body)
+    found = values_of(message, "burn_in_a_thread", 1)
+    total = sum(values[1] for _, values, _ in samples(message))
+    assert sum(cpu for cpu, _ in found) > total / 3
+    assert {labels.get("route") for _, labels in found} == {"/thread/{kind}"}
+
+
+def test_the_index_names_the_engines_and_without_them_the_reason(any_shop, pure_shop):
+    """Native ones where they are, and with ASGI_PPROF_NATIVE=0 why they are not."""
+    if native:
+        assert any_shop.get("").text.count("engine: native") == 3  # allocs, heap, profile
+    page = pure_shop.get("").text
+    assert "engine: signal" in page
+    assert page.count("switched off by ASGI_PPROF_NATIVE=0") == 3
+
+
+@needs_native
+def test_rate_0_is_said_on_the_index():
+    """And a delta traces then, as without the native engine."""
+    with serve_process("tests.integration.native_apps:never") as server:
+        page = server.get("").text
+        assert page.count("memory_profile_rate is 0") == 2
+        assert "engine: native" in page  # of the CPU
+        assert server.state()["heap rate"] == 0
+        assert server.get("heap?seconds=1").status == 200
+
+
+@needs_native
+def test_every_block_of_a_service_can_be_sampled(loop_name):
+    """At rate 1 the numbers are exact."""
+    with serve_process("tests.integration.native_apps:every_block", loop=loop_name) as server:
+        with server.load("/with-own-labels/1"):
+            assert server.get("profile?seconds=1&hz=1000").status == 200
+        server.visit("/forget")
+        for _ in range(3):
+            server.visit("/in-def/1")
+        message = official.parse(server.get("heap?gc=1").body)
+        blocks = [
+            (values[2:], labels)
+            for stack, values, labels in samples(message)
+            if ".keep_blocks" in stack[0] and labels["bytes"] == 10_240 and values[2]
+        ]
+        assert blocks == [
+            ([150, 150 * 10_033], {"method": "GET", "route": "/in-def/{number}", "bytes": 10_240})
+        ]
+        assert message.period == 1
+
+
+@needs_native
+def test_shutdown_takes_the_hooks_out(loop_name):
+    """With samplers on and work going on, the server ends quietly; see serve_process."""
+    server = serve_process("tests.integration.native_apps:every_block", loop=loop_name)
+    with server:
+        assert server.state()["heap rate"] == 1
+        answers = []
+        reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=1")))
+        reader.start()
+        until(server.is_sampling)
+        for route in ROUTES:
+            server.visit(f"{route}/1")
+        reader.join()
+        assert answers[0].status == 200
+    assert server.process.returncode in (0, -15)

@@ -1,0 +1,54 @@
+"""Programs in processes of their own: for what could crash, exits, or happens once a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+
+from tests.servers import ROOT
+
+QUIET = ("-X", "dev", "-W", "error")
+
+
+def run_program(
+    source: str,
+    *arguments: str,
+    options: tuple[str, ...] = QUIET,
+    timeout: float = 150,
+    status: int = 0,
+    errors: str = "",
+    **variables: str,
+) -> str:
+    """
+    Run a Python program, and return what it prints.
+
+    It must end with this status and say nothing but `errors` on stderr.
+
+    Args:
+        source: The program.
+        arguments: Its `sys.argv[1:]`.
+        options: The interpreter's; development mode with warnings as errors unless given.
+        timeout: Seconds after which it hangs.
+        status: What it exits with; negative for a signal.
+        errors: A part of its stderr; "" means that there must be none.
+        variables: Added to the environment.
+    """
+    done = subprocess.run(
+        [sys.executable, *options, "-c", textwrap.dedent(source), *arguments],
+        cwd=ROOT,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        timeout=timeout,
+        check=False,
+    )
+    said = done.stderr.strip()
+    assert done.returncode == status, f"status {done.returncode}: {said[-4000:]}"
+    if errors:
+        assert errors in said
+    else:
+        assert said == ""
+    return done.stdout

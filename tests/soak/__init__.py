@@ -1,0 +1,1 @@
+"""The native samplers under load that never rests: `python -m tests.soak --help`."""

@@ -1,0 +1,186 @@
+"""The loader of the C core: what is there, or why it is not."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from asgi_pprof.native import LabelNode, native, reason
+from tests.programs import run_program
+
+needs_native = pytest.mark.skipif(not native, reason="needs the C core")
+
+REPORT = """
+from asgi_pprof import labels, PprofApp
+from asgi_pprof.native import LabelNode, native, reason
+from asgi_pprof.collectors import cpu_native, heap_native
+from asgi_pprof.labels import current
+with labels(tenant="acme"):
+    pass
+PprofApp().close()
+assert native is None
+assert LabelNode is object
+print(reason)
+print(cpu_native.why_not())
+print(heap_native.heap_sampler.why_off())
+"""
+
+
+def test_there_is_a_module_or_a_reason():
+    """Never both, never none."""
+    assert (native is None) == bool(reason)
+    assert (LabelNode is object) == (native is None)
+    assert (os.environ.get("ASGI_PPROF_NATIVE") == "0") <= (native is None)
+
+
+def test_the_switch_leaves_it_out():
+    """ASGI_PPROF_NATIVE=0: nothing is loaded, both engines name the reason, all else works."""
+    said = run_program(REPORT, ASGI_PPROF_NATIVE="0").splitlines()
+    assert said == ["switched off by ASGI_PPROF_NATIVE=0"] * 3
+
+
+@needs_native
+@pytest.mark.parametrize("value", ["1", "", "yes"])
+def test_any_other_value_of_the_switch_leaves_it_in(value):
+    """Only 0 is a no."""
+    program = "from asgi_pprof.native import native; assert native"
+    run_program(program, ASGI_PPROF_NATIVE=value)
+
+
+def test_a_module_that_does_not_import_is_none():
+    """Built for another libc, say: the reason is the importer's."""
+    program = """
+import sys
+
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name == "asgi_pprof._native":
+            raise ImportError("undefined symbol: of_another_libc")
+
+sys.meta_path.insert(0, Broken())
+"""
+    said = run_program(program + REPORT, ASGI_PPROF_NATIVE="1").splitlines()
+    assert said == ["undefined symbol: of_another_libc"] * 3
+
+
+def test_the_folder_of_the_sources_is_not_taken_for_the_module():
+    """Unbuilt, in a checkout, the name is that of a folder and imports as an empty package."""
+    program = """
+import importlib.machinery, sys
+
+class Unbuilt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "asgi_pprof._native":
+            return importlib.machinery.ModuleSpec(name, None, is_package=True)
+
+sys.meta_path.insert(0, Unbuilt())
+"""
+    said = run_program(program + REPORT, ASGI_PPROF_NATIVE="1").splitlines()
+    assert said == ["not built for this Python"] * 3
+
+
+@needs_native
+def test_importing_it_changes_nothing():
+    """No thread, no handler, no hook."""
+    program = """
+    import ctypes, gc, types
+    from tests.state import clock_timers
+    import signal, sys, os
+
+    def state():
+        destructor = ctypes.c_void_p.from_address(id(types.CodeType) + 48).value
+        return signal.getsignal(27), os.listdir("/proc/self/task"), destructor, clock_timers()
+
+    for name in [name for name in sys.modules if name.startswith("asgi_pprof")]:
+        del sys.modules[name]
+    before = state()
+    import asgi_pprof.app
+    from asgi_pprof.native import native
+    assert state() == before
+    assert native.heap_stats()["rate"] == 0
+    assert native.heap_stats()["mallocs"] == 0
+    """
+    run_program(program)
+
+
+@needs_native
+@pytest.mark.parametrize("hz", [0, -1, 100_001, 2**70])
+def test_frequencies_that_make_no_sense_are_refused(hz):
+    """By an exception, and nothing has begun."""
+    with pytest.raises((ValueError, OverflowError)):
+        native.cpu_start(hz)
+    native.cpu_stop()
+    assert native.cpu_read(0, 10)[0] == []
+
+
+@needs_native
+@pytest.mark.parametrize("rate", [0, -1, 2**64])
+def test_rates_that_make_no_sense_are_refused(rate):
+    """By an exception, and nothing has begun."""
+    with pytest.raises((ValueError, OverflowError)):
+        native.heap_start(rate)
+    assert native.heap_stats()["rate"] == 0
+
+
+@needs_native
+def test_stopping_what_has_not_begun_is_nothing():
+    """Every function may be called at any time."""
+    native.cpu_stop()
+    native.cpu_free()
+    native.heap_stop()
+    assert native.heap_check() is False
+    assert native.heap_read() == b""
+    assert native.heap_pending() == []
+    assert native.cpu_read(0, 10)[0] == []
+    assert native.cpu_read(12345, 10)[0] == []
+    assert native.marked_labels() == []
+    assert native.heap_stack(12345) == (native.PLACE_LOST,)
+
+
+@needs_native
+def test_a_second_start_is_refused():
+    """The first goes on."""
+    native.cpu_start(100)
+    try:
+        with pytest.raises(RuntimeError, match="cpu profiling already in use"):
+            native.cpu_start(100)
+    finally:
+        native.cpu_stop()
+        native.cpu_free()
+    native.heap_start(1000)
+    try:
+        with pytest.raises(RuntimeError, match="heap profiling already in use"):
+            native.heap_start(5)
+        assert native.heap_stats()["rate"] == 1000
+    finally:
+        native.heap_stop()
+
+
+@needs_native
+def test_only_the_main_interpreter_has_it():
+    """Elsewhere the import fails with a reason; what is there serves on."""
+    program = """
+    import sys
+    try:
+        import _interpreters as interpreters
+    except ImportError:
+        import _xxsubinterpreters as interpreters
+    import asgi_pprof.native
+
+    assert asgi_pprof.native.native
+    run = getattr(interpreters, "exec", None) or interpreters.run_string
+    # Isolated ones refuse _tracemalloc already.
+    if sys.version_info >= (3, 13):
+        other = interpreters.create("legacy")
+    else:
+        other = interpreters.create(**({"isolated": False} if sys.version_info >= (3, 12) else {}))
+    failed = run(other, '''if True:
+        from asgi_pprof.native import native, reason
+        assert native is None
+        assert "interpreter" in reason, reason
+    ''')
+    assert not failed, failed
+    interpreters.destroy(other)
+    """
+    run_program(program, options=("-X", "dev"))
