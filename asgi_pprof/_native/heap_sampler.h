@@ -2,8 +2,7 @@
  * Memory by the stack that allocated it: hooks around Python's allocators take
  * one allocation in so many bytes, with its stack, and know when it is freed.
  *
- * Sources: Objects/obmalloc.c (PyMem_SetAllocator); Go, runtime/malloc.go
- * (nextSample) and runtime/mprof.go; landscape of rivals: none counts realloc.
+ * Sources: Go, runtime/mprof.go; hooks.h.
  */
 #ifndef ASGI_PPROF_HEAP_SAMPLER_H
 #define ASGI_PPROF_HEAP_SAMPLER_H

@@ -11,9 +11,8 @@ GIL. A thread in a C call that has released the GIL is charged to the line that
 called it. A sample stands for a whole period, as in Go; the kernel looks at
 these timers on its tick (often 250 Hz), and what expired since counts as well.
 
-What it costs: 20 to 40 us a sample at 30 frames, measured and reported in a
-comment; a thread without the GIL looks for new threads every 40 ms (0.1 to 0.2 %
-of one CPU).
+What it costs: 35 to 70 us a sample, measured and reported in a comment; a
+thread without the GIL looks for new threads every 40 ms (0.1 to 0.2 % of one CPU).
 
 What it misses: C functions (their time shows at the calling line); what a
 thread does in its first 50 ms; lines may lag by a few bytecodes on 3.14 and
