@@ -16,9 +16,10 @@ import uvloop
 
 from asgi_pprof import labels
 from asgi_pprof.collectors import cpu_signal
-from asgi_pprof.collectors.cpu_clocks import ThreadClocks
+from asgi_pprof.collectors.cpu_clocks import ThreadClocks, native_thread_ids
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.profile import check_valid
+from tests.servers import until
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -291,6 +292,7 @@ def test_thread_clocks_add_up_to_the_process():
     thread = threading.Thread(target=short_lived)
     thread.start()
     thread.join()
+    until(lambda: thread.native_id not in native_thread_ids())  # join is a moment ahead
     clocks.read()
     busy = [(thread_id, cpu_ns) for _, thread_id, cpu_ns in clocks.others() if cpu_ns > 0.05e9]
     assert [thread_id for thread_id, _ in busy] == [0], "it ended before anybody looked"
