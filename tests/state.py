@@ -46,5 +46,11 @@ def process_state() -> dict[str, object]:
 
 def _own_threads() -> int:
     """Return how many threads outside Python are ours, by their name."""
-    names = [Path(f"/proc/self/task/{task}/comm") for task in os.listdir("/proc/self/task")]
-    return sum(name.exists() and name.read_text() == "asgi_pprof\n" for name in names)
+    return sum(_thread_name(task) == "asgi_pprof" for task in os.listdir("/proc/self/task"))
+
+
+def _thread_name(task: str) -> str:
+    try:
+        return Path(f"/proc/self/task/{task}/comm").read_text().strip()
+    except OSError:
+        return ""  # it has just ended
