@@ -32,7 +32,7 @@ HEADER = sys.getsizeof(b"")  # of a bytes object, which is one block
 @pytest.fixture
 def every_block():
     """Sample every block during the test."""
-    keep_blocks(1, 0)  # code that runs for the first time has blocks of its own
+    keep_blocks(25, 2)  # code that runs for the first times has blocks of its own
     heap_sampler.enable(1)
     yield
     heap_sampler.disable()
