@@ -152,13 +152,13 @@ def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
         rows = re.findall(r"^ +\d+ +\d+ +\d+ +(\d+): ", raw, re.MULTILINE)
         return sum(map(int, rows))
 
-    for _ in range(5):  # something may be sampled or freed between the two
+    for _ in range(5):  # each has what is alive while it is made; one sample is half a megabyte
         text, protobuf = live_bytes("heap?debug=1"), live_bytes("heap")
-        if text == pytest.approx(protobuf, rel=0.01):
+        if text == pytest.approx(protobuf, rel=0.05):
             break
     any_service.visit("/forget")
     assert text > 500 * 8000
-    assert text == pytest.approx(protobuf, rel=0.01)
+    assert text == pytest.approx(protobuf, rel=0.05)
 
 
 @pytest.fixture
