@@ -8,7 +8,8 @@ extension must compile and import. One more suite runs on the default Python
 with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 
 Suites run side by side, one per processor. Tests marked slow are left to the
-end, where each suite's have the machine to themselves: they measure it.
+end, where each suite's have the machine to themselves: they measure it. A test
+that fails is tried once more; the summary counts these.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -83,6 +84,7 @@ class Suite:
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0
     problems: list[str] = field(default_factory=list)
+    second_tries: int = 0
 
     @property
     def environment(self) -> dict[str, str]:
@@ -267,14 +269,36 @@ def _engine(suite: Suite) -> str:
 
 
 def run(suite: Suite, marks: str, arguments: list[str]) -> None:
-    """Run the tests of a suite that have these marks, and add the result to the suite."""
+    """
+    Run the tests of a suite that have these marks, and add the result to the suite.
+
+    What fails is tried once more, and said: the machine may have been busy.
+    """
     say(f"{suite.name}: {marks}")
-    pytest: list[str | Path] = [suite.python, "-X", "dev", "-m", "pytest", "-m", marks, *arguments]
+    status, counts, lines = pytest(suite, ["-m", marks, *arguments])
+    if status == 1:
+        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: what failed is tried once more")
+        failed = counts.pop("failed", 0) + counts.pop("error", 0) + counts.pop("errors", 0)
+        status, again, lines = pytest(suite, ["-m", marks, "--last-failed", *arguments])
+        counts += again
+        suite.second_tries += failed
+    suite.counts += counts
+    if status in (0, 5):  # 5: no test has these marks
+        say(f"{suite.name}: {marks}: {counts['passed']} passed")
+    else:
+        how = f"hangs after {LIMIT_S} s" if status is None else f"exit status {status}"
+        suite.problems.append(how)
+        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: {how}")
+
+
+def pytest(suite: Suite, arguments: list[str]) -> tuple[int | None, Counter[str], list[str]]:
+    """Run pytest, and return its exit status (None if it hangs), counts and output."""
+    kept = suite.python.parent.parent / f"pytest-{suite.engine}"  # which tests have failed
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             status: int | None = subprocess.run(
-                [*pytest, "-p", "no:cacheprovider"],
+                [suite.python, "-X", "dev", "-m", "pytest", "-o", f"cache_dir={kept}", *arguments],
                 cwd=ROOT,
                 env=suite.environment,
                 stdout=output,
@@ -286,17 +310,9 @@ def run(suite: Suite, marks: str, arguments: list[str]) -> None:
             status = None
         output.seek(0)
         lines = output.read().splitlines()
-    seconds = time.monotonic() - start
+    suite.seconds += time.monotonic() - start
     found = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", (lines or [""])[-1])
-    counts = Counter({what: int(number) for number, what in found})
-    suite.seconds += seconds
-    suite.counts += counts
-    if status in (0, 5):  # 5: no test has these marks
-        say(f"{suite.name}: {marks}: {counts['passed']} passed in {seconds:.0f} s")
-    else:
-        how = f"hangs after {LIMIT_S} s" if status is None else f"exit status {status}"
-        suite.problems.append(how)
-        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: {how}")
+    return status, Counter({what: int(number) for number, what in found}), lines
 
 
 def summary(suites: list[Suite]) -> list[str]:
@@ -314,7 +330,8 @@ def summary(suites: list[Suite]) -> list[str]:
                 *map(str, numbers),
                 str(count["skipped"]),
                 f"{suite.seconds:.0f}",
-                ", ".join(suite.problems) or "ok",
+                ", ".join(suite.problems or ["ok"])
+                + (f", {suite.second_tries} tried twice" if suite.second_tries else ""),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
