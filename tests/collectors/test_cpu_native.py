@@ -30,7 +30,7 @@ from asgi_pprof.labels import RequestLabels, current
 from asgi_pprof.native import native
 from asgi_pprof.profile import check_valid
 from tests.decode import decode
-from tests.programs import run_program
+from tests.programs import QUIET, run_program
 from tests.servers import ROOT, until
 from tests.state import clock_timers, process_state
 
@@ -1184,8 +1184,10 @@ if __name__ == "__main__":
 
 def run_script(path, *arguments):
     """Run a program that must be a file, since its children import it."""
+    # 3.15 warns of multiprocessing's own __mp_main__ when asyncio's debug mode reads the stack.
+    quiet_too = ("-W", "ignore:Module globals is missing:DeprecationWarning")
     done = subprocess.run(
-        [sys.executable, "-X", "dev", "-W", "error", str(path), *arguments],
+        [sys.executable, *QUIET, *quiet_too, str(path), *arguments],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
