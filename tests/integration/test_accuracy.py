@@ -34,7 +34,7 @@ def test_shares_are_within_two_points(endpoint):
     for samples in (3000, 6000):
         found = measure(endpoint, samples, hz=HZ)
         errors = {share.name: round(100 * share.error, 1) for share in found.clocked}
-        assert all(share.truth > 0.05 for share in found.clocked)
+        assert all(share.truth > 0.02 for share in found.clocked)
         if all(abs(error) < limits.get(name, 2.0) for name, error in errors.items()):
             return
     pytest.fail(f"shares are off by {errors} points")
