@@ -2,6 +2,7 @@
  * asgi_pprof._native: the samplers as Python sees them. All functions need the
  * GIL of the main interpreter, in which alone the module can be imported.
  */
+#include "asyncio_state.h"
 #include "cpu_sampler.h"
 #include "heap_sampler.h"
 #include "labels.h"
@@ -199,6 +200,45 @@ native_marked_labels(NO_ARGUMENTS)
     return labels_marked();
 }
 
+static PyObject *
+native_learn_tasks(PyObject *Py_UNUSED(module), PyObject *task)
+{
+    return PyBool_FromLong(asyncio_learn(task));
+}
+
+static PyObject *
+native_asyncio_tasks(NO_ARGUMENTS)
+{
+    return asyncio_tasks();
+}
+
+static PyObject *
+native_running_loops(PyObject *Py_UNUSED(module), PyObject *own)
+{
+    return asyncio_running_loops(own);
+}
+
+static PyObject *
+native_frame_local(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *frame, *name;
+    if (!PyArg_ParseTuple(args, "O!U", &PyFrame_Type, &frame, &name)) {
+        return NULL;
+    }
+    return asyncio_frame_local((PyFrameObject *)frame, name);
+}
+
+static PyObject *
+native_await_chain(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *awaitable;
+    Py_ssize_t limit;
+    if (!PyArg_ParseTuple(args, "On", &awaitable, &limit)) {
+        return NULL;
+    }
+    return asyncio_await_chain(awaitable, limit < 0 ? 0 : limit);
+}
+
 /* At exit: while the interpreter takes itself apart nothing may be sampled. */
 static PyObject *
 native_close(NO_ARGUMENTS)
@@ -245,6 +285,20 @@ static PyMethodDef methods[] = {
     {"size_class", native_size_class, METH_O, PyDoc_STR("size_class(size) -> its class")},
     {"marked_labels", native_marked_labels, METH_NOARGS,
      PyDoc_STR("Living label sets that CPU samples may carry.")},
+    {"learn_tasks", native_learn_tasks, METH_O,
+     PyDoc_STR("learn_tasks(task) -> whether it shows where tasks are linked: an"
+               " _asyncio.Task just made in this thread.")},
+    {"asyncio_tasks", native_asyncio_tasks, METH_NOARGS,
+     PyDoc_STR("All registered tasks of all threads; None where they are not linked or"
+               " that is not learnt.")},
+    {"running_loops", native_running_loops, METH_O,
+     PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
+               " None)], or None where it cannot be told.")},
+    {"frame_local", native_frame_local, METH_VARARGS,
+     PyDoc_STR("frame_local(frame, name): raises LookupError if there is none.")},
+    {"await_chain", native_await_chain, METH_VARARGS,
+     PyDoc_STR("await_chain(awaitable, limit) -> [(awaitable, code, lasti)], outermost"
+               " first; the last has None and -1 where the chain ends in no generator.")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
     {NULL, NULL, 0, NULL},
 };

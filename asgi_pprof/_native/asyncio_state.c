@@ -1,0 +1,555 @@
+#include "asyncio_state.h"
+#include "reader.h"
+
+#include <sched.h>
+#include <stdlib.h>
+#include <unistd.h>
+
+#include <internal/pycore_code.h>
+#if PY_VERSION_HEX >= 0x030d0000
+#include <internal/pycore_tstate.h>
+#endif
+
+/*
+ * The list of threads changes without the GIL: PyGILState_Ensure adds to it. Its
+ * lock is held for moments only, and never by one that waits for the GIL. It is
+ * tried and not waited for: CPython 3.13 does not export the waiting that keeps
+ * the GIL, and a wait that gives it up can deadlock.
+ */
+#define LOCK_TRIES 1000
+
+static bool
+try_lock_threads(void)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    uint8_t unlocked = 0;
+    return _Py_atomic_compare_exchange_uint8(&_PyRuntime.interpreters.mutex._bits, &unlocked, 1);
+#else
+    return PyThread_acquire_lock(_PyRuntime.interpreters.mutex, NOWAIT_LOCK);
+#endif
+}
+
+static bool
+lock_threads(void)
+{
+    for (int i = 0; i < LOCK_TRIES; i++) {
+        if (try_lock_threads()) {
+            return true;
+        }
+        sched_yield();
+    }
+    return false;
+}
+
+static void
+unlock_threads(void)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    PyMutex_Unlock(&_PyRuntime.interpreters.mutex);
+#else
+    PyThread_release_lock(_PyRuntime.interpreters.mutex);
+#endif
+}
+
+static PyThreadState *
+first_thread(void)
+{
+    return PyInterpreterState_Main()->threads.head;
+}
+
+#if PY_VERSION_HEX >= 0x030e0000
+
+typedef struct llist_node Node;
+
+static size_t node_offset;       /* of the link in a task; 0 until it is learnt */
+static PyTypeObject *task_type;  /* asyncio's own, of which all linked tasks are */
+static Reader reader;            /* used for single copies only */
+
+static bool
+copy(const void *from, void *to, size_t size)
+{
+    reader.pid = getpid();
+    return (uintptr_t)from >= 4096 && reader_copy(&reader, from, to, size);
+}
+
+static PyObject *
+task_of(const Node *node)
+{
+    return (PyObject *)((uintptr_t)node - node_offset);
+}
+
+/* A future's first field is its loop, which the collector of garbage clears first. */
+static PyObject *
+loop_of(PyObject *task)
+{
+    return *(PyObject **)(task + 1);
+}
+
+bool
+asyncio_learn(PyObject *task)
+{
+    if (node_offset != 0) {
+        return true;
+    }
+    const _PyThreadStateImpl *thread = (_PyThreadStateImpl *)PyThreadState_Get();
+    const Node *list = &thread->asyncio_tasks_head;
+    Node head, before;
+    if (!copy(list, &head, sizeof head)) {
+        return false;
+    }
+    uintptr_t offset = (uintptr_t)head.prev - (uintptr_t)task;
+    if (offset < sizeof(PyObject) + sizeof(PyObject *) || offset % _Alignof(Node) != 0 ||
+        offset + sizeof(Node) > (size_t)Py_TYPE(task)->tp_basicsize) {
+        return false;
+    }
+    const Node *node = head.prev;
+    if (node->next != list || !copy(node->prev, &before, sizeof before) || before.next != node) {
+        return false;
+    }
+    PyObject *loop = PyObject_GetAttrString(task, "_loop");
+    Py_XDECREF(loop);
+    if (loop == NULL || loop_of(task) != loop) {
+        PyErr_Clear();
+        return false;
+    }
+    task_type = (PyTypeObject *)Py_NewRef(Py_TYPE(task));
+    node_offset = offset;
+    return true;
+}
+
+/* References to tasks: no list of Python's, which may not be made while threads are locked. */
+typedef struct {
+    PyObject **items;
+    size_t count, capacity;
+    enum { SOUND, BROKEN, NO_MEMORY } state;
+} Tasks;
+
+static bool
+append(Tasks *tasks, PyObject *task)
+{
+    if (tasks->count == tasks->capacity) {
+        size_t capacity = tasks->capacity ? 2 * tasks->capacity : 1024;
+        PyObject **items = realloc(tasks->items, capacity * sizeof *items);
+        if (items == NULL) {
+            tasks->state = NO_MEMORY;
+            return false;
+        }
+        tasks->items = items;
+        tasks->capacity = capacity;
+    }
+    tasks->items[tasks->count++] = Py_NewRef(task);
+    return true;
+}
+
+/*
+ * Each link must point back at the one it was reached by, so a list that is not
+ * sound ends the walk, and none can make it endless.
+ */
+static bool
+take(Tasks *tasks, const Node *list)
+{
+    const Node *before = list;
+    for (const Node *node = list->next; node != list; before = node, node = node->next) {
+        if (node == NULL || node->prev != before) {
+            tasks->state = BROKEN;
+            return false;
+        }
+        PyObject *task = task_of(node);
+        /* Not one whose end has begun: it is freed, or the collector takes it apart. */
+        if (Py_REFCNT(task) > 0 && loop_of(task) != NULL && !append(tasks, task)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool
+is_task(const PyObject *at)
+{
+    PyObject object;
+    if (!copy(at, &object, sizeof object)) {
+        return false;
+    }
+    PyTypeObject *type = Py_TYPE(&object);
+    for (int i = 0; type != task_type; i++) {
+        if (i == 100 || !copy(&type->tp_base, &type, sizeof type)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/*
+ * Whether a list is one of tasks. A thread's own list has been learnt from; that
+ * the interpreter's is where the header says is known only from what is found.
+ */
+static bool
+is_list_of_tasks(const Node *list)
+{
+    Node head, first, last;
+    return copy(list, &head, sizeof head) && copy(head.next, &first, sizeof first) &&
+           copy(head.prev, &last, sizeof last) && first.prev == list && last.next == list &&
+           (head.next == list || (is_task(task_of(head.next)) && is_task(task_of(head.prev))));
+}
+
+static void
+take_all(Tasks *tasks)
+{
+    const Node *list = &PyInterpreterState_Main()->asyncio_tasks_head;
+    if (!is_list_of_tasks(list)) {
+        tasks->state = BROKEN;
+        return;
+    }
+    bool on = take(tasks, list);
+    for (PyThreadState *thread = first_thread(); on && thread != NULL; thread = thread->next) {
+        list = &((_PyThreadStateImpl *)thread)->asyncio_tasks_head;
+        /* NULL in a thread's state that is not set up yet. */
+        on = list->next == NULL || take(tasks, list);
+    }
+}
+
+/* Hand the references over to a list. */
+static PyObject *
+list_of(Tasks *tasks)
+{
+    PyObject *list = PyList_New((Py_ssize_t)tasks->count);
+    if (list != NULL) {
+        memcpy(((PyListObject *)list)->ob_item, tasks->items, tasks->count * sizeof *tasks->items);
+        tasks->count = 0;
+    }
+    return list;
+}
+
+PyObject *
+asyncio_tasks(void)
+{
+    if (node_offset == 0 || !lock_threads()) {
+        Py_RETURN_NONE;
+    }
+    Tasks tasks = {NULL, 0, 0, SOUND};
+    take_all(&tasks);
+    unlock_threads();
+    PyObject *result = NULL;
+    switch (tasks.state) {
+    case SOUND:
+        result = list_of(&tasks);
+        break;
+    case BROKEN:
+        result = Py_NewRef(Py_None);
+        break;
+    case NO_MEMORY:
+        PyErr_NoMemory();
+    }
+    while (tasks.count > 0) {
+        Py_DECREF(tasks.items[--tasks.count]);
+    }
+    free(tasks.items);
+    return result;
+}
+
+#else
+
+bool
+asyncio_learn(PyObject *Py_UNUSED(task))
+{
+    return false;
+}
+
+PyObject *
+asyncio_tasks(void)
+{
+    Py_RETURN_NONE;
+}
+
+#endif
+
+/* What a thread's state says: its loop and task, or before 3.13 the dict with its loop. */
+typedef struct {
+    unsigned long ident;
+    PyObject *loop;
+    PyObject *task;
+} Running;
+
+static PyObject *
+loop_or_dict(PyThreadState *thread)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    return ((_PyThreadStateImpl *)thread)->asyncio_running_loop;
+#else
+    return thread->dict;
+#endif
+}
+
+static PyObject *
+running_task(PyThreadState *thread)
+{
+#if PY_VERSION_HEX >= 0x030e0000
+    return ((_PyThreadStateImpl *)thread)->asyncio_running_task;
+#else
+    (void)thread;
+    return NULL;
+#endif
+}
+
+/* The loop, a new reference or NULL, of what a thread's state has. */
+static PyObject *
+resolve_loop(PyObject *found)
+{
+#if PY_VERSION_HEX < 0x030d0000
+    found = found != NULL ? PyDict_GetItemString(found, "__asyncio_running_event_loop__") : NULL;
+#endif
+#if PY_VERSION_HEX < 0x030c0000
+    /* 3.11 has a holder in between, private to _asynciomodule.c: PyRunningLoopHolder. */
+    typedef struct {
+        PyObject_HEAD
+        PyObject *loop;
+        pid_t pid;
+    } Holder;
+    if (found != NULL) {
+        const PyTypeObject *type = Py_TYPE(found);
+        const Holder *holder = (Holder *)found;
+        found = strcmp(type->tp_name, "_RunningLoopHolder") == 0 &&
+                        type->tp_basicsize == sizeof(Holder) && holder->pid == getpid()
+                    ? holder->loop
+                    : NULL;
+    }
+#endif
+    return found == Py_None ? NULL : Py_XNewRef(found);
+}
+
+/* Whether threads' states are laid out as compiled: this thread's own must say what it runs. */
+static bool
+knows_own_loop(PyObject *own)
+{
+    PyObject *loop = resolve_loop(loop_or_dict(PyThreadState_Get()));
+    Py_XDECREF(loop); /* only compared */
+    return loop == (own == Py_None ? NULL : own);
+}
+
+/* Threads that run a loop, or might; NULL if there is no memory for them. */
+static Running *
+take_running(size_t *count)
+{
+    size_t threads = 0;
+    for (PyThreadState *each = first_thread(); each != NULL; each = each->next) {
+        threads++;
+    }
+    Running *running = calloc(threads, sizeof *running);
+    *count = 0;
+    for (PyThreadState *each = first_thread(); running && each != NULL; each = each->next) {
+        if (loop_or_dict(each) != NULL) {
+            running[(*count)++] = (Running){each->thread_id, Py_NewRef(loop_or_dict(each)),
+                                            Py_XNewRef(running_task(each))};
+        }
+    }
+    return running;
+}
+
+static int
+append_running(PyObject *list, const Running *running)
+{
+    PyObject *loop = resolve_loop(running->loop);
+    if (loop == NULL) {
+        return 0;
+    }
+    PyObject *task = running->task != NULL ? running->task : Py_None;
+    PyObject *row = Py_BuildValue("(kNO)", running->ident, loop, task);
+    int failed = row == NULL || PyList_Append(list, row) < 0;
+    Py_XDECREF(row);
+    return failed;
+}
+
+PyObject *
+asyncio_running_loops(PyObject *own)
+{
+    if (!knows_own_loop(own) || !lock_threads()) {
+        Py_RETURN_NONE;
+    }
+    size_t count;
+    Running *running = take_running(&count);
+    unlock_threads();
+    if (running == NULL) {
+        return PyErr_NoMemory();
+    }
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; i < count; i++) {
+        if (list != NULL && append_running(list, &running[i])) {
+            Py_CLEAR(list);
+        }
+        Py_DECREF(running[i].loop);
+        Py_XDECREF(running[i].task);
+    }
+    free(running);
+    return list;
+}
+
+/* How many of a frame's slots hold something to be read. */
+static Py_ssize_t
+slots_set(const Frame *frame, Py_ssize_t slots)
+{
+#if PY_VERSION_HEX >= 0x030e0000
+    const _PyStackRef *top = frame->stackpointer;
+    bool cleared = top >= frame->localsplus && top < frame->localsplus + slots;
+    return cleared ? top - frame->localsplus : slots;
+#else
+    /* -1 while it runs. */
+    return frame->stacktop >= 0 && frame->stacktop < slots ? frame->stacktop : slots;
+#endif
+}
+
+static PyObject *
+slot_value(const Frame *frame, Py_ssize_t slot)
+{
+#if PY_VERSION_HEX >= 0x030e0000
+    /* Tagged: 1 for a borrowed reference, and alone for none; 2 and 3 are no references. */
+    uintptr_t bits = frame->localsplus[slot].bits;
+    return bits & 2 ? NULL : (PyObject *)(bits & ~(uintptr_t)3);
+#else
+    return frame->localsplus[slot];
+#endif
+}
+
+PyObject *
+asyncio_frame_local(PyFrameObject *frame_object, PyObject *name)
+{
+    const Frame *frame = frame_object->f_frame;
+    const PyCodeObject *code = frame_code(frame);
+    Py_ssize_t slots = slots_set(frame, code->co_nlocalsplus);
+    for (Py_ssize_t i = 0; i < slots; i++) {
+        PyObject *each = PyTuple_GET_ITEM(code->co_localsplusnames, i);
+        if (each != name && PyUnicode_Compare(each, name) != 0) {
+            continue;
+        }
+        PyObject *value = slot_value(frame, i);
+        int kind = PyBytes_AS_STRING(code->co_localspluskinds)[i];
+        /* A cell's slot has the argument itself until the function has begun. */
+        if (value != NULL && kind & (CO_FAST_CELL | CO_FAST_FREE) && PyCell_Check(value)) {
+            value = PyCell_GET(value);
+        }
+        if (value != NULL) {
+            return Py_NewRef(value);
+        }
+    }
+    PyErr_SetObject(PyExc_LookupError, name);
+    return NULL;
+}
+
+#define MAX_CHAIN 100000 /* awaits followed before a chain counts as endless */
+
+static bool
+is_generator(PyObject *object)
+{
+    return PyCoro_CheckExact(object) || PyGen_CheckExact(object) || PyAsyncGen_CheckExact(object);
+}
+
+/*
+ * What stands between an await and the coroutine or generator it drives. None of
+ * them tells what it carries, nor is its type to be had, so names and the
+ * collector's view serve.
+ */
+static bool
+is_carrier(PyObject *object)
+{
+    static const char *const names[] = {"async_generator_asend", "async_generator_athrow",
+                                        "anext_awaitable", "coroutine_wrapper"};
+    const PyTypeObject *type = Py_TYPE(object);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        if (strcmp(type->tp_name, names[i]) == 0) {
+            return !(type->tp_flags & Py_TPFLAGS_HEAPTYPE) && type->tp_traverse != NULL;
+        }
+    }
+    return false;
+}
+
+static int
+visit_carried(PyObject *object, void *carried)
+{
+    if (!is_generator(object) && !is_carrier(object)) {
+        return 0;
+    }
+    *(PyObject **)carried = object;
+    return 1;
+}
+
+static const Frame *
+generator_frame(PyObject *generator)
+{
+    /* Coroutines, generators and asynchronous generators begin alike. */
+    PyGenObject *begun = (PyGenObject *)generator;
+#ifdef FRAME_STATE_FINISHED
+    bool finished = FRAME_STATE_FINISHED(begun->gi_frame_state);
+#else
+    bool finished = begun->gi_frame_state >= FRAME_COMPLETED;
+#endif
+    return finished ? NULL : (const Frame *)&begun->gi_iframe;
+}
+
+/* As `frame.f_lasti` has it. */
+static int
+last_instruction(const Frame *frame)
+{
+    ptrdiff_t offset = frame_instruction(frame) - (const char *)frame_code(frame)->co_code_adaptive;
+    return offset < 0 ? -1 : (int)offset;
+}
+
+static PyObject *
+awaited_by(PyObject *generator)
+{
+    return PyObject_GetAttrString(generator, PyCoro_CheckExact(generator)  ? "cr_await"
+                                             : PyGen_CheckExact(generator) ? "gi_yieldfrom"
+                                                                           : "ag_await");
+}
+
+static int
+append_row(PyObject *rows, PyObject *awaitable, PyObject *code, int lasti)
+{
+    PyObject *row = Py_BuildValue("(OOi)", awaitable, code, lasti);
+    int failed = row == NULL || PyList_Append(rows, row) < 0;
+    Py_XDECREF(row);
+    return failed;
+}
+
+/* Add a link's row; the next link, a new reference, is None at the end and NULL at an error. */
+static PyObject *
+follow(PyObject *rows, PyObject *awaitable)
+{
+    if (is_generator(awaitable)) {
+        const Frame *frame = generator_frame(awaitable);
+        if (frame != NULL && append_row(rows, awaitable, (PyObject *)frame_code(frame),
+                                        last_instruction(frame))) {
+            return NULL;
+        }
+        return awaited_by(awaitable);
+    }
+    PyObject *carried = NULL;
+    if (is_carrier(awaitable)) {
+        Py_TYPE(awaitable)->tp_traverse(awaitable, visit_carried, &carried);
+    }
+    if (carried == NULL) {
+        return append_row(rows, awaitable, Py_None, -1) ? NULL : Py_NewRef(Py_None);
+    }
+    return Py_NewRef(carried);
+}
+
+PyObject *
+asyncio_await_chain(PyObject *awaitable, Py_ssize_t limit)
+{
+    PyObject *rows = PyList_New(0);
+    if (rows == NULL) {
+        return NULL;
+    }
+    Py_INCREF(awaitable);
+    for (int i = 0; i < MAX_CHAIN && awaitable != Py_None; i++) {
+        Py_SETREF(awaitable, follow(rows, awaitable));
+        if (awaitable == NULL) {
+            Py_DECREF(rows);
+            return NULL;
+        }
+    }
+    Py_DECREF(awaitable);
+    Py_ssize_t count = PyList_GET_SIZE(rows);
+    if (count > limit && PyList_SetSlice(rows, 0, count - limit, NULL) < 0) {
+        Py_CLEAR(rows);
+    }
+    return rows;
+}

@@ -1,0 +1,53 @@
+/*
+ * What asyncio keeps where Python cannot read it: tasks, running loops, and the
+ * locals of live frames.
+ *
+ * From CPython 3.14 on tasks are linked in lists of the thread that made them,
+ * and those of ended threads in one of the interpreter. The place of the link in
+ * a task is private to _asynciomodule.c, so it is measured: a task just made is
+ * the last of its thread's list, and the link lies within it. What the lists say
+ * of themselves is checked as they are walked; where they are not as expected
+ * there is no answer, and Python's own registries serve.
+ *
+ * All of this needs the GIL, under which alone lists, loops and locals change,
+ * and the lock of the list of threads, for which nobody is waited for long.
+ *
+ * Source: Modules/_asynciomodule.c, register_task, set_running_loop;
+ * InternalDocs/asyncio.md.
+ */
+#ifndef ASGI_PPROF_ASYNCIO_STATE_H
+#define ASGI_PPROF_ASYNCIO_STATE_H
+
+#include "layout.h"
+
+/* Learn where tasks are linked from one just made in this thread; false if it cannot be told. */
+bool asyncio_learn(PyObject *task);
+
+/*
+ * A list of all registered tasks that live, of all threads; None where they are
+ * not in lists, the lists are not known, or are not sound.
+ */
+PyObject *asyncio_tasks(void);
+
+/*
+ * [(thread, loop, task or None)]: the loop each thread runs. None where it cannot
+ * be told; `own` is what the calling thread runs, or None, by which that is known.
+ * Tasks from 3.14 on.
+ */
+PyObject *asyncio_running_loops(PyObject *own);
+
+/*
+ * The value of a fast local, a cell's content; LookupError if it is unset or there
+ * is none of that name. No snapshot of the locals is made.
+ */
+PyObject *asyncio_frame_local(PyFrameObject *frame, PyObject *name);
+
+/*
+ * [(awaitable, code, lasti)], outermost first: what a suspended coroutine awaits,
+ * and what that awaits, without frame objects. What stands only between two of
+ * them is left out. Where it ends, in a future or another's coroutine, that is the
+ * last row, with None and -1. Of a longer chain the last `limit` rows.
+ */
+PyObject *asyncio_await_chain(PyObject *awaitable, Py_ssize_t limit);
+
+#endif

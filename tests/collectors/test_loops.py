@@ -1,0 +1,777 @@
+"""Running loops, all tasks of the process, locals of live frames; with the C core and without."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+import uvloop
+
+from asgi_pprof.collectors import loops
+from asgi_pprof.collectors.loops import TaskList, alive, frame_local, running_loops
+from asgi_pprof.native import native
+from tests.programs import run_program
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+LINKED = sys.version_info >= (3, 14)  # tasks are in lists, not in sets
+
+needs_native = pytest.mark.skipif(not native, reason="needs the C core")
+
+
+@pytest.fixture(params=["native", "pure"])
+def core(request, monkeypatch) -> str:
+    """With the C core and without."""
+    if request.param == "pure":
+        monkeypatch.setattr(loops, "native", None)
+    elif not native:
+        pytest.skip("needs the C core")
+    return request.param
+
+
+def run(main, loop_name="asyncio"):
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        return runner.run(main)
+
+
+def names(tasks=None):
+    tasks = alive((tasks or TaskList()).tasks())
+    return {task.get_name() for task in tasks}
+
+
+async def names_now(tasks=None):
+    return names(tasks)
+
+
+@contextlib.contextmanager
+def in_a_thread(function):
+    """Run function(ready, end) in a thread, inside the block it is ready."""
+    ready, end = threading.Event(), threading.Event()
+    thread = threading.Thread(target=function, args=(ready, end))
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield thread
+    finally:
+        end.set()
+        thread.join(30)
+
+
+async def hold(ready, end, name):
+    """Be a task that has one waiting child, until told to end."""
+    child = asyncio.create_task(asyncio.Event().wait(), name=name)
+    await asyncio.sleep(0)
+    ready.set()
+    while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+        await asyncio.sleep(0.005)
+    child.cancel()
+    await asyncio.gather(child, return_exceptions=True)
+
+
+def served_by_a_runner(loop_name, name):
+    def serve(ready, end):
+        run(hold(ready, end, name), loop_name)
+
+    return serve
+
+
+@pytest.mark.parametrize("other", list(LOOPS))
+def test_tasks_of_a_loop_in_another_thread(core, loop_name, other):
+    """Are all there, whichever kind of loop asks, and gone when they have ended."""
+    with in_a_thread(served_by_a_runner(other, "far away")):
+        assert "far away" in run(names_now(), loop_name)
+    assert "far away" not in run(names_now(), loop_name)
+
+
+@pytest.mark.parametrize("name", ["loop", "engine"])
+def test_a_hand_run_loop_in_another_thread(core, loop_name, name):
+    """Is found that never served; without the C core on 3.14 surely only under a usual name."""
+
+    def by_hand(ready, end):
+        scope = {"new": LOOPS[loop_name], "hold": hold, "ready": ready, "end": end}
+        exec(BY_HAND.replace("LOOP", name), scope)
+        scope["main"]()
+
+    with in_a_thread(by_hand):
+        found = run(names_now())
+    # By chance it is in the middle of a function of asyncio's that has the loop as `loop`.
+    may_be_missed = core == "pure" and LINKED and loop_name == "uvloop" and name == "engine"
+    assert "hand-run" in found or may_be_missed
+
+
+BY_HAND = """
+def main():
+    LOOP = new()
+    LOOP.run_until_complete(hold(ready, end, "hand-run"))
+    LOOP.close()
+"""
+
+
+def a_loop_that_waits(loop_name):
+    """Return a loop that is not running, with one task that waits."""
+    loop = LOOPS[loop_name]()
+    task = loop.create_task(asyncio.Event().wait(), name="put aside")
+    loop.run_until_complete(asyncio.sleep(0))
+    return loop, task
+
+
+def end(loop, task):
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        loop.run_until_complete(task)
+    loop.close()
+
+
+def test_tasks_of_a_loop_that_does_not_run(core, loop_name):
+    """Are there; on 3.14 and later only the C core knows of such a loop."""
+    loop, task = a_loop_that_waits(loop_name)
+    found = run(names_now())
+    end(loop, task)
+    assert ("put aside" in found) == (core == "native" or not LINKED)
+
+
+def test_a_loop_that_asked_is_remembered(core, loop_name):
+    """Its tasks stay in the list when it does not run; it is not kept alive by that."""
+    tasks = TaskList()
+    loop, task = a_loop_that_waits(loop_name)
+    loop.run_until_complete(names_now(tasks))
+    assert "put aside" in run(names_now(tasks))
+    end(loop, task)
+    reference = weakref.ref(loop)
+    del loop, task
+    for _ in range(10):
+        if reference() is None:
+            break
+        loops.gc.collect()
+    assert reference() is None
+
+
+def test_tasks_of_a_thread_that_has_ended(core):
+    """Its tasks go over to the interpreter, where 3.14 keeps those of ended threads."""
+    made = []
+    thread = threading.Thread(target=lambda: made.append(a_loop_that_waits("asyncio")))
+    thread.start()
+    thread.join()
+    found = run(names_now())
+    end(*made[0])
+    assert ("put aside" in found) == (core == "native" or not LINKED)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
+def test_eager_tasks(core, loop_name):
+    """Are there in their first step and when they have waited."""
+    within = []
+
+    async def child(event):
+        within.append(asyncio.current_task() in set(alive(TaskList().tasks())))
+        await event.wait()
+
+    async def main():
+        event = asyncio.Event()
+        # Not through the loop: uvloop's does not know the factory of 3.13.0 to 3.13.2.
+        task = asyncio.eager_task_factory(asyncio.get_running_loop(), child(event), name="eager")
+        assert {each.get_name() for each in asyncio.all_tasks()} <= names()
+        assert "eager" in names()
+        event.set()
+        await task
+        assert "eager" not in names()
+
+    run(main(), loop_name)
+    assert within == [True]
+
+
+class Foreign:
+    """A task of no class of asyncio's."""
+
+    def __init__(self, loop, name):
+        self._loop, self._name = loop, name
+
+    def get_loop(self):
+        return self._loop
+
+    def get_name(self):
+        return self._name
+
+    def done(self):
+        return False
+
+
+class OurTask(asyncio.Task):
+    """As frameworks have them."""
+
+
+def made_by(make_task, loop_name):
+    async def main():
+        event = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, coro, **kwargs: make_task(coro, loop=loop, **kwargs))
+        task = asyncio.create_task(event.wait(), name="special")
+        await asyncio.sleep(0)
+        found = names()
+        event.set()
+        await task
+        return found, names()
+
+    return run(main(), loop_name)
+
+
+@pytest.mark.parametrize("task_class", [OurTask, asyncio.tasks._PyTask])
+def test_tasks_of_other_classes(core, loop_name, task_class):
+    """A subclass, and asyncio's own class in Python; until they are done."""
+    before, after = made_by(task_class, loop_name)
+    assert "special" in before
+    assert "special" not in after
+
+
+def test_a_registered_task_of_no_class_of_asyncios(core, loop_name):
+    """What a library announces to asyncio is in the list."""
+
+    async def main():
+        task = Foreign(asyncio.get_running_loop(), "registered")
+        asyncio._register_task(task)
+        try:
+            return names()
+        finally:
+            asyncio._unregister_task(task)
+
+    assert "registered" in run(main(), loop_name)
+
+
+def test_the_list_is_what_asyncio_says(core, loop_name):
+    """Of two loops together, neither more nor less, and no task of our own."""
+
+    async def main(ready, end):
+        tasks = {asyncio.create_task(asyncio.sleep(0 if i % 3 else 60)) for i in range(300)}
+        for _ in range(3):
+            await asyncio.sleep(0)
+        ready.set()
+        while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+            await asyncio.sleep(0.005)
+        mine = asyncio.all_tasks()
+        found = {task for task in alive(TaskList().tasks()) if task.get_loop() in known}
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return mine, found
+
+    async def asking(ready, end):
+        known.add(asyncio.get_running_loop())
+        mine, found = await main(ready, end)
+        return mine, {task for task in found if task.get_loop() is asyncio.get_running_loop()}
+
+    known = set()
+    results = []
+
+    def far(ready, end):
+        results.append(run(asking(ready, end), loop_name))
+
+    with in_a_thread(far):
+        ended = threading.Event()
+        ended.set()
+        results.append(run(asking(threading.Event(), ended), loop_name))
+    for mine, found in results:
+        assert len(mine) == 101
+        assert found == mine
+
+
+@needs_native
+def test_references_are_given_back():
+    """A thousand lists leave every count as it was."""
+
+    async def main():
+        event = asyncio.Event()
+        tasks = [asyncio.create_task(event.wait()) for _ in range(100)]
+        await asyncio.sleep(0)
+        loop, current = asyncio.get_running_loop(), asyncio.current_task()
+        counts = []
+        for _ in range(2):
+            for _ in range(1000):
+                TaskList().tasks()
+                running_loops()
+                frame_local(sys._getframe(), "event")
+            counted = [*tasks, loop, current, event, None]
+            counts.append([sys.getrefcount(each) for each in counted[:-1]])
+        event.set()
+        await asyncio.gather(*tasks)
+        return counts
+
+    before, after = run(main())
+    assert before == after
+
+
+@needs_native
+def test_nothing_is_read_that_is_not_understood():
+    """Before a task has shown the place, and by one that does not show it, there is no list."""
+    program = """
+import asyncio, sys
+from asgi_pprof.collectors import loops
+from asgi_pprof.native import native
+
+async def main():
+    assert native.asyncio_tasks() is None
+    task = asyncio.create_task(asyncio.sleep(0))
+    later = asyncio.create_task(asyncio.sleep(0))
+    for wrong in (task, asyncio.current_task(), object(), 5, [], asyncio.Future()):
+        assert native.learn_tasks(wrong) is False
+    assert native.asyncio_tasks() is None
+    await later
+    assert native.learn_tasks(later) is False  # done, and not in the list
+    assert native.asyncio_tasks() is None
+    found = set(loops.alive(loops.TaskList().tasks()))
+    assert found == {asyncio.current_task()}, found
+    assert (native.asyncio_tasks() is not None) == (sys.version_info >= (3, 14))
+    assert native.learn_tasks(5) == (sys.version_info >= (3, 14))  # it has been learnt
+
+asyncio.run(main())
+"""
+    run_program(program)
+
+
+@needs_native
+def test_what_threads_run_is_not_told_where_that_is_not_understood():
+    """If the calling thread's state says another loop than asyncio does."""
+    assert native.running_loops(None) == []
+    assert native.running_loops(object()) is None
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        assert native.running_loops(None) is None
+        assert len(native.running_loops(loop)) == 1
+
+    run(main())
+
+
+CHURN = """
+import asyncio, sys, threading, time
+import uvloop
+from asgi_pprof.collectors.loops import TaskList, alive, running_loops
+from asgi_pprof.native import native
+
+assert bool(native) == (sys.argv[1] == "native")
+kinds = [asyncio.new_event_loop, uvloop.new_event_loop]
+stop = threading.Event()
+made = [0] * 4
+
+async def churn(index):
+    async def child(depth):
+        await asyncio.sleep(0)
+        if depth:
+            await asyncio.create_task(child(depth - 1))
+    while not stop.is_set():
+        tasks = [asyncio.create_task(child(i % 3)) for i in range(200)]
+        made[index] += len(tasks)
+        await asyncio.gather(*tasks)
+
+def work(index):
+    # Loops and threads that end and begin again, some with tasks put aside.
+    while not stop.is_set():
+        with asyncio.Runner(debug=False, loop_factory=kinds[index % 2]) as runner:
+            runner.run(asyncio.wait({runner.get_loop().create_task(churn(index))}, timeout=0.2))
+
+def short_lives():
+    def one():
+        with asyncio.Runner(debug=False, loop_factory=kinds[0]) as runner:
+            runner.run(asyncio.sleep(0))
+    while not stop.is_set():
+        thread = threading.Thread(target=one)
+        thread.start()
+        thread.join()
+
+async def main():
+    tasks, largest, calls = TaskList(), 0, 0
+    end = time.monotonic() + 2
+    while time.monotonic() < end or min(made) < 2500 and time.monotonic() < end + 60:
+        found = list(alive(tasks.tasks()))
+        assert asyncio.current_task() in found
+        for running in running_loops():
+            running.loop.is_running()
+        largest, calls = max(largest, len(found)), calls + 1
+        await asyncio.sleep(0)
+    return largest, calls
+
+sys.setswitchinterval(1e-4)
+threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+threads.append(threading.Thread(target=short_lives))
+for thread in threads:
+    thread.start()
+try:
+    # Dev mode's checks of memory are wanted, not asyncio's remarks on slow steps.
+    largest, calls = asyncio.run(main(), debug=False)
+finally:
+    stop.set()
+    for thread in threads:
+        thread.join()
+assert sum(made) >= 10000, made
+assert largest > 50, largest
+"""
+
+
+def test_listing_while_tasks_loops_and_threads_come_and_go(core):
+    """10,000 tasks and more, in loops of both kinds in other threads: it holds."""
+    variables = {} if core == "native" else {"ASGI_PPROF_NATIVE": "0"}
+    run_program(CHURN, core, **variables)
+
+
+def test_running_loops_of_all_threads(core, loop_name):
+    """With the thread that runs it, and the task it runs; one's own among them."""
+
+    async def main(thread):
+        rows = {row.thread_ident: row for row in running_loops()}
+        own = rows[threading.get_ident()]
+        assert own.loop is asyncio.get_running_loop()
+        assert own.task is asyncio.current_task()
+        other = rows[thread.ident]
+        assert other.loop is not own.loop
+        assert other.loop.is_running()
+        return other.loop
+
+    with in_a_thread(served_by_a_runner(loop_name, "child")) as thread:
+        loop = run(main(thread))
+        assert loop in [row.loop for row in running_loops()]  # no loop runs here
+    assert [row.loop for row in running_loops() if row.loop is loop] == []
+
+
+def test_a_running_loop_tells_its_task(core, loop_name):
+    """The one whose step it is in, also in another thread; none in a mere callback."""
+    stuck, go_on = threading.Semaphore(0), threading.Semaphore(0)
+
+    def be_stuck():
+        stuck.release()
+        go_on.acquire(timeout=30)
+
+    async def in_a_task():
+        be_stuck()
+        called = asyncio.Event()
+        asyncio.get_running_loop().call_soon(lambda: (be_stuck(), called.set()))
+        await called.wait()
+
+    thread = threading.Thread(target=lambda: run(in_a_task(), loop_name))
+    thread.start()
+    names = []
+    for _ in range(2):
+        assert stuck.acquire(timeout=30)
+        (row,) = running_loops()
+        names.append(row.task and row.task.get_coro().__name__)
+        go_on.release()
+    thread.join()
+    assert names == ["in_a_task", None]
+
+
+def test_a_loop_that_a_thread_merely_holds_is_not_its_own(core, loop_name):
+    """A worker that waits for the loop has it in a variable: it runs where it runs."""
+
+    def worker(loop, ready, done):
+        loop.call_soon_threadsafe(ready.set)
+        done.wait(30)
+
+    async def main():
+        loop, ready, done = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+        waiting = loop.run_in_executor(None, worker, loop, ready, done)
+        await ready.wait()
+        rows = running_loops()
+        done.set()
+        await waiting
+        return [row for row in rows if row.loop is loop]
+
+    (row,) = run(main(), loop_name)
+    assert row.thread_ident == threading.get_ident()
+
+
+def kept_in_a_frame(ready, end, target=None):
+    absent_until_later = None
+    del absent_until_later
+    target = target or Foreign(None, "value")
+    shared = [1]
+
+    def inner(argument=target):
+        cell_of_outer = shared
+        own_cell = {"a": 1}
+        unset = (lambda: own_cell) and None
+        del unset
+        ready.set()
+        end.wait(30)
+        return cell_of_outer, argument
+
+    inner()
+
+
+def frame_of(thread, name):
+    frame = sys._current_frames()[thread.ident]
+    while frame is not None and not frame.f_code.co_qualname.endswith(name):
+        frame = frame.f_back
+    return frame
+
+
+def test_locals_of_another_threads_frames(core):
+    """Arguments, variables, cells of its own and of outer functions; the default if unset."""
+    with in_a_thread(kept_in_a_frame) as thread:
+        inner, outer = frame_of(thread, "inner"), frame_of(thread, "kept_in_a_frame")
+        assert frame_local(inner, "argument").get_name() == "value"
+        assert frame_local(inner, "cell_of_outer") == [1]
+        assert frame_local(inner, "shared") == [1]
+        assert frame_local(outer, "shared") == [1]
+        assert frame_local(inner, "own_cell") == {"a": 1}
+        assert frame_local(inner, "unset", "default") == "default"
+        assert frame_local(outer, "absent_until_later") is None
+        assert frame_local(inner, "target", "default") in ("default", frame_local(outer, "target"))
+        assert frame_local(inner, "no such name", 5) == 5
+        del inner, outer
+
+
+def test_locals_of_a_module_and_a_class():
+    """These are in a dict, and read from it."""
+    scope = {"frame_local": frame_local, "sys": sys, "value": 1, "seen": []}
+    source = """
+seen.append(frame_local(sys._getframe(), "value"))
+class Body:
+    attribute = 2
+    seen.append(frame_local(sys._getframe(), "attribute"))
+    seen.append(frame_local(sys._getframe(), "none", 3))
+"""
+    exec(source, scope)
+    assert scope["seen"] == [1, 2, 3]
+
+
+def test_a_frame_that_has_ended_has_no_locals(core):
+    """And one whose function is done still has them: a frame that somebody keeps."""
+
+    def function():
+        value = object()
+        return sys._getframe(), value
+
+    frame, value = function()
+    assert frame_local(frame, "value") is value
+    frame.clear()
+    assert frame_local(frame, "value") is None
+
+
+def test_frames_of_generators(core):
+    """Before they have begun, suspended, closed and freed; not where CPython's own view crashes."""
+
+    def generator(argument):
+        value = [argument]
+        yield value
+
+    made = generator(7)
+    frame = made.gi_frame
+    if core == "pure" and loops._ENDED_GENERATORS_CRASH:
+        assert frame_local(frame, "argument") is None
+        return
+    assert frame_local(frame, "argument") == 7
+    assert frame_local(frame, "value") is None
+    assert next(made) is frame_local(frame, "value")
+    made.close()
+    assert frame_local(frame, "value") in (None, [7])  # 3.13 up to 3.13.5 drops it at once
+    del made
+    assert frame_local(frame, "value") in (None, [7])
+    frame.clear()
+    assert frame_local(frame, "value") is None
+
+
+def test_a_value_does_not_outlive_its_variable(core):
+    """Reading it leaves no snapshot behind in the frame, which may live as long as its thread."""
+    read, dropped = threading.Event(), threading.Event()
+    ended = threading.Event()
+    references = []
+
+    def holder():
+        value = Foreign(None, "value")
+        references.append(weakref.ref(value))
+        ended.set()
+        read.wait(30)
+        del value
+        dropped.set()
+        ended.wait(30)
+
+    thread = threading.Thread(target=holder)
+    thread.start()
+    assert ended.wait(30)
+    ended.clear()
+    frame = frame_of(thread, "holder")
+    assert frame_local(frame, "value").get_name() == "value"
+    read.set()
+    assert dropped.wait(30)
+    gone = references[0]() is None
+    ended.set()
+    thread.join()
+    assert gone
+
+
+def test_a_snapshot_the_application_has_stays_whole(core):
+    """Before 3.13 `locals()` gives the very dict that frames keep: it is not emptied."""
+    value = [1]
+    mine = locals()
+    assert frame_local(sys._getframe(), "value") is value
+    assert mine["value"] is value
+
+
+@pytest.mark.parametrize("install", ["settrace", "setprofile"])
+def test_a_traced_frame_keeps_its_variables(core, install):
+    """The interpreter writes the snapshot back after a trace function, and it is whole then."""
+
+    def traced(argument):
+        variable = 2
+        return argument, variable
+
+    def trace(frame, event, argument):
+        frame_local(frame, "argument")
+        return trace
+
+    before = getattr(sys, install.replace("set", "get"))()
+    getattr(sys, install)(trace)
+    try:
+        result = traced(1)
+    finally:
+        getattr(sys, install)(before)
+    assert result == (1, 2)
+
+
+def test_what_a_worker_of_the_executor_does(core):
+    """The work item is the `self` of a live frame."""
+    ready, end = threading.Event(), threading.Event()
+
+    def work():
+        ready.set()
+        end.wait(30)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        assert ready.wait(30)
+        (thread,) = pool._threads
+        # From 3.14 on another `run` stands between it and the function.
+        item = frame_local(frame_of(thread, "_WorkItem.run"), "self")
+        end.set()
+    assert item.future is future
+
+
+def test_what_a_worker_of_anyio_does(core):
+    """The future it will fulfil is a live local of its thread."""
+    found = []
+
+    async def main():
+        ready, end = asyncio.Event(), threading.Event()
+
+        def work():
+            found.append(threading.current_thread())
+            anyio.from_thread.run_sync(ready.set)
+            end.wait(30)
+
+        task = asyncio.create_task(anyio.to_thread.run_sync(work))
+        await ready.wait()
+        assert found
+        future = frame_local(frame_of(found[0], "WorkerThread.run"), "future")
+        other = frame_local(frame_of(found[0], "WorkerThread.run"), "no such")
+        pending = isinstance(future, asyncio.Future) and not future.done()
+        end.set()
+        await task
+        return pending, other
+
+    assert run(main()) == (True, None)
+    deadline = time.monotonic() + 30
+    while found[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+def rows_by_frames(awaitable):
+    """As Python sees a chain: by frame objects."""
+    rows = []
+    while awaitable is not None:
+        for frame, inner in (
+            ("cr_frame", "cr_await"),
+            ("gi_frame", "gi_yieldfrom"),
+            ("ag_frame", "ag_await"),
+        ):
+            if hasattr(awaitable, frame):
+                at = getattr(awaitable, frame)
+                rows.append((awaitable, at.f_code, at.f_lasti))
+                awaitable = getattr(awaitable, inner)
+                break
+        else:
+            carried = [
+                each
+                for each in loops.gc.get_referents(awaitable)
+                if type(each).__name__ in {"coroutine", "async_generator", "async_generator_asend"}
+            ]
+            if not carried:
+                return [*rows, (awaitable, None, -1)]
+            (awaitable,) = carried
+    return rows
+
+
+@needs_native
+def test_the_chain_of_awaits(loop_name):
+    """As frames tell it, through coroutines, generators and asynchronous generators."""
+
+    async def leaf(event):
+        await event.wait()
+
+    async def items(event):
+        yield 1
+        await leaf(event)
+        yield 2
+
+    class Awaitable:
+        def __init__(self, event):
+            self.event = event
+
+        def __await__(self):
+            yield from leaf(self.event).__await__()
+
+    async def through_a_class(event):
+        await Awaitable(event)
+
+    async def through_items(event):
+        async for _ in items(event):
+            await asyncio.sleep(0)
+
+    async def through_anext(event):
+        made = items(event)
+        await anext(made)
+        await anext(made, None)
+        await made.aclose()  # uvloop in debug mode crashes on one that is abandoned
+
+    async def main():
+        event = asyncio.Event()
+        functions = (leaf, through_a_class, through_items, through_anext)
+        tasks = [asyncio.create_task(function(event)) for function in functions]
+        for _ in range(5):
+            await asyncio.sleep(0)
+        for task in tasks:
+            chain = native.await_chain(task.get_coro(), 100)
+            assert chain == rows_by_frames(task.get_coro())
+            assert [row[1].co_name for row in chain[-3:-1]] == ["leaf", "wait"]
+            assert native.await_chain(task.get_coro(), 2) == chain[-2:]
+            assert native.await_chain(task.get_coro(), 0) == []
+        event.set()
+        await asyncio.gather(*tasks)
+        assert native.await_chain(asyncio.current_task().get_coro(), 9)[0][1].co_name == "main"
+        future = asyncio.get_running_loop().create_future()
+        assert native.await_chain(future, 9) == [(future, None, -1)]
+        assert native.await_chain(None, 9) == []
+
+    run(main(), loop_name)
+
+
+@needs_native
+def test_chains_that_have_not_begun_or_are_over():
+    """Stand where frames say they do, or have no rows."""
+
+    async def nothing():
+        pass
+
+    def generator():
+        yield
+
+    coroutine, made = nothing(), generator()
+    assert native.await_chain(coroutine, 9) == rows_by_frames(coroutine)
+    assert native.await_chain(made, 9) == rows_by_frames(made)
+    coroutine.close()
+    made.close()
+    assert native.await_chain(coroutine, 9) == native.await_chain(made, 9) == []
