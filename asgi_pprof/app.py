@@ -28,7 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.collectors.cpu import CpuCollector
 from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
-from asgi_pprof.collectors.tasks import age
+from asgi_pprof.collectors.tasks import Rank
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (
     contention_text,
@@ -43,7 +43,7 @@ from asgi_pprof.merge import subtract
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
 from asgi_pprof.paths import locate
-from asgi_pprof.profile import Profile
+from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
 from asgi_pprof.switches import HeapEngine, Switches
 from asgi_pprof.symbols import AddressBook
@@ -69,6 +69,14 @@ class PprofApp:
             docs/profiles.md), None to sample them.
         memory_profile_rate: Mean bytes from one sample to the next, as Go's
             MemProfileRate; 1 takes every allocation, 0 none.
+        track_tasks: Whether to note who makes tasks, through the loop's task
+            factory, and since when they wait.
+        block_profile_rate: Record waits for locks, queues and threads, on average
+            one for every so many nanoseconds of waiting, as Go's
+            SetBlockProfileRate; 0 leaves that to `set_block_profile_rate`.
+        mutex_profile_fraction: Record one in so many releases of locks that
+            others waited for, as Go's SetMutexProfileFraction; 0 leaves that
+            to `set_mutex_profile_fraction`.
         prefix: What comes before the names in the path; "" when mounted.
         guard: Who may come in.
     """
@@ -78,6 +86,9 @@ class PprofApp:
         *,
         heap: HeapEngine | None = None,
         memory_profile_rate: int = DEFAULT_RATE,
+        track_tasks: bool = True,
+        block_profile_rate: int = 0,
+        mutex_profile_fraction: int = 0,
         prefix: str = "",
         guard: Guard = allow_loopback,
     ) -> None:
@@ -86,13 +97,19 @@ class PprofApp:
         self._registry = Registry()
         self._cpu = CpuCollector()
         self._addresses = AddressBook()
-        self._switches = Switches(heap, memory_profile_rate)
+        self._switches = Switches(
+            heap, memory_profile_rate, track_tasks, block_profile_rate, mutex_profile_fraction
+        )
         self.open()
         # An app that is dropped without a shutdown must leave nothing behind either.
         weakref.finalize(self, self._switches.off).atexit = False
 
     def open(self) -> None:
-        """Switch on what records all the time: memory, threads' starts, garbage collections."""
+        """
+        Switch on what records all the time: memory, threads' starts, garbage collections.
+
+        Called on a running loop, its tasks as well; else with its first request.
+        """
         self._switches.on()
 
     def close(self) -> None:
@@ -104,6 +121,7 @@ class PprofApp:
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
         elif scope["type"] == "http":
+            self._switches.attach()
             scope = {"method": "GET", "query_string": b"", "headers": [], **scope}
             response = await self._respond(Request(scope, receive), send)
             await response(scope, receive, send)
@@ -188,20 +206,13 @@ class PprofApp:
             return await self._delta(served, params, request)
         if params.gc and name == "heap":
             gc_pauses.collect()
-        if params.debug >= 2 and name == "goroutine":
-            return _text_response(await self._goroutine_dump())
+        if params.debug >= 2 and name in ("goroutine", "goroutineleak"):
+            tasks = self._registry.leaks if name == "goroutineleak" else self._registry.tasks
+            return _text_response(await _goroutine_dump(tasks.goroutines()))
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
             return await _binary_response(lambda: served.estimate(make_profile()), name)
         return _text_response(await run_in_thread(lambda: self._text(served, make_profile())))
-
-    async def _goroutine_dump(self) -> str:
-        # Text at once: 100,000 kept tasks would mean long collections of garbage.
-        tasks = self._registry.tasks.goroutines()
-        first, *others = [(age(task), goroutine_text(task)) async for task in tasks]
-        return await run_in_thread(
-            lambda: "\n".join((first[1], *(text for _, text in sorted(others))))
-        )
 
     async def _delta(self, served: NamedProfile, params: Params, request: Request) -> Response:
         seconds = params.delta_seconds
@@ -234,6 +245,12 @@ class PprofApp:
         if served.text == "contention":
             return contention_text(served.name, profile)
         return count_text(served.name, profile)
+
+
+async def _goroutine_dump(tasks: AsyncIterator[tuple[Rank, Goroutine]]) -> str:
+    # Text at once: 100,000 kept tasks would mean long collections of garbage.
+    texts = [(rank, goroutine_text(task)) async for rank, task in tasks]
+    return await run_in_thread(lambda: "\n".join(text for _, text in sorted(texts)))
 
 
 def _params(request: Request) -> Params:

@@ -41,10 +41,18 @@ class PprofMiddleware:
             docs/profiles.md), None to sample them.
         memory_profile_rate: Mean bytes from one sample to the next, as Go's
             MemProfileRate; 1 takes every allocation, 0 none.
+        track_tasks: Whether to note who makes tasks, through the loop's task
+            factory, and since when they wait: about 1 us a task.
+        block_profile_rate: Record waits for locks, queues and threads, on average
+            one for every so many nanoseconds of waiting, as Go's
+            SetBlockProfileRate; 0 leaves that to `set_block_profile_rate`.
+        mutex_profile_fraction: Record one in so many releases of locks that
+            others waited for, as Go's SetMutexProfileFraction; 0 leaves that
+            to `set_mutex_profile_fraction`.
 
     Raises:
-        ValueError: `prefix` is no absolute path, `heap` is unknown, or the rate
-            is negative.
+        ValueError: `prefix` is no absolute path, `heap` is unknown, or a rate is
+            negative.
     """
 
     def __init__(
@@ -54,15 +62,25 @@ class PprofMiddleware:
         prefix: str = "/debug/pprof",
         heap: HeapEngine | None = None,
         memory_profile_rate: int = DEFAULT_RATE,
+        track_tasks: bool = True,
+        block_profile_rate: int = 0,
+        mutex_profile_fraction: int = 0,
     ) -> None:
         if not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix:
             raise ValueError(f'prefix is a path such as "/debug/pprof", not {prefix!r}')
         self.app = app
         self._prefix = prefix
-        # What to look for in a path. "" is in every path: after a shutdown,
-        # the next request, if one ever comes, switches everything on again.
-        self._looked_for = prefix
-        self._pprof = PprofApp(heap=heap, memory_profile_rate=memory_profile_rate, prefix=prefix)
+        # What to look for in a path. "" is in every path: without a startup, or
+        # after a shutdown, the next request switches everything on, its loop's too.
+        self._looked_for = ""
+        self._pprof = PprofApp(
+            heap=heap,
+            memory_profile_rate=memory_profile_rate,
+            track_tasks=track_tasks,
+            block_profile_rate=block_profile_rate,
+            mutex_profile_fraction=mutex_profile_fraction,
+            prefix=prefix,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
@@ -84,6 +102,7 @@ class PprofMiddleware:
                     request.finish()
         elif kind == "lifespan":
             self._pprof.open()  # a server that forks has built us in its parent
+            self._looked_for = self._prefix
             try:
                 await self.app(scope, receive, send)
             finally:

@@ -127,13 +127,21 @@ class Goroutine:
         id: A small number, the same for a task as long as it lives.
         state: What stands in the brackets: "running", "runnable" or what it waits for.
         stack: Its await chain, leaf first.
-        labels: The labels of its context.
+        labels: The labels of its context, and what else is to say of it.
+        minutes: For how many whole minutes it is known to wait.
+        leaked: Whether nothing can wake it any more.
+        created_by: Where the call was that made it.
+        creator: The number of the task that made it; 0 if none did.
     """
 
     id: int
     state: str
     stack: Stack
     labels: tuple[Label, ...] = ()
+    minutes: int = 0
+    leaked: bool = False
+    created_by: Location | None = None
+    creator: int = 0
 
 
 def check_valid(profile: Profile) -> None:

@@ -13,6 +13,7 @@ from typing import Literal
 from asgi_pprof.collectors import SnapshotCollector
 from asgi_pprof.collectors.contention import ContentionCollector
 from asgi_pprof.collectors.custom import custom_profiles
+from asgi_pprof.collectors.goroutineleak import LeakCollector
 from asgi_pprof.collectors.heap import HeapCollector
 from asgi_pprof.collectors.heap_tracemalloc import Peaks
 from asgi_pprof.collectors.tasks import TaskCollector
@@ -64,6 +65,7 @@ class Registry:
     def __init__(self) -> None:
         peaks = Peaks()
         self.tasks = TaskCollector()
+        self.leaks = LeakCollector(self.tasks)
         self._built_in = {
             profile.name: profile
             for profile in (
@@ -75,7 +77,7 @@ class Registry:
                 ),
                 NamedProfile(
                     "block",
-                    ContentionCollector(),
+                    ContentionCollector("block"),
                     "Stack traces that led to blocking on synchronization primitives",
                     "contention",
                 ),
@@ -86,6 +88,12 @@ class Registry:
                     " to list every task with its state, in the format of an unrecovered panic.",
                 ),
                 NamedProfile(
+                    "goroutineleak",
+                    self.leaks,
+                    "Stack traces of all leaked asyncio tasks: those that nothing can wake any"
+                    " more. Use debug=2 as a query parameter to list every task.",
+                ),
+                NamedProfile(
                     "heap",
                     HeapCollector(peaks),
                     "A sampling of memory allocations of live objects. You can specify the gc GET"
@@ -94,7 +102,7 @@ class Registry:
                 ),
                 NamedProfile(
                     "mutex",
-                    ContentionCollector(),
+                    ContentionCollector("mutex"),
                     "Stack traces of holders of contended mutexes",
                     "contention",
                 ),

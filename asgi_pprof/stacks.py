@@ -10,7 +10,7 @@ import gc
 import sys
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import (
     AsyncGeneratorType,
     CodeType,
@@ -19,7 +19,7 @@ from types import (
     GeneratorType,
     ModuleType,
 )
-from typing import cast
+from typing import Any, cast
 
 from asgi_pprof.profile import Function, Location, Stack, pseudo_location
 
@@ -124,23 +124,33 @@ def call_stack(frame: FrameType | None, symbols: Symbols, until: FrameType | Non
     return tuple(stack)
 
 
-def await_stack(awaitable: object, symbols: Symbols) -> Stack:
-    """
-    Return where a suspended coroutine waits, through all it awaits, leaf first.
+Chain = Sequence[tuple[object, FrameType | None]]
+"""Awaitables, outermost first, each with its frame if it has one."""
 
-    At most `MAX_DEPTH` locations, those nearest to the leaf. () for an
-    awaitable with no frames, such as a future.
+
+def await_chain(awaitable: object) -> Chain:
     """
-    chain: deque[FrameType] = deque(maxlen=MAX_DEPTH + 1)
-    chain.extend(_awaited_frames(awaitable))
-    stack = [symbols.frame(frame) for frame in reversed(chain)]
+    Return what a suspended coroutine awaits, and what that awaits, to the end.
+
+    Of a chain longer than `MAX_DEPTH` the innermost part, and one more. Without
+    the future at the end; () if there is only that.
+    """
+    return list(deque(_awaited(awaitable), MAX_DEPTH + 1))
+
+
+def chain_stack(chain: Chain, symbols: Symbols) -> Stack:
+    """Return where the awaitables of a chain wait, leaf first, at most `MAX_DEPTH` locations."""
+    stack = [
+        symbols.frame(frame) if frame is not None else _frameless(awaitable)
+        for awaitable, frame in reversed(chain)
+    ]
     if len(stack) > MAX_DEPTH:
         stack[MAX_DEPTH] = TRUNCATED
     return tuple(stack)
 
 
-def _awaited_frames(awaitable: object) -> Iterator[FrameType]:
-    """Yield the frames of a chain of awaits, outermost first."""
+def _awaited(awaitable: object) -> Iterator[tuple[object, FrameType | None]]:
+    outermost = awaitable
     for _ in range(_MAX_CHAIN):
         if isinstance(awaitable, CoroutineType):
             frame, inner = awaitable.cr_frame, awaitable.cr_await
@@ -149,12 +159,30 @@ def _awaited_frames(awaitable: object) -> Iterator[FrameType]:
         elif isinstance(awaitable, AsyncGeneratorType):
             frame, inner = awaitable.ag_frame, awaitable.ag_await
         elif (carried := _carried(awaitable)) is not None:
-            frame, inner = None, carried
+            awaitable = carried
+            continue
+        elif hasattr(type(awaitable), "cr_await"):  # Cython's, and so uvloop's
+            coroutine = cast("CoroutineType[Any, Any, Any]", awaitable)
+            frame, inner = coroutine.cr_frame, coroutine.cr_await
         else:
+            # None has not begun or is about to run; what a future is for is another question.
+            if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
+                yield awaitable, None
             return
         if frame is not None:
-            yield frame
+            yield awaitable, frame
         awaitable = inner
+
+
+def _is_future(awaitable: object) -> bool:
+    kind = type(awaitable)
+    return hasattr(kind, "_asyncio_future_blocking") or kind.__name__ == "FutureIter"
+
+
+def _frameless(awaitable: object) -> Location:
+    """Return a place for an awaitable without frames: an iterator that is no generator."""
+    kind = type(awaitable)
+    return pseudo_location(f"{kind.__module__}.{kind.__qualname__}")
 
 
 _CARRIERS = {
@@ -173,6 +201,8 @@ def _carried(awaitable: object) -> object | None:
     for referent in gc.get_referents(awaitable):
         if isinstance(referent, CoroutineType | GeneratorType | AsyncGeneratorType):
             return referent
+        if hasattr(type(referent), "cr_await"):
+            return cast(object, referent)
         if type(referent).__name__ in _CARRIERS:
             return cast(object, referent)
     return None

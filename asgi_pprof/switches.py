@@ -2,17 +2,23 @@
 What is on for as long as a middleware lives, and put back when it goes.
 
 Threads' starts are recorded, garbage collections timed and memory sampled;
-with `heap="tracemalloc"` memory is traced instead. Each of these counts its
-users, so two middlewares in one process share them.
+with `heap="tracemalloc"` memory is traced instead. On the event loops that
+serve, the makers of tasks are noted; contention is recorded if that was asked
+for. Each of these counts its users, so two middlewares in one process share
+them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import weakref
 from typing import Literal, Protocol
 
+from asgi_pprof.collectors.contention import ContentionSwitch
 from asgi_pprof.collectors.heap_native import HeapSwitch, heap_sampler
 from asgi_pprof.collectors.heap_tracemalloc import tracing
+from asgi_pprof.collectors.task_notes import task_tracking
 from asgi_pprof.collectors.threads import thread_starts
 from asgi_pprof.memstats import gc_pauses
 
@@ -24,6 +30,11 @@ class _Switch(Protocol):
     def disable(self) -> None: ...
 
 
+class _LoopSwitch(Protocol):
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None: ...
+    def detach(self, loop: asyncio.AbstractEventLoop) -> None: ...
+
+
 class Switches:
     """
     The switches one middleware holds on.
@@ -31,12 +42,22 @@ class Switches:
     Args:
         heap: "tracemalloc" to trace memory all the time, None to sample it.
         memory_profile_rate: Mean bytes from one sample to the next; 0 to take none.
+        track_tasks: Whether to note who makes tasks, and since when they wait.
+        block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
+        mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
 
     Raises:
-        ValueError: `heap` is something else, or the rate is negative.
+        ValueError: `heap` is something else, or a rate is negative.
     """
 
-    def __init__(self, heap: HeapEngine | None, memory_profile_rate: int) -> None:
+    def __init__(
+        self,
+        heap: HeapEngine | None,
+        memory_profile_rate: int,
+        track_tasks: bool,
+        block_profile_rate: int,
+        mutex_profile_fraction: int,
+    ) -> None:
         if heap not in (None, "tracemalloc"):
             raise ValueError(f'heap is None or "tracemalloc", not {heap!r}')
         sampling = HeapSwitch(memory_profile_rate)
@@ -44,7 +65,10 @@ class Switches:
             thread_starts,
             gc_pauses,
             tracing if heap else sampling,
+            ContentionSwitch(block_profile_rate, mutex_profile_fraction),
         ]
+        self._loop_switches: list[_LoopSwitch] = [task_tracking] if track_tasks else []
+        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
 
@@ -57,6 +81,16 @@ class Switches:
                     switch.enable()
             else:
                 heap_sampler.is_on()
+            self.attach()
+
+    def attach(self) -> None:
+        """Switch on what belongs to the running loop, if there is one and all else is on."""
+        loop = asyncio._get_running_loop()
+        with self._lock:
+            if loop is not None and self._on and loop not in self._loops:
+                self._loops.add(loop)
+                for switch in self._loop_switches:
+                    switch.attach(loop)
 
     def off(self) -> None:
         """Put everything back."""
@@ -65,3 +99,7 @@ class Switches:
                 self._on = False
                 for switch in self._switches:
                     switch.disable()
+                for loop in list(self._loops):
+                    for loop_switch in self._loop_switches:
+                        loop_switch.detach(loop)
+                self._loops.clear()

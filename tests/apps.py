@@ -100,6 +100,15 @@ async def release() -> None:
     released.clear()
 
 
+contended = asyncio.Lock()
+
+
+@app.get("/queue")
+async def queue_on_a_lock() -> None:
+    async with contended:
+        await asyncio.sleep(0.002)
+
+
 @app.get("/quick")
 async def quick() -> str:
     return "quick"

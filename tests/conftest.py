@@ -29,6 +29,8 @@ def _left_behind() -> dict[str, object]:
         **process_state(),
         "clock timers": clock_timers(),
         "Thread.start": threading.Thread.start,
+        "threading": (threading.Lock, threading.RLock, threading.Condition.wait),
+        "asyncio": (asyncio.Lock.acquire, asyncio.Event.wait, asyncio.Queue.get),
         "callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "custom profiles": set(custom_profiles()),

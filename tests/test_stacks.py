@@ -13,9 +13,10 @@ from asgi_pprof.stacks import (
     MAX_DEPTH,
     TRUNCATED,
     Symbols,
-    await_stack,
+    await_chain,
     call_stack,
     capture,
+    chain_stack,
 )
 
 HERE = __name__
@@ -223,11 +224,15 @@ def suspend():
     yield
 
 
+def chain_of(awaitable, symbols):
+    return chain_stack(await_chain(awaitable), symbols)
+
+
 def suspended_stack(coroutine):
     """Return the await stack of a coroutine that has run until it waits."""
     coroutine.send(None)
     try:
-        return await_stack(coroutine, Symbols())
+        return chain_of(coroutine, Symbols())
     finally:
         coroutine.close()
 
@@ -255,14 +260,14 @@ def test_a_chain_of_coroutines_is_leaf_first():
 @pytest.mark.parametrize("waitable", [None, 7, "text", object()])
 def test_what_has_no_frames_has_no_stack(waitable):
     """Such as a future of an extension module."""
-    assert await_stack(waitable, Symbols()) == ()
+    assert chain_of(waitable, Symbols()) == ()
 
 
 def test_a_coroutine_that_has_not_begun_is_at_its_first_line():
     """A task that was created and has not run yet."""
     coroutine = wait_root()
     try:
-        (place,) = await_stack(coroutine, Symbols())
+        (place,) = chain_of(coroutine, Symbols())
     finally:
         coroutine.close()
     assert names([place]) == ["wait_root"]
@@ -273,7 +278,7 @@ def test_a_coroutine_that_has_ended_has_no_stack():
     """Its frame is gone."""
     coroutine = wait_root()
     coroutine.close()
-    assert await_stack(coroutine, Symbols()) == ()
+    assert chain_of(coroutine, Symbols()) == ()
 
 
 def test_generators_made_awaitable_are_followed():
@@ -428,8 +433,9 @@ def test_a_generator_that_is_an_objects_await_is_followed():
 
 
 def test_a_chain_ends_at_an_iterator_that_tells_nothing():
-    """As at a future."""
-    assert names(suspended_stack(await_object_with_iterator())) == ["await_object_with_iterator"]
+    """Which is named after its class: where it waits only itself knows."""
+    stack = suspended_stack(await_object_with_iterator())
+    assert names(stack) == ["<builtins.list_iterator>", "await_object_with_iterator"]
 
 
 def test_a_task_that_waits_for_a_future_ends_at_its_innermost_coroutine():
@@ -443,7 +449,7 @@ def test_a_task_that_waits_for_a_future_ends_at_its_innermost_coroutine():
 
         task = asyncio.create_task(wait_for_future())
         await asyncio.sleep(0)
-        stack = await_stack(task.get_coro(), Symbols())
+        stack = chain_of(task.get_coro(), Symbols())
         future.set_result(None)
         await task
         return stack
@@ -508,4 +514,4 @@ def test_a_chain_that_bites_its_tail_ends():
     Carrier.__name__ = "coroutine_wrapper"
     tail = Carrier()
     tail.append(tail)
-    assert await_stack(tail, Symbols()) == ()
+    assert chain_of(tail, Symbols()) == ()

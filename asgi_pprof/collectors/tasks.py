@@ -1,21 +1,24 @@
 """
-goroutine: every asyncio task and where it waits.
+goroutine: every asyncio task, what it waits for, since when, and who made it.
 
 What is measured: one count per task that is not done, of every event loop in
 the process, with its whole await chain as the stack (leaf first), the labels of
-its context, its name and its state: running, runnable, or waiting.
+its context, its name, and its state: running, runnable, or what it waits for.
+Of a task that waits for a worker thread, the thread's frames are the inner part
+of the stack. The dump (debug=2) adds numbers: the task's own, of the tasks it
+waits for, of those that wait for it, and of the one that made it.
 
-How: the coroutine's chain of awaits is followed from outside; nothing is
-installed, and a task pays nothing until somebody asks. Collecting runs on the
-serving loop in slices of 4 ms, with the loop's other work in between.
+How: the coroutine's chain of awaits is followed from outside, when somebody
+asks. Collecting runs on the serving loop in slices of 4 ms, with the loop's
+other work in between. Another loop that does not answer within a second is
+read all the same, and marked; what holds it comes first.
 
-What it costs: about 20 us a task, on request only. Copying the list of tasks is
-not divided: some tens of ms with 100,000 tasks.
+What it costs: about 20 us a task, on request only; see task_notes for what is
+noted of tasks while nobody asks.
 
 What it misses: tasks change between two slices, so the profile is not one
-moment. Loops that run in other threads are read while they run; on CPython
-3.14 and later a loop is found only if it runs or has served a request, since
-the interpreter's own list of tasks is not open to Python.
+moment. Tasks of loops in other threads are read while these run: one that moves
+while it is read is read again.
 
 Source: runtime/pprof, writeGoroutine; CPython, Lib/asyncio/tasks.py.
 """
@@ -29,24 +32,50 @@ import re
 import sys
 import threading
 import time
-import weakref
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context
 from types import FrameType
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
+from asgi_pprof.collectors.loops import RunningLoop, TaskList, alive, running_loops
+from asgi_pprof.collectors.task_notes import note_of, waits_for
+from asgi_pprof.collectors.waits import Task, Wait, Waits
+from asgi_pprof.collectors.workers import Work
 from asgi_pprof.labels import current, resolve
-from asgi_pprof.profile import Goroutine, Label, Profile, Sample, Stack, ValueType
-from asgi_pprof.stacks import UNKNOWN, Symbols, await_stack, call_stack
+from asgi_pprof.merge import SampleKey
+from asgi_pprof.profile import (
+    Goroutine,
+    Profile,
+    Sample,
+    Stack,
+    ValueType,
+    pseudo_location,
+)
+from asgi_pprof.stacks import (
+    MAX_DEPTH,
+    TRUNCATED,
+    UNKNOWN,
+    Symbols,
+    await_chain,
+    call_stack,
+    chain_stack,
+)
+
+ANSWER_S = 1.0
+"""How long a loop may take to turn before it counts as stuck."""
 
 _SLICE_S = 0.004
 _COUNT_EXACTLY = 5_000
-_KIND = ValueType("goroutine", "count")
-_DEFAULT_NAME = re.compile(r"Task-(\d+)")
+_MOST_NAMED = 10  # tasks that one waits for, or that wait for one
+_MINUTE_NS = 60_000_000_000
+_DEFAULT_NAME = re.compile(r"Task-\d+")
+_WORKER = pseudo_location("worker thread")
+_STUCK = ("loop", "does not answer")
 
-_Task = asyncio.Task[Any]
+Rank = tuple[int, int]
+"""A sort key: what holds a loop, the task that asks, then the others by age."""
 
 
 class TaskCollector:
@@ -55,20 +84,22 @@ class TaskCollector:
 
     Args:
         clock: Test seam for `time.perf_counter`, which bounds the slices.
+        answer_s: How long other loops may take to answer.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, answer_s: float = ANSWER_S
+    ) -> None:
         self._clock = clock
-        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-        self._ids: weakref.WeakKeyDictionary[_Task, int] = weakref.WeakKeyDictionary()
-        self._next_id = itertools.count(1)
+        self._answer_s = answer_s
+        self._list = TaskList()
 
     def count(self) -> int:
         """Return the number of tasks that are not done; of very many, those there are at all."""
-        entries = self._registered()
+        entries = self._list.tasks()
         if len(entries) > _COUNT_EXACTLY:
             return len(entries)  # to look at each would hold the loop
-        return sum(1 for _ in _alive(entries))
+        return sum(1 for _ in alive(entries))
 
     def note(self) -> str:
         """Return nothing: it is always on."""
@@ -82,126 +113,231 @@ class TaskCollector:
         """Give goroutine/count: one sample per stack, labels, name and state."""
         # Counted here and now, in the slices: 100,000 samples kept until the end
         # would set off collections of garbage that take longer than any slice.
-        counts: Counter[tuple[Stack, tuple[Label, ...]]] = Counter()
-        async for goroutine in self.goroutines():
-            counts[goroutine.stack, _profile_labels(goroutine)] += 1
-        samples = tuple(
-            Sample(stack, (count,), labels) for (stack, labels), count in counts.items()
-        )
-        profile = Profile((_KIND,), samples, _KIND, period=1, time_ns=time.time_ns())
+        look = await self.look()
+        counts: Counter[SampleKey] = Counter()
+        async for task in self.tasks(look):
+            counts[look.sample_key(task)] += 1
+        profile = count_profile("goroutine", counts, look.comments())
         return lambda: profile
 
-    async def goroutines(self) -> AsyncIterator[Goroutine]:
-        """Yield every task, the one that asks first, the others in no order."""
-        symbols = Symbols()
-        asking = asyncio.current_task()
-        assert asking is not None
-        yield self._goroutine(asking, symbols)
-        slice_end = self._clock() + _SLICE_S
-        for task in _alive(self._registered()):
-            if self._clock() > slice_end:
-                await asyncio.sleep(0)
-                slice_end = self._clock() + _SLICE_S
-            if task is not asking and not task.done():
-                yield self._goroutine(task, symbols)
+    async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
+        """Yield every task with its place in the dump, and what holds a loop outside tasks."""
+        look = await self.look()
+        edges = Edges()
+        async for task in self.tasks(look):
+            for number, awaited in enumerate(look.awaited(task)):
+                edges.add(note_of(task).id, note_of(awaited).id)
+                if number % 100 == 99:
+                    await self.give_way(look)
+        for running in look.stuck:
+            if running.task is None:
+                yield (0, 0), look.callback(running)
+        async for task in self.tasks(look):
+            yield look.rank(task), look.goroutine(task, edges)
 
-    def _goroutine(self, task: _Task, symbols: Symbols) -> Goroutine:
-        running = asyncio.current_task(task.get_loop()) is task
-        state = "running" if running else _state(task)
-        stack = _running_stack(task, symbols) if running else ()
-        stack = stack or await_stack(task.get_coro(), symbols) or (UNKNOWN,)
-        labels = (*resolve(_context_labels(task)), ("task", task.get_name() or "?"))
-        if task not in self._ids:
-            self._ids[task] = next(self._next_id)
-        return Goroutine(self._ids[task], state, stack, tuple(sorted(labels)))
+    async def tasks(self, look: Look) -> AsyncIterator[Task]:
+        """Yield all tasks that are not done when their turn comes."""
+        for task in alive(self._list.tasks()):
+            if not task.done():
+                yield task
+            await self.give_way(look)
 
-    def _registered(self) -> list[_Task | weakref.ref[_Task]]:
-        self._loops.add(asyncio.get_running_loop())
-        if sys.version_info >= (3, 14):
-            self._loops.update(running_loops())
-        return _registered(self._loops)
+    async def look(self) -> Look:
+        """Begin a collection: see which loops answer, and what threads do."""
+        loops = [each for each in running_loops() if each.loop is not asyncio.get_running_loop()]
+        stuck = await _not_answering(loops, self._answer_s) if loops else []
+        return Look(stuck, self._clock() + _SLICE_S)
 
-
-def _alive(entries: Iterable[_Task | weakref.ref[_Task]]) -> Iterator[_Task]:
-    """Yield each task that is not done when its turn comes."""
-    seen: set[_Task] = set()
-    for entry in entries:
-        task = entry() if isinstance(entry, weakref.ref) else entry
-        if task is not None and task not in seen and not task.done():
-            seen.add(task)
-            yield task
+    async def give_way(self, look: Look) -> None:
+        """Let the loop turn, if this collection has had its slice."""
+        if self._clock() > look.slice_end:
+            await asyncio.sleep(0)
+            look.refresh(self._clock() + _SLICE_S)
 
 
-def _registered(
-    loops: Iterable[asyncio.AbstractEventLoop],
-) -> list[_Task | weakref.ref[_Task]]:
+class Edges:
+    """Which task waits for which, by their numbers; of many, the first few and how many."""
+
+    def __init__(self) -> None:
+        self._awaits: dict[int, list[int]] = {}
+        self._awaited_by: dict[int, list[int]] = {}
+        self._left_out: Counter[tuple[str, int]] = Counter()
+
+    def add(self, waiter: int, awaited: int) -> None:
+        """Note that one waits for the other."""
+        self._add("awaits", self._awaits.setdefault(waiter, []), waiter, awaited)
+        self._add("awaited_by", self._awaited_by.setdefault(awaited, []), awaited, waiter)
+
+    def _add(self, kind: str, numbers: list[int], whose: int, number: int) -> None:
+        if len(numbers) < _MOST_NAMED:
+            numbers.append(number)
+        else:
+            self._left_out[kind, whose] += 1
+
+    def labels(self, number: int) -> dict[str, str]:
+        """Return a task's edges as labels."""
+        edges = {"awaits": self._awaits, "awaited_by": self._awaited_by}
+        return {
+            kind: ", ".join(map(str, sorted(known[number]))) + self._more(kind, number)
+            for kind, known in edges.items()
+            if number in known
+        }
+
+    def _more(self, kind: str, number: int) -> str:
+        left_out = self._left_out[kind, number]
+        return f" and {left_out} more" if left_out else ""
+
+
+class _Reading(NamedTuple):
+    """A task as it is read: what it waits for (None if it can run), and its stack."""
+
+    state: str
+    stack: Stack
+    wait: Wait | None
+    waited_ns: int
+
+
+class Look:
     """
-    Return all tasks, or references to them, at once and as cheaply as can be.
+    One collection: names, reasons and threads, known for its length.
 
-    Up to 3.13 asyncio registers every task of the process in two sets of its
-    module. Later these have only tasks of foreign classes, and the others are
-    found by their loop. A set's copy is atomic; a WeakSet's iterator is not.
+    Args:
+        stuck: Loops that do not answer.
+        slice_end: When this collection should let the loop turn.
     """
-    entries: list[_Task | weakref.ref[_Task]] = []
-    for name in ("_all_tasks", "_scheduled_tasks", "_eager_tasks"):
-        registry: Any = getattr(asyncio.tasks, name, set())
-        entries += getattr(registry, "data", registry).copy()
-    if sys.version_info >= (3, 14):
-        for loop in loops:
-            entries += asyncio.all_tasks(loop)
-    return entries
+
+    def __init__(self, stuck: Sequence[RunningLoop], slice_end: float) -> None:
+        self.stuck = stuck
+        self.slice_end = slice_end
+        self._stuck_loops = [each.loop for each in stuck]
+        self._asking = asyncio.current_task()
+        self._symbols = Symbols()
+        self._waits = Waits()
+        self._running = _running_tasks()
+        self._queued: Counter[str] = Counter()
+
+    def refresh(self, slice_end: float) -> None:
+        """Begin another slice: see anew which tasks run, and what threads do."""
+        self.slice_end = slice_end
+        self._waits.look_at_threads()
+        self._running = _running_tasks()
+
+    def goroutine(self, task: Task, edges: Edges) -> Goroutine:
+        """Return a task as dumps show it."""
+        reading = self._read(task)
+        note = note_of(task)
+        labels = {**self._labels(task), **edges.labels(note.id)}
+        if reading.wait is not None:
+            if reading.wait.workers:
+                labels["workers"] = reading.wait.workers
+            if reading.wait.work is not None:
+                labels["thread"] = reading.wait.work.thread
+        return Goroutine(
+            note.id,
+            reading.state,
+            reading.stack,
+            tuple(sorted(labels.items())),
+            # As in Go, what is leaked says nothing of time.
+            minutes=0 if note.leaked else reading.waited_ns // _MINUTE_NS,
+            leaked=note.leaked,
+            created_by=self._symbols.instruction(note.code, note.lasti) if note.code else None,
+            creator=note.creator,
+        )
+
+    def sample_key(self, task: Task) -> SampleKey:
+        """
+        Return what equal tasks have in common: stack and labels.
+
+        Labels with few values only: no numbers of tasks, nor those in default names.
+        """
+        reading = self._read(task)
+        labels = self._labels(task)
+        if _DEFAULT_NAME.fullmatch(labels["task"]):
+            labels["task"] = "Task"
+        labels["state"] = reading.state
+        if reading.wait is not None:
+            if awaited := _names(reading.wait.tasks):
+                labels["awaits"] = awaited
+            if reading.wait.workers:
+                self._queued[reading.wait.workers] += 1
+        return reading.stack, tuple(sorted(labels.items()))
+
+    def callback(self, running: RunningLoop) -> Goroutine:
+        """Return what holds a loop outside any task."""
+        frame = sys._current_frames().get(running.thread_ident)
+        stack = call_stack(frame, self._symbols) or (UNKNOWN,)
+        return Goroutine(0, "running", stack, (_STUCK, ("task", "none: a callback")))
+
+    def awaited(self, task: Task) -> Iterable[Task]:
+        """Return the tasks that a task waits for, nothing named."""
+        future = waits_for(task)
+        if future is None or task in self._running:
+            return ()
+        return self._waits.wait(future, await_chain(task.get_coro())).tasks
+
+    def rank(self, task: Task) -> Rank:
+        """Return where a task comes in a dump."""
+        if task is self._asking:
+            return 1, 0
+        holds = task in self._running and task.get_loop() in self._stuck_loops
+        return 0 if holds else 2, note_of(task).id
+
+    def comments(self) -> tuple[str, ...]:
+        """Return what is to say of the tasks seen so far."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stuck = (
+            f"the loop of thread {names.get(ident, ident)} does not answer: read from outside"
+            for ident, _, _ in self.stuck
+        )
+        queued = (
+            f"{count} {'tasks wait' if count > 1 else 'task waits'} for a thread: {workers}"
+            for workers, count in self._queued.items()
+        )
+        return *stuck, *queued
+
+    def _read(self, task: Task) -> _Reading:
+        for _ in range(3):
+            future = waits_for(task)
+            reading = self._read_once(task, future)
+            if waits_for(task) is future:
+                break  # else it has moved, on a loop in another thread
+        return reading
+
+    def _read_once(self, task: Task, future: Any) -> _Reading:
+        if task in self._running:
+            stack = _running_stack(task, self._symbols)
+            if stack:
+                return _Reading("running", stack, None, 0)
+        waited_ns = note_of(task).look(future, time.monotonic_ns())
+        chain = await_chain(task.get_coro())
+        stack = chain_stack(chain, self._symbols)
+        if future is None:
+            return _Reading("runnable", stack or (UNKNOWN,), None, 0)
+        wait = self._waits.wait(future, chain)
+        if wait.work is not None:
+            stack = (*self._worker_stack(wait.work), _WORKER, *stack)
+            if len(stack) > MAX_DEPTH:
+                stack = (*stack[:MAX_DEPTH], TRUNCATED)
+        return _Reading(wait.reason, stack or (UNKNOWN,), wait, waited_ns)
+
+    def _worker_stack(self, work: Work) -> Stack:
+        if work.stack or not work.function:
+            return self._symbols.stack(work.stack)
+        return (pseudo_location(work.function),)
+
+    def _labels(self, task: Task) -> dict[str, str]:
+        labels = dict(resolve(_context_labels(task)))
+        labels["task"] = task.get_name() or "?"
+        if self._stuck_loops and task.get_loop() in self._stuck_loops:
+            labels.update((_STUCK,))
+        return labels
 
 
-def running_loops(
-    current_frames: Callable[[], dict[int, FrameType]] = sys._current_frames,
-) -> set[asyncio.AbstractEventLoop]:
-    """
-    Return the event loops that other threads run, as their stacks show them.
-
-    asyncio's loop is the `self` of its `run_forever`; any other (uvloop) is
-    found where `asyncio.Runner` or the code that called it holds it. For CPython
-    3.14 and later: before 3.13 reading a frame's locals keeps them alive, and
-    before 3.14 asyncio's registry leads to all loops that have tasks.
-    """
-    own = threading.get_ident()
-    loops: set[asyncio.AbstractEventLoop] = set()
-    for ident, frame in current_frames().items():
-        if ident != own:
-            loops.update(_loops_of(frame))
-    return loops
+def _running_tasks() -> list[Task]:
+    return [running.task for running in running_loops() if running.task is not None]
 
 
-def _loops_of(frame: FrameType | None) -> Iterator[asyncio.AbstractEventLoop]:
-    while frame is not None:
-        for value in _locals(frame):
-            # By type(): isinstance asks the object, which may be a proxy.
-            if issubclass(type(value), asyncio.Runner):
-                value = getattr(value, "_loop", None)
-            if issubclass(type(value), asyncio.AbstractEventLoop):
-                yield cast(asyncio.AbstractEventLoop, value)
-        frame = frame.f_back
-
-
-def _locals(frame: FrameType) -> list[object]:
-    names = ("self", "loop", "runner", "_loop", "event_loop")
-    if not any(name in frame.f_code.co_varnames for name in names):
-        return []
-    values = frame.f_locals
-    return [values.get(name) for name in names]
-
-
-def age(goroutine: Goroutine) -> tuple[bool, int, int]:
-    """Return a sort key: asyncio numbers the tasks it names, the others come as first seen."""
-    match = _DEFAULT_NAME.fullmatch(str(dict(goroutine.labels)["task"]))
-    return match is None, int(match[1]) if match else 0, goroutine.id
-
-
-def _state(task: _Task) -> str:
-    waiter = getattr(task, "_fut_waiter", None)
-    return "runnable" if waiter is None or waiter.done() else "waiting"
-
-
-def _running_stack(task: _Task, symbols: Symbols) -> Stack:
+def _running_stack(task: Task, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
     outermost = getattr(task.get_coro(), "cr_frame", None)
     for frame in sys._current_frames().values():
@@ -213,12 +349,45 @@ def _running_stack(task: _Task, symbols: Symbols) -> Stack:
     return ()
 
 
-def _context_labels(task: _Task) -> Any:
+def _names(tasks: Iterable[Task]) -> str:
+    """Return what the first few of these tasks are, each named once."""
+    names = set()
+    for task in itertools.islice(tasks, _MOST_NAMED):
+        name = task.get_name()
+        if _DEFAULT_NAME.fullmatch(name):
+            name = getattr(task.get_coro(), "__qualname__", "Task")
+        names.add(name)
+    return ", ".join(sorted(names))
+
+
+async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[RunningLoop]:
+    """Return those of some loops in other threads that do not turn within that time."""
+    here = asyncio.get_running_loop()
+    answers = {each: here.create_future() for each in loops}
+
+    def note(answer: asyncio.Future[None]) -> None:
+        if not answer.done():
+            answer.set_result(None)
+
+    def answer(future: asyncio.Future[None]) -> None:
+        with suppress(RuntimeError):  # closed: nobody asks any more
+            here.call_soon_threadsafe(note, future)
+
+    for running, future in answers.items():
+        try:
+            running.loop.call_soon_threadsafe(answer, future)
+        except RuntimeError:
+            note(future)  # closed meanwhile
+    await asyncio.wait(answers.values(), timeout=answer_s)
+    return [running for running, future in answers.items() if not future.done()]
+
+
+def _context_labels(task: Task) -> Any:
     context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
     return context.get(current) if context is not None else None
 
 
-def _context_311(task: _Task) -> Context | None:
+def _context_311(task: Task) -> Context | None:
     # Task.get_context came with 3.12. The C task shows its context only to the
     # garbage collector, before the contexts of its callbacks (_asynciomodule.c,
     # TaskObj_traverse); Python's own keeps it in an attribute.
@@ -229,10 +398,8 @@ def _context_311(task: _Task) -> Context | None:
     return cast("Context | None", context)
 
 
-def _profile_labels(goroutine: Goroutine) -> tuple[Label, ...]:
-    """Return labels with few values: the numbers of default names would keep equal tasks apart."""
-    labels = dict(goroutine.labels)
-    if _DEFAULT_NAME.fullmatch(str(labels["task"])):
-        labels["task"] = "Task"
-    labels["state"] = goroutine.state
-    return tuple(sorted(labels.items()))
+def count_profile(name: str, counts: Counter[SampleKey], comments: tuple[str, ...] = ()) -> Profile:
+    """Return NAME/count with a sample for each stack and labels."""
+    kind = ValueType(name, "count")
+    samples = tuple(Sample(stack, (count,), labels) for (stack, labels), count in counts.items())
+    return Profile((kind,), samples, kind, period=1, time_ns=time.time_ns(), comments=comments)

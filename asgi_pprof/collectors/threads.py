@@ -3,9 +3,12 @@ thread: where every OS thread is now. threadcreate: where each was started.
 
 thread: one sample a thread with its current stack, from
 `sys._current_frames()`: the GIL is held while it is read, so the stacks belong
-to one moment. Threads that Python does not know (a C library's) have one
+to one moment. Labels tell its name, the system's id for it, whether it is a
+daemon, what the system says it does (right after), and the event loop and the
+task it runs. Threads that Python does not know (a C library's) have one
 pseudo-frame with the system's name for them. Costs about 0.1 us a frame with
-the GIL held, on request only. It misses what a thread does in C.
+the GIL held, on request only. It misses what a thread does in C, and who had
+the GIL: whoever looks has it.
 
 threadcreate: the stack that called `threading.Thread.start`, counted and never
 forgotten, as Go counts threads ever created. `Thread.start` is wrapped while a
@@ -29,6 +32,7 @@ from types import FrameType
 from typing import Any
 
 from asgi_pprof.collectors.cpu_clocks import native_thread_ids
+from asgi_pprof.collectors.loops import RunningLoop, running_loops
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, Stack, ValueType, pseudo_location
 from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
@@ -62,8 +66,9 @@ class ThreadCollector:
         return nullcontext()
 
     async def snapshot(self) -> Callable[[], Profile]:
-        """Give thread/count, labelled with the thread's name."""
+        """Give thread/count, labelled with what is known of the thread."""
         threads = {thread.ident: thread for thread in threading.enumerate()}
+        loops = {running.thread_ident: running for running in running_loops()}
         stacks: list[tuple[RawStack, tuple[Label, ...]]] = []
         listed, unlisted = set(), 0
         for ident, frame in self._current_frames().items():
@@ -71,21 +76,27 @@ class ThreadCollector:
             if thread is not None:
                 listed.add(thread.native_id)
             unlisted += thread is None
-            stacks.append((capture(frame), _labels(thread.name if thread else "")))
+            stacks.append((capture(frame), _labels(thread, loops.get(ident))))
         native = [thread_id for thread_id in native_thread_ids() if thread_id not in listed]
         # Threads that run Python but are unknown to `threading` are in both
         # views, and nothing says which is which: leave out as many.
-        names = [_system_name(thread_id) for thread_id in native[unlisted:]]
-        return functools.partial(_thread_profile, stacks, names, time.time_ns())
+        others = [
+            Sample(
+                (pseudo_location(f"native thread {_system_name(thread_id)}"),),
+                (1,),
+                tuple(sorted(_system_labels(thread_id).items())),
+            )
+            for thread_id in native[unlisted:]
+        ]
+        return functools.partial(_thread_profile, stacks, others, time.time_ns())
 
 
 def _thread_profile(
-    stacks: list[tuple[RawStack, tuple[Label, ...]]], native: list[str], time_ns: int
+    stacks: list[tuple[RawStack, tuple[Label, ...]]], others: list[Sample], time_ns: int
 ) -> Profile:
     symbols = Symbols()
     samples = [Sample(symbols.stack(raw) or (UNKNOWN,), (1,), labels) for raw, labels in stacks]
-    samples += (Sample((pseudo_location(f"native thread {name}"),), (1,)) for name in native)
-    return _count_profile("thread", samples, time_ns)
+    return _count_profile("thread", samples + others, time_ns)
 
 
 class ThreadStarts:
@@ -212,8 +223,34 @@ def _count_profile(name: str, samples: list[Sample], time_ns: int) -> Profile:
     return Profile((kind,), sum_samples(samples), kind, period=1, time_ns=time_ns)
 
 
-def _labels(name: str) -> tuple[Label, ...]:
-    return (("thread", name),) if name else ()
+def _labels(thread: threading.Thread | None, running: RunningLoop | None) -> tuple[Label, ...]:
+    labels: dict[str, str] = {}
+    if thread is not None:
+        labels["daemon"] = str(thread.daemon).lower()
+        if thread.name:
+            labels["thread"] = thread.name
+        if thread.native_id is not None:
+            labels |= _system_labels(thread.native_id)
+    if running is not None:
+        kind = type(running.loop)
+        labels["loop"] = f"{kind.__module__}.{kind.__qualname__}"
+        if running.task is not None:
+            labels["task"] = running.task.get_name() or "?"
+    return tuple(sorted(labels.items()))
+
+
+_STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "traced"}
+
+
+def _system_labels(thread_id: int) -> dict[str, str]:
+    labels = {"native_id": str(thread_id)}
+    try:
+        # The name in parentheses may hold anything, parentheses too.
+        status = Path(f"/proc/self/task/{thread_id}/stat").read_text(errors="replace")
+        state = status.rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return labels
+    return {**labels, "state": _STATES.get(state, state)}
 
 
 def _system_name(thread_id: int) -> str:

@@ -158,8 +158,19 @@ def _frame_text(location: Location) -> str:
 def goroutine_text(goroutine: Goroutine) -> str:
     """Return one task of the dump; an empty line comes between two."""
     labels = ", ".join(f"{_word(key)}: {_word(str(value))}" for key, value in goroutine.labels)
-    head = f"goroutine {goroutine.id} [{goroutine.state}]" + (f" {{{labels}}}" if labels else "")
-    return f"{head}:\n{''.join(_dump_frames(goroutine.stack))}"
+    status = goroutine.state + (" (leaked)" if goroutine.leaked else "")
+    if goroutine.minutes:
+        status += f", {goroutine.minutes} minutes"
+    head = f"goroutine {goroutine.id} [{status}]" + (f" {{{labels}}}" if labels else "")
+    return f"{head}:\n{''.join(_dump_frames(goroutine.stack))}{_created_by(goroutine)}"
+
+
+def _created_by(goroutine: Goroutine) -> str:
+    if goroutine.created_by is None:
+        return ""
+    creator = f" in goroutine {goroutine.creator}" if goroutine.creator else ""
+    name = _one_line(goroutine.created_by.function.name)
+    return f"created by {name}{creator}\n\t{_place(goroutine.created_by)}\n"
 
 
 def _dump_frames(stack: Stack) -> Sequence[str]:
@@ -174,9 +185,11 @@ def _dump_frames(stack: Stack) -> Sequence[str]:
 
 
 def _dump_frame(location: Location) -> str:
-    name, filename, _ = location.function
-    place = f"{_one_line(filename)}:{location.line} +{_offset(location):#x}"
-    return f"{_one_line(name)}(...)\n\t{place}\n"
+    return f"{_one_line(location.function.name)}(...)\n\t{_place(location)}\n"
+
+
+def _place(location: Location) -> str:
+    return f"{_one_line(location.function.filename)}:{location.line} +{_offset(location):#x}"
 
 
 def _offset(location: Location) -> int:

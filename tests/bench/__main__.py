@@ -6,7 +6,16 @@ import argparse
 import sys
 
 from asgi_pprof.params import DEFAULT_HZ
-from tests.bench import accuracy, allocations, heap, inprocess, overhead, pause
+from tests.bench import (
+    accuracy,
+    allocations,
+    contention,
+    heap,
+    inprocess,
+    overhead,
+    pause,
+    tasks,
+)
 from tests.bench.report import conditions, progress, say, spread, table
 
 
@@ -118,6 +127,31 @@ def pauses(options: argparse.Namespace) -> None:
     say(table(headings.split("|"), rows))
 
 
+def many_tasks(options: argparse.Namespace) -> None:
+    """Tracking tasks, and reading 100,000 of them"""
+    rows: list[tuple[object, ...]] = []
+    for loop in ("asyncio", "uvloop"):
+        cost = tasks.measure_creation(loop, options.rounds or 40)
+        more_us = f"{cost.tracked_us - cost.plain_us:.2f}"
+        rows.append((loop, f"{cost.plain_us:.2f}", f"{cost.tracked_us:.2f}", more_us))
+    say(table(("us a task made", "without", "with tracking", "more"), rows), "")
+    rows = []
+    for alike in (True, False):
+        for each in tasks.measure_reading(options.loop, tasks.MANY, alike):
+            numbers = (each.seconds, each.gap_ms, each.idle_gap_ms, each.memory_mb)
+            what = f"{each.what}, {'all at one place' if alike else 'at 1,000 places'}"
+            rows.append((what, *(f"{number:.1f}" for number in numbers)))
+    headings = f"{tasks.MANY} tasks|seconds|longest gap, ms|the same, nobody asking|MB more"
+    say(table(headings.split("|"), rows))
+
+
+def contention_cost(options: argparse.Namespace) -> None:
+    """CPU per request while contention is recorded"""
+    for title, path in contention.PATHS.items():
+        for name, pairs in contention.compare(path, options.rounds or 20, options.loop).items():
+            _say_ratios(f"{title}: {name} / the bare application", "requests in turns", pairs)
+
+
 PARTS = {
     "idle": idle,
     "profiling": profiling,
@@ -127,6 +161,8 @@ PARTS = {
     "accuracy": accuracy_of_shares,
     "heap": heap_truth,
     "pause": pauses,
+    "tasks": many_tasks,
+    "contention": contention_cost,
 }
 
 

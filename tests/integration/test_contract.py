@@ -77,7 +77,7 @@ def test_answers_as_go_does(shop, request, method, path, body, status, expected,
     [
         ("GET", "nosuch?seconds=x", None, 404, "Unknown profile\n"),
         ("GET", "trace", None, 404, "Unknown profile\n"),
-        ("GET", "goroutineleak", None, 404, "Unknown profile\n"),
+        ("GET", "goroutineleaks", None, 404, "Unknown profile\n"),
         ("GET", "heap?seconds=x&debug=1", None, 400, None),
         ("GET", "example.com/conns?seconds=x", None, 400, None),
         (
@@ -136,8 +136,8 @@ def test_index_has_gos_rows(any_shop):
     rows = re.findall(r"<tr><td>(\d+)</td><td><a href='([^']+)'>([^<]+)</a></td></tr>", page)
     names = [name for _, _, name in rows]
     assert names == sorted(
-        "allocs block cmdline example.com/conns goroutine heap mutex profile symbol thread"
-        " threadcreate".split()
+        "allocs block cmdline example.com/conns goroutine goroutineleak heap mutex profile symbol"
+        " thread threadcreate".split()
     )
     assert all(href == f"{name}?debug=1" for _, href, name in rows)
     counts = {name: int(count) for count, _, name in rows}

@@ -39,6 +39,7 @@ def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
         ("heap", "inuse_space"),
         ("allocs", "alloc_space"),
         ("goroutine", "goroutine"),
+        ("goroutineleak", "goroutineleak"),
         ("thread", "thread"),
         ("threadcreate", "threadcreate"),
         ("block", "delay"),
@@ -63,7 +64,8 @@ def test_every_profile_is_read(shop, tmp_path, name, kind):
 
 
 @pytest.mark.parametrize(
-    "name", ["heap", "allocs", "goroutine", "thread", "threadcreate", "block", "mutex"]
+    "name",
+    "heap allocs goroutine goroutineleak thread threadcreate block mutex".split(),
 )
 def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
     """`go tool pprof URL?debug=1` works, by way of our symbol endpoint."""
@@ -84,7 +86,39 @@ def test_goroutine_profile_has_files_and_lines(shop, tmp_path):
     )
     assert re.search(r"asyncio\.locks\.Event\.wait /.*locks\.py:\d+", raw)
     assert "tenant:[waiting-7]" in raw
-    assert "state:[waiting]" in raw
+    assert "state:[Event.wait]" in raw
+
+
+def test_goroutine_tags_tell_what_tasks_wait_for(shop, tmp_path):
+    """-tags counts tasks by what they wait for, -tagfocus keeps those."""
+    with leaving_client(shop.port, "/wait/8"), leaving_client(shop.port, "/wait/9"):
+        until(lambda: shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
+        saved = tmp_path / "goroutine.pb.gz"
+        saved.write_bytes(shop.get("goroutine").body)
+    shop.visit("/release")
+    tags = go_pprof(tmp_path, "-tags", saved).text
+    assert re.search(r"state: Total \d+", tags)
+    assert re.search(r"\b2 \(.*\): Event\.wait", tags)
+    focused = go_pprof(tmp_path, "-top", "-cum", "-tagfocus", "state=Event.wait", saved).text
+    assert "tests.apps.wait_for_release" in focused
+    assert "asgi_pprof.app.PprofApp.__call__" not in focused
+
+
+def test_contention_of_a_window_has_waiters_and_holders(shop, tmp_path):
+    """block and mutex are off; ?seconds=N records what happens meanwhile, and switches off."""
+    with shop.load("/queue", clients=4):
+        waited = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/block?seconds=2").text
+        held = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/mutex?seconds=2").text
+    assert "Type: delay" in waited
+    assert "asyncio.locks.Lock.acquire" in waited
+    assert "tests.apps.queue_on_a_lock" in waited
+    assert "asyncio.locks.Lock.release" in held
+    assert "tests.apps.queue_on_a_lock" in held
+    assert "switched on for this request only" in waited
+    page = shop.get("").text
+    assert len(re.findall(r"(?:block|mutex): </div>.*\(off: ", page)) == 2
+    text = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/block?debug=1").text
+    assert "tests.apps.queue_on_a_lock" in text  # what was recorded stays
 
 
 def test_labels_reach_tags_and_focus(shop, tmp_path):

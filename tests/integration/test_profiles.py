@@ -244,11 +244,12 @@ def test_goroutines_are_all_tasks_with_names_and_states(shop):
     ]
     assert {labels["tenant"] for labels in waiting} == {"waiting-1", "waiting-2"}
     assert {labels["route"] for labels in waiting} == {"/wait/{number}"}
-    assert {labels["state"] for labels in waiting} == {"waiting"}
+    assert {labels["state"] for labels in waiting} == {"Event.wait"}
     assert re.match(r'goroutine \d+ \[running\] \{.*task: "Task-\d+"\}:\n', text)
     dump = text.split("\n\n")
     assert len(dump) == count
-    assert all(re.match(r"goroutine \d+ \[\w+\](?: \{.*\})?:\n", stack) for stack in dump)
+    assert all(re.match(r"goroutine \d+ \[[\w. ]+\] \{.*\}:\n", stack) for stack in dump)
+    assert sum("created by uvicorn." in stack for stack in dump) >= 2
     ids = [int(number) for number in re.findall(r"^goroutine (\d+) ", text, re.MULTILINE)]
     assert len(set(ids)) == count
 

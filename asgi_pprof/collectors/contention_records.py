@@ -1,0 +1,165 @@
+"""
+How often and how long, by stack: what the block and mutex profiles add up.
+
+An event is put on a queue, which is one step that nothing can interrupt; the
+queue is added up by whoever finds it long, unless somebody does so already. So
+nobody ever waits here: not a thread, not a signal handler or finalizer that
+runs in the middle of it, and not a child that was forked in the middle of it.
+
+Source: runtime/mprof.go, blocksampled and saveBlockEventStack.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from random import Random
+from types import CodeType
+
+from asgi_pprof.merge import sum_samples
+from asgi_pprof.profile import Sample, pseudo_location
+from asgi_pprof.stacks import UNKNOWN, Symbols
+
+MAX_STACKS = 4096  # different ones; about 3 KiB each at 30 frames
+OTHERS = pseudo_location("other stacks")
+
+_BATCH = 64  # events added up at once, in well under a millisecond
+_MAX_WAITING = 65_536  # events; more only if nobody can add them up
+
+Weight = tuple[float, int]
+"""How many contentions an event stands for, and how many nanoseconds."""
+
+Contended = tuple[str, tuple[int, ...], tuple[CodeType, ...]]
+"""
+The name of a pseudo-frame at the leaf, or ""; id of the code and bytecode
+offset of each frame, in turn, leaf first; the codes, to keep them alive.
+"""
+
+_Key = tuple[str, tuple[int, ...]]
+
+
+def weigh_wait(waited_ns: int, rate_ns: int, random: Callable[[], float]) -> Weight | None:
+    """
+    Return what a wait counts for in the block profile, None if it is not sampled.
+
+    One that is as long as the rate is always sampled. A shorter one is so with
+    the chance waited/rate, and then stands for as many as it takes to make
+    the rate: on average, count and sum are right.
+    """
+    if rate_ns <= 0:
+        return None
+    waited_ns = max(waited_ns, 1)
+    if waited_ns >= rate_ns:
+        return 1.0, waited_ns
+    if random() * rate_ns >= waited_ns:
+        return None
+    return rate_ns / waited_ns, rate_ns
+
+
+def weigh_release(caused_ns: int, fraction: int, random: Callable[[], float]) -> Weight | None:
+    """Return what a release counts for in the mutex profile: n times, for one in n of them."""
+    if fraction <= 0 or (fraction > 1 and random() * fraction >= 1):
+        return None
+    return float(fraction), max(caused_ns, 0) * fraction
+
+
+class ContentionRecords:
+    """
+    The totals of one profile, for the life of the process, and what is sampled.
+
+    Args:
+        weigh: Which events are sampled, and what they stand for.
+        random: Test seam.
+    """
+
+    def __init__(
+        self,
+        weigh: Callable[[int, int, Callable[[], float]], Weight | None],
+        random: Callable[[], float] | None = None,
+    ) -> None:
+        self.rate = 0
+        self._weigh = weigh
+        # Of our own: the application's sequence, which may be seeded, stays what it is.
+        self._random = random or Random().random
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin anew, as in a forked child: its parent's events are not its own."""
+        self._events: deque[tuple[Contended, Weight]] = deque()
+        self._adding_up = threading.Lock()
+        self._totals: dict[_Key, tuple[Contended, list[float]]] = {}
+        self._others = [0.0, 0]
+        self.lost = 0
+
+    def weigh(self, nanoseconds: int) -> Weight | None:
+        """Draw, and return what an event of that length stands for; None if nothing."""
+        return self._weigh(nanoseconds, self.rate, self._random)
+
+    def add(self, contended: Contended, weight: Weight) -> None:
+        """Add an event; from any thread, at any moment, without waiting."""
+        if len(self._events) >= _MAX_WAITING:
+            self.lost += 1
+            return
+        self._events.append((contended, weight))
+        if len(self._events) >= _BATCH:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        if not self._adding_up.acquire(blocking=False):
+            return
+        try:
+            while self._events:
+                self._add_to_total(*self._events.popleft())
+        finally:
+            self._adding_up.release()
+
+    def _add_to_total(self, contended: Contended, weight: Weight) -> None:
+        # By identity: equal code objects of different files compare equal.
+        key = contended[:2]
+        known = self._totals.get(key)
+        if known is not None:
+            total = known[1]
+        elif len(self._totals) < MAX_STACKS:
+            total = [0.0, 0]
+            self._totals[key] = contended, total  # keeps the codes alive, and with them the ids
+        else:
+            total = self._others
+        total[0] += weight[0]
+        total[1] += weight[1]
+
+    @property
+    def overflowed(self) -> bool:
+        """Whether there are events of more stacks than have records of their own."""
+        return self._others[0] > 0
+
+    def count(self) -> int:
+        """Return how many stacks there are."""
+        self._add_up()
+        return len(self._totals) + self.overflowed
+
+    def totals(self) -> list[tuple[Contended | None, int, int]]:
+        """Return stack, contentions and nanoseconds; None for stacks of no record of their own."""
+        self._add_up()
+        totals: list[tuple[Contended | None, int, int]] = [
+            (contended, int(count), int(delay_ns))
+            for contended, (count, delay_ns) in list(self._totals.values())
+        ]
+        if self.overflowed:
+            totals.append((None, int(self._others[0]), int(self._others[1])))
+        return totals
+
+
+def name_contended(totals: list[tuple[Contended | None, int, int]]) -> tuple[Sample, ...]:
+    """Return samples with named stacks; slow, for any thread."""
+    symbols = Symbols()
+
+    def sample(contended: Contended | None, count: int, delay_ns: int) -> Sample:
+        if contended is None:
+            return Sample((OTHERS,), (count, delay_ns))
+        leaf, places, codes = contended
+        raw = tuple(zip(codes, places[1::2], strict=True))
+        stack = symbols.stack(raw) or (UNKNOWN,)
+        return Sample((pseudo_location(leaf), *stack) if leaf else stack, (count, delay_ns))
+
+    return sum_samples(sample(*total) for total in totals)

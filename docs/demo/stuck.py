@@ -1,0 +1,76 @@
+"""
+A service with four faults, to be found with one curl each: see docs/hanging.md.
+
+    uvicorn --app-dir docs/demo stuck:app
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from dataclasses import dataclass, field
+
+from fastapi import FastAPI
+
+from asgi_pprof import PprofMiddleware
+
+app = FastAPI()
+app.add_middleware(PprofMiddleware)
+
+
+@dataclass
+class Account:
+    balance: int = 100
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+accounts = [Account() for _ in range(10)]
+
+
+@app.get("/transfer/{source}/{target}")
+async def transfer(source: int, target: int) -> int:
+    """Two at once, one each way, and each waits for the lock the other has."""
+    async with accounts[source].lock:
+        await asyncio.sleep(0.05)  # asks another service whether the amount is allowed
+        async with accounts[target].lock:
+            accounts[source].balance -= 1
+            accounts[target].balance += 1
+    return accounts[source].balance
+
+
+listeners = set()
+
+
+async def listen(events: asyncio.Queue[str]) -> None:
+    while True:
+        await events.get()
+
+
+@app.get("/subscribe")
+async def subscribe() -> int:
+    """Forgets the queue, and with it everybody who could put something into it."""
+    listeners.add(asyncio.create_task(listen(asyncio.Queue())))
+    return len(listeners)
+
+
+async def add_up(numbers: list[int], results: asyncio.Queue[int]) -> None:
+    results.put(sum(numbers))  # type: ignore[unused-coroutine]  # the await is forgotten
+
+
+@app.get("/report")
+async def report() -> int:
+    """Waits for a result that nobody has put into the queue."""
+    results: asyncio.Queue[int] = asyncio.Queue()
+    async with asyncio.TaskGroup() as group:
+        group.create_task(add_up([1, 2, 3], results))
+    return await results.get()
+
+
+printer_has_paper = threading.Event()
+
+
+@app.get("/print")
+def print_label() -> str:
+    """Keeps a thread of the pool until the printer has paper."""
+    printer_has_paper.wait()
+    return "printed"
