@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import gzip
 import threading
@@ -19,7 +20,7 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from asgi_pprof import PprofApp, PprofMiddleware, labels
+from asgi_pprof import PprofApp, PprofMiddleware, labels, set_mutex_profile_fraction
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.labels import current, resolve
 from tests import official
@@ -475,3 +476,85 @@ def test_a_task_that_outlives_its_request_keeps_the_route_and_not_the_request():
     found = asyncio.run(call())
     assert (found["method"], found["route"]) == ("GET", "/spawn/{number}")
     assert sessions[0]() is None
+
+
+def factory_seen_by(app, *scopes):
+    """Return the loop's task factory after each of some requests, in one loop."""
+
+    async def main():
+        seen = []
+        for scope in scopes:
+            await answered(app, scope)
+            seen.append(asyncio.get_running_loop().get_task_factory())
+        return seen
+
+    return asyncio.run(main())
+
+
+def test_tasks_are_tracked_from_startup_to_shutdown(loop_name):
+    """The handlers' loop has our factory, and its own again after the lifespan."""
+    seen = []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app):
+        loops.append(asyncio.get_running_loop())
+        seen.append(loops[0].get_task_factory())
+        yield
+
+    async def handle(request):
+        task = asyncio.create_task(asyncio.sleep(30))
+        await asyncio.sleep(0)
+        text = [each async for _, each in TaskCollector().goroutines()]
+        task.cancel()
+        made = [each for each in text if each.created_by is not None]
+        return PlainTextResponse(" ".join(each.created_by.function.name for each in made))
+
+    loops = []
+    app = PprofMiddleware(Starlette(routes=[Route("/", handle)], lifespan=lifespan))
+    with serve(app, loop=loop_name) as port:
+        assert f"{__name__}.test_tasks_are_tracked" in ask(port, "/").text
+        assert seen[0] is not None
+    assert loops[0].get_task_factory() is None
+
+
+def test_without_lifespan_tasks_are_tracked_from_the_first_request():
+    """Any request, of the service or for a profile."""
+    for path in ("/", "/debug/pprof/"):
+        app = PprofMiddleware(Recorder())
+        (factory,) = factory_seen_by(app, http_scope(path))
+        assert factory is not None, path
+
+
+def test_the_mounted_app_tracks_tasks_from_its_first_request():
+    """It is told of no startup."""
+    app = PprofApp()
+    (factory,) = factory_seen_by(app, http_scope("/", headers=[(b"host", b"localhost")]))
+    assert factory is not None
+    app.close()
+    assert factory_seen_by(app, http_scope("/")) == [None]
+
+
+def test_tracking_tasks_can_be_switched_off():
+    """Then the loop's factory is never touched."""
+    app = PprofMiddleware(Recorder(), track_tasks=False)
+    assert factory_seen_by(app, http_scope("/"), http_scope("/debug/pprof/")) == [None, None]
+
+
+def test_the_middleware_sets_rates_of_contention_and_takes_them_back():
+    """Go's two, as arguments; whoever sets them later by hand is left alone."""
+    original = threading.Condition.wait
+    app = PprofMiddleware(Recorder(), block_profile_rate=1000, mutex_profile_fraction=5)
+    assert threading.Condition.wait is not original
+    assert set_mutex_profile_fraction(-1) == 5
+    set_mutex_profile_fraction(7)
+    del app
+    gc.collect()
+    assert set_mutex_profile_fraction(0) == 7
+    assert threading.Condition.wait is original
+
+
+@pytest.mark.parametrize("name", ["block_profile_rate", "mutex_profile_fraction"])
+def test_negative_rates_of_contention_are_refused(name):
+    """They would mean nothing."""
+    with pytest.raises(ValueError, match="-1"):
+        PprofMiddleware(Recorder(), **{name: -1})

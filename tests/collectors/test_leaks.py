@@ -21,7 +21,8 @@ import pytest
 import uvloop
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.leaks import _referents, find_leaked
+from asgi_pprof.collectors.leak_graph import _referents
+from asgi_pprof.collectors.leaks import find_leaked
 from tests.servers import serve
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

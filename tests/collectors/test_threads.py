@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import _thread
 import asyncio
+import re
 import threading
+
+import pytest
+import uvloop
 
 from asgi_pprof.collectors.threads import ThreadCollector, ThreadStarts, name_stacks
 from asgi_pprof.profile import check_valid
@@ -43,6 +47,11 @@ def test_every_thread_has_a_sample_with_its_name():
     assert sum(sample.values[0] for sample in profile.samples) == count >= 3
     waiting = [sample for sample in profile.samples if "wait_in_here" in names(sample.stack)]
     assert {dict(sample.labels).get("thread") for sample in waiting} == {"waiter", None}
+    waiter = next(dict(each.labels) for each in waiting if dict(each.labels).get("thread"))
+    assert waiter["daemon"] == "false"
+    assert waiter["native_id"] == str(thread.native_id)
+    assert waiter["state"] == "sleeping"
+    assert "loop" not in waiter
     (main,) = [each for each in profile.samples if dict(each.labels).get("thread") == "MainThread"]
     assert any("test_every_thread" in name for name in names(main.stack))
 
@@ -101,3 +110,32 @@ def test_too_many_different_stacks_count_as_unknown(monkeypatch):
     assert len(totals) == 1
     assert UNKNOWN not in {stack[0] for stack in totals}
     assert sum(totals.values()) + unknown == before + 2
+
+
+@pytest.mark.parametrize("other_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_thread_that_runs_a_loop_says_which_and_its_task(other_loop):
+    """Between two tasks only the loop; a daemon is told apart."""
+    ready, finish = threading.Event(), threading.Event()
+
+    async def hold():
+        asyncio.current_task().set_name("holds")
+        wait_in_here(ready, finish)
+
+    def run():
+        with asyncio.Runner(loop_factory=other_loop) as runner:
+            runner.run(hold())
+
+    thread = threading.Thread(target=run, name="runs a loop", daemon=True)
+    thread.start()
+    assert ready.wait(20)
+    try:
+        profile = asyncio.run(ThreadCollector().snapshot())()
+    finally:
+        finish.set()
+        thread.join()
+    check_valid(profile)
+    labels = {dict(each.labels).get("thread"): dict(each.labels) for each in profile.samples}
+    assert labels["runs a loop"]["task"] == "holds"
+    assert labels["runs a loop"]["daemon"] == "true"
+    assert re.fullmatch(r"(asyncio|uvloop)\..*Loop", labels["runs a loop"]["loop"])
+    assert labels["MainThread"]["task"].startswith("Task-")
