@@ -54,9 +54,9 @@ class Switches:
         self,
         heap: HeapEngine | None,
         memory_profile_rate: int,
-        track_tasks: bool,
-        block_profile_rate: int,
-        mutex_profile_fraction: int,
+        track_tasks: bool = True,
+        block_profile_rate: int = 0,
+        mutex_profile_fraction: int = 0,
     ) -> None:
         if heap not in (None, "tracemalloc"):
             raise ValueError(f'heap is None or "tracemalloc", not {heap!r}')

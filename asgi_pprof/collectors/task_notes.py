@@ -81,7 +81,10 @@ _others: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
 
 def note_of(task: Task) -> Note:
     """Return the note of a task, a new one if it has none."""
-    note = getattr(task, _ATTRIBUTE, None) or _others.get(task)
+    note = getattr(task, _ATTRIBUTE, None)
+    if note is None:
+        with contextlib.suppress(TypeError):
+            note = _others.get(task)
     if note is None:
         note = Note()
         _keep(task, note)
@@ -92,7 +95,8 @@ def _keep(task: Task, note: Note) -> None:
     try:
         task._asgi_pprof_note = note  # type: ignore[attr-defined]
     except AttributeError:
-        _others[task] = note
+        with contextlib.suppress(TypeError):  # not even a weak reference: it gets a new one
+            _others[task] = note
 
 
 def waits_for(task: Task) -> Any:
@@ -118,6 +122,7 @@ class TaskTracking:
         self._look_s = look_s
         self._clock = clock
         self._tasks = TaskList()
+        self._has_failed = False
         self._tracked: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Tracked] = (
             weakref.WeakKeyDictionary()
         )
@@ -151,14 +156,19 @@ class TaskTracking:
         return self._tracked[loop].is_looking
 
     def _look(self, tracked: _Tracked, tasks: Iterator[Task] | None = None) -> None:
-        if tasks is None:
-            tasks = alive(self._tasks.tasks())
-        slice_end, now_ns = time.perf_counter() + _SLICE_S, self._clock()
-        for task in tasks:
-            note_of(task).look(waits_for(task), now_ns)
-            if time.perf_counter() > slice_end:
-                tracked.look_on(self._look, tasks)
-                return
+        try:
+            if tasks is None:
+                tasks = alive(self._tasks.tasks())
+            slice_end, now_ns = time.perf_counter() + _SLICE_S, self._clock()
+            for task in tasks:
+                note_of(task).look(waits_for(task), now_ns)
+                if time.perf_counter() > slice_end:
+                    tracked.look_on(self._look, tasks)
+                    return
+        except Exception:  # of a task of the application's own kind
+            if not self._has_failed:
+                logger.exception("asgi_pprof failed to look at a task; this is logged once")
+            self._has_failed = True
         tracked.look_later(self._look_s, self._look)
 
 
@@ -171,7 +181,8 @@ class _Tracked:
         self.is_looking = False
         # Weakly: what is kept by the loop it is a key of would never be let go.
         self._loop = weakref.ref(loop)
-        self._next_look: asyncio.Handle | None = None
+        # As well: a handle refers to its loop. While it is scheduled the loop has it.
+        self._next_look: Callable[[], asyncio.Handle | None] = lambda: None
         self._before = loop.get_task_factory()
         self._ours = _noting(self._before, self)
         loop.set_task_factory(self._ours)
@@ -179,31 +190,31 @@ class _Tracked:
     def look_later(self, delay_s: float, look: Callable[[_Tracked], None]) -> None:
         loop, self.is_looking = self._loop(), False
         if self.on and loop is not None:
-            self._next_look = loop.call_later(delay_s, look, self)
+            self._next_look = weakref.ref(loop.call_later(delay_s, look, self))
 
     def look_on(self, look: Callable[..., None], tasks: Iterator[Task]) -> None:
         loop, self.is_looking = self._loop(), True
         if self.on and loop is not None:
-            self._next_look = loop.call_soon(look, self, tasks)
+            self._next_look = weakref.ref(loop.call_soon(look, self, tasks))
 
     def cancel_look(self) -> None:
-        if self._next_look is not None:
-            self._next_look.cancel()
+        handle = self._next_look()
+        if handle is not None:
+            handle.cancel()
 
     def end(self) -> None:
         self.on = False
-        loop, handle = self._loop(), self._next_look
+        loop = self._loop()
         if loop is None:
             return
         # Whoever has put a factory around ours keeps it; it then only passes on.
         if loop.get_task_factory() is self._ours:
             loop.set_task_factory(self._before)
-        if handle is None or loop.is_closed():
-            return
         if asyncio._get_running_loop() is loop or not loop.is_running():
-            handle.cancel()
+            self.cancel_look()
         else:
-            loop.call_soon_threadsafe(handle.cancel)
+            with contextlib.suppress(RuntimeError):  # closed meanwhile
+                loop.call_soon_threadsafe(self.cancel_look)
 
 
 def _noting(before: Any, tracked: _Tracked) -> Any:
@@ -216,6 +227,8 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
     ) -> None:
         # In the path of every task that is made: no more calls than it takes.
         try:
+            if not is_new and task.done():
+                return  # eagerly
             while frame is not None and frame.f_code.co_filename in libraries:
                 frame = frame.f_back
             maker = current_task(loop)
@@ -225,12 +238,16 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
                 creator = (getattr(maker, _ATTRIBUTE, None) or note_of(maker)).id
             code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
             known = None if is_new else getattr(task, _ATTRIBUTE, None)
-            if known is None:
-                task._asgi_pprof_note = Note(creator, code, lasti)
-            else:  # it has begun eagerly, and made tasks itself
+            if known is not None:  # it has begun eagerly, and made tasks itself
                 known.creator, known.code, known.lasti = creator, code, lasti
+                return
+            note = Note(creator, code, lasti)
+            try:
+                task._asgi_pprof_note = note
+            except AttributeError:
+                _keep(task, note)
         except AttributeError:
-            _keep(task, Note(creator, code, lasti))
+            pass  # a factory may return what it likes, and this is no task
         except Exception:
             tracked.on = False  # ours only passes on from now
             logger.exception("asgi_pprof failed to note a task, and stops to")
@@ -242,7 +259,8 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
 
         def construct_and_note(coro: Any, **kwargs: Any) -> Any:
             task = construct(coro, **kwargs)
-            if tracked.on and not task.done():
+            if tracked.on:
+                _hide(task, _OWN_FILES)
                 keep_note(task, kwargs["loop"], getframe(1), False)
             return task
 
@@ -257,14 +275,25 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
         else:
             kind = _NamedTask if takes_away else asyncio.tasks.Task
             task = cast(Any, kind(coro, loop=loop, **kwargs))
-            if task._source_traceback:  # debug mode; where the task was made is not here
-                del task._source_traceback[-1]
+            if task._source_traceback:
+                _hide(task, _CREATING_FILES)
         if tracked.on:
             is_new = before is None and "eager_start" not in kwargs
             keep_note(task, loop, getframe(1), is_new)
         return task
 
     return make_and_note
+
+
+_OWN_FILES = (__file__,)
+_CREATING_FILES = (__file__, asyncio.base_events.__file__)
+
+
+def _hide(task: Any, files: tuple[str, ...]) -> None:
+    """In debug mode, end the traceback of where a task was made as if we were not there."""
+    traceback = getattr(task, "_source_traceback", None)
+    while traceback and traceback[-1].filename in files:
+        del traceback[-1]
 
 
 class _NamedTask(Task):

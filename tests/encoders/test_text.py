@@ -465,6 +465,66 @@ def test_a_dump_keeps_to_gos_grammar():
     ]
 
 
+@pytest.mark.parametrize(
+    ("minutes", "leaked", "status"),
+    [
+        (0, False, "Lock.acquire"),
+        (1, False, "Lock.acquire, 1 minutes"),
+        (60 * 24, False, "Lock.acquire, 1440 minutes"),
+        (0, True, "Lock.acquire (leaked)"),
+    ],
+)
+def test_minutes_and_leaks_follow_the_state(minutes, leaked, status):
+    """As Go has it: always plural, and only once a minute has passed."""
+    goroutine = Goroutine(3, "Lock.acquire", (MAIN,), minutes=minutes, leaked=leaked)
+    text = goroutine_dump([goroutine])
+    assert text.split("\n")[0] == f"goroutine 3 [{status}]:"
+    parse_dump(text)
+    labelled = replace(goroutine, labels=(("tenant", "acme"),))
+    assert goroutine_dump([labelled]).split("\n")[0] == (
+        f"goroutine 3 [{status}] {{tenant: acme}}:"
+    )
+
+
+@pytest.mark.parametrize(
+    ("creator", "by"), [(0, "created by shop.build_page"), (7, "shop.build_page in goroutine 7")]
+)
+def test_who_made_a_task_comes_last(creator, by):
+    """Function, number and place; without the number if no task made it."""
+    goroutine = Goroutine(9, "sleep", (CART, MAIN), created_by=PAGE, creator=creator)
+    lines = goroutine_dump([goroutine]).split("\n")
+    assert lines[-3].startswith("created by ")
+    assert lines[-3].endswith(by)
+    assert lines[-2:] == ["\t/srv/shop.py:5 +0x4", ""]
+    parse_dump(goroutine_dump([goroutine, *GOROUTINES]))
+
+
+def test_who_made_a_task_is_not_elided():
+    """However deep the stack."""
+    stack = tuple(place(f"f{number}", number + 1) for number in range(128))
+    text = goroutine_dump([Goroutine(1, "sleep", stack, created_by=PAGE, creator=2)])
+    parse_dump(text)
+    assert "...28 frames elided...\n" in text
+    assert text.endswith("created by shop.build_page in goroutine 2\n\t/srv/shop.py:5 +0x4\n")
+
+
+def test_without_a_maker_there_is_no_such_line():
+    """A number alone says nothing: it is that of a place."""
+    assert "created by" not in goroutine_dump([Goroutine(1, "sleep", (MAIN,), creator=2)])
+
+
+def test_the_parts_are_where_gos_golden_dump_has_them():
+    """A header and a last part of Go's own are written alike."""
+    blocks = [read(name) for name in DUMPS]
+    minutes = [line for text in blocks for line in text.split("\n") if " minutes]" in line]
+    created = [line for text in blocks for line in text.split("\n") if "created by" in line]
+    assert created
+    for line in minutes:
+        assert re.match(r"goroutine \d+ \[[^,\]]+, \d+ minutes\]", line)
+    for line in created:
+        assert re.fullmatch(r"created by \S+( in goroutine \d+)?", line)
+
+
 def test_a_dump_of_nothing_is_empty():
     """There are no tasks without a loop."""
     assert goroutine_dump([]) == ""

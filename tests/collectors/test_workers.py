@@ -1,0 +1,264 @@
+"""Worker threads: what each runs and for which future, and how busy their pools are."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import gc
+import os
+import sys
+import threading
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+
+import anyio.to_thread
+import pytest
+import uvloop
+
+from asgi_pprof.collectors.task_notes import waits_for
+from asgi_pprof.collectors.workers import Pool, Workers
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+
+class Job:
+    """Work for a thread: it blocks until it may end."""
+
+    def __init__(self):
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def run(self, *_):
+        self.begun.set()
+        self.end.wait()
+
+    __call__ = run
+
+
+def hold(job):
+    job.run()
+
+
+@contextlib.contextmanager
+def working(size, *functions, prefix="shop"):
+    """Give a pool and the futures of these functions, of which as many run as it has threads."""
+    with ThreadPoolExecutor(size, thread_name_prefix=prefix) as pool:
+        yield pool, [pool.submit(*each) for each in functions]
+
+
+@contextlib.contextmanager
+def holding(size, count):
+    """Give the futures of a pool's equal jobs, as many of them begun as there are threads."""
+    jobs = [Job() for _ in range(count)]
+    with working(size, *((hold, each) for each in jobs)) as (pool, futures):
+        try:
+            for each in jobs[:size]:
+                assert each.begun.wait(20)
+            yield pool, jobs, futures
+        finally:
+            for each in jobs:
+                each.end.set()
+
+
+def pools(name="shop"):
+    return [each for each in Workers().pools if each.name == name]
+
+
+def until(condition):
+    """Return the first true value."""
+    end = time.monotonic() + 20
+    while not (found := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    return found
+
+
+def codes(stack):
+    return [code.co_qualname for code, _ in stack]
+
+
+def test_a_thread_is_known_by_its_future():
+    """With its name, its frames without the pool's, and the function it was given."""
+    with holding(1, 1) as (_, _, (future,)):
+        work = Workers().working_for(future)
+    assert work.future is future
+    assert work.thread == "shop_0"
+    assert codes(work.stack)[-3:] == ["Event.wait", "Job.run", "hold"]
+    assert work.function == f"{__name__}.hold"
+
+
+def test_others_futures_are_unknown():
+    """Those of no thread, and those that are done."""
+    with holding(1, 1) as (_, (job,), (future,)):
+        job.end.set()
+        future.result()
+        until(lambda: Workers().working_for(future) is None)
+        assert Workers().working_for(object()) is None
+
+
+def test_each_of_several_threads_has_its_own():
+    """As many as the pool has."""
+    with holding(3, 3) as (_, _, futures):
+        workers = Workers()
+        found = [workers.working_for(each) for each in futures]
+    assert [each.future for each in found] == futures
+    assert {each.thread for each in found} == {"shop_0", "shop_1", "shop_2"}
+
+
+def test_c_functions_have_no_frames():
+    """Their name is all there is."""
+    reading, writing = os.pipe()
+    with working(1, (os.read, reading, 1)) as (_, (future,)):
+        work = until(lambda: Workers().working_for(future))
+        os.write(writing, b"x")
+    os.close(reading)
+    os.close(writing)
+    assert (work.stack, work.function) == ((), "posix.read")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "name"),
+    [
+        (lambda job: (hold, job), f"{__name__}.hold"),
+        (lambda job: (functools.partial(hold, job),), f"{__name__}.hold"),
+        (lambda job: (functools.partial(functools.partial(hold), job),), f"{__name__}.hold"),
+        (lambda job: (copy_context().run, hold, job), f"{__name__}.hold"),
+        (lambda job: (functools.partial(copy_context().run, hold, job),), f"{__name__}.hold"),
+        (
+            lambda job: (functools.partial(copy_context().run, functools.partial(hold, job)),),
+            f"{__name__}.hold",
+        ),
+        (lambda job: (job.run,), f"{__name__}.Job.run"),
+        (lambda job: (job,), ""),
+    ],
+    ids=["plain", "partial", "partials", "context", "to_thread", "all", "method", "object"],
+)
+def test_what_is_called_in_the_end_is_named(wrap, name):
+    """Inside of partials and of `Context.run`; objects that are no functions have no name."""
+    job = Job()
+    with working(1, wrap(job)) as (_, (future,)):
+        assert job.begun.wait(20)
+        work = Workers().working_for(future)
+        job.end.set()
+    assert work.function == name
+
+
+def test_a_pool_says_how_busy_it_is():
+    """Threads that work, threads there may be, and work that waits for one."""
+    with holding(2, 5) as (_, jobs, futures):
+        assert pools() == [Pool("shop", 2, 2, 3)]
+        for each in jobs[:4]:
+            each.end.set()
+        assert jobs[4].begun.wait(20)
+        assert until(lambda: pools() == [Pool("shop", 1, 2, 0)])
+        assert not futures[4].done()
+
+
+def test_a_pool_may_have_more_threads_than_it_has():
+    """Its size is what it may have."""
+    with holding(1, 1) as (_, _, _), ThreadPoolExecutor(9, thread_name_prefix="large") as large:
+        large.submit(int).result()
+        assert until(lambda: pools("large") == [Pool("large", 0, 9, 0)])
+
+
+def test_a_pool_that_was_let_go_has_the_threads_it_has():
+    """Its workers know it by a weak reference only."""
+    job = Job()
+    pool = ThreadPoolExecutor(5, thread_name_prefix="forsaken")
+    future = pool.submit(job.run)
+    assert job.begun.wait(20)
+    thread = next(iter(pool._threads))
+    del pool
+    gc.collect()
+    try:
+        assert pools("forsaken") == [Pool("forsaken", 1, 1, 0)]
+    finally:
+        job.end.set()
+        future.result()
+        thread.join(20)
+
+
+def test_queued_work_is_found_in_its_pool():
+    """By its future; what runs is not queued."""
+    with holding(1, 3) as (_, _, (first, *queued)):
+        workers = Workers()
+        assert workers.queued_in(first) is None
+        assert [workers.queued_in(each) for each in queued] == [Pool("shop", 1, 1, 2)] * 2
+        assert workers.working_for(queued[0]) is None
+
+
+def test_cancelled_work_does_not_hurt():
+    """It stays in the queue until its turn comes."""
+    with holding(1, 2) as (_, _, (_, queued)):
+        assert queued.cancel()
+        assert pools() == [Pool("shop", 1, 1, 1)]
+
+
+def test_pools_without_threads_are_unknown():
+    """There is nothing to say of them."""
+    with ThreadPoolExecutor(1, thread_name_prefix="unused"):
+        assert pools("unused") == []
+
+
+def test_frames_of_threads_that_have_ended_are_left_aside():
+    """The moment's frames may name threads that are no more."""
+    frames = {-1: next(iter(sys._current_frames().values()))}
+    with holding(1, 1) as (_, _, (future,)):
+        workers = Workers(current_frames=lambda: frames)
+        assert workers.working_for(future) is None
+        assert [each for each in workers.pools if each.name == "shop"] == [Pool("shop", 0, 1, 0)]
+
+
+def test_nothing_is_kept():
+    """Neither futures nor what they were given, once the view is dropped."""
+    with holding(1, 1) as (_, (job,), (future,)):
+        workers = Workers()
+        assert workers.working_for(future)
+        job.end.set()
+        future.result()
+        until(lambda: pools()[0].busy == 0)
+        references = [weakref.ref(job), weakref.ref(future)]
+        del workers
+    del job, future
+    gc.collect()
+    assert [each() for each in references] == [None, None]
+
+
+def test_anyios_threads_are_known(loop_name):
+    """By the asyncio future that the task waits for; they belong to no executor."""
+
+    async def main():
+        job = Job()
+        task = asyncio.create_task(anyio.to_thread.run_sync(hold, job))
+        while not job.begun.is_set():  # noqa: ASYNC110 - the event is another thread's
+            await asyncio.sleep(0.002)
+        workers = Workers()
+        work = workers.working_for(waits_for(task))
+        job.end.set()
+        await task
+        return work, workers.pools
+
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        work, found = runner.run(main())
+    assert work.thread == "AnyIO worker thread"
+    assert codes(work.stack)[-3:] == ["Event.wait", "Job.run", "hold"]
+    assert work.function == f"{__name__}.hold"
+    assert [each for each in found if "AnyIO" in each.name] == []
+
+
+def test_anyios_idle_threads_do_nothing(loop_name):
+    """They stay for the next work, and soon after the last one work for nobody."""
+
+    async def main():
+        thread = await anyio.to_thread.run_sync(threading.current_thread)
+        return until(lambda: thread.is_alive() and not working_now(thread.name))
+
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        assert runner.run(main())
+
+
+def working_now(name):
+    workers = Workers()
+    return [each for each in workers._work.values() if each.thread == name]
