@@ -707,7 +707,7 @@ def test_a_note_that_fails_switches_itself_off(loop_name, monkeypatch, caplog):
             raise ZeroDivisionError
 
         with tracked():
-            monkeypatch.setattr(task_notes, "_keep", fail)
+            monkeypatch.setattr(task_notes, "Note", fail)
             tasks = [make(), make()]
             monkeypatch.undo()
             await end(*tasks)
@@ -908,7 +908,7 @@ def test_very_many_tasks_are_looked_at_in_slices(loop_name):
     assert run(main(), loop_name, debug=False) > 3
 
 
-def test_looks_go_on_after_one_that_failed(loop_name):
+def test_looks_go_on_after_one_that_failed(loop_name, caplog):
     """A task of the application's own class that raises when asked does not end them for ever."""
 
     class Odd(asyncio.tasks._PyTask):
@@ -941,3 +941,4 @@ def test_looks_go_on_after_one_that_failed(loop_name):
     failed, goes_on = run(main(), loop_name)
     assert failed == []  # the handler is the application's
     assert goes_on
+    assert [each.name for each in caplog.records if each.exc_info] == ["asgi_pprof"]
