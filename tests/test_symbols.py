@@ -201,8 +201,9 @@ def test_an_item_that_never_ends_is_not_read_to_its_end():
     assert asyncio.run(KNOWN.answer(endless())) == "num_symbols: 1\n" + FULL
 
 
-def test_a_body_that_is_too_large_ends_the_answer():
+def test_a_body_that_is_too_large_ends_the_answer(monkeypatch):
     """Else one client could keep a worker busy for ever; the lines found are sent."""
+    monkeypatch.setattr(symbols, "_MAX_BODY", 2**20)
 
     async def endless():
         while True:

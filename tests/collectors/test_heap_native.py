@@ -789,6 +789,8 @@ def test_an_interrupt_ends_the_program_as_ever():
     program = (
         COMMON
         + """
+# What runs the tests may have begun in the background, where interrupts are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 app = PprofApp(memory_profile_rate=1)
 native.cpu_start(1000)
 threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()

@@ -119,14 +119,19 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
     assert [location.function.filename for location in sample.stack][1:] == [__file__] * 3
 
 
+async def turn_until(event):
+    while not event.is_set():
+        await asyncio.sleep(0)
+
+
 def test_states_are_running_runnable_and_what_is_waited_for(loop_name):
-    """The asking task runs; one just made can run; one on an event waits."""
+    """The asking task runs; one that gives way can run; one on an event waits."""
 
     async def main():
         event = asyncio.Event()
         waiting = asyncio.create_task(outermost(event), name="waits")
         await asyncio.sleep(0)
-        runnable = asyncio.create_task(outermost(event), name="can run")
+        runnable = asyncio.create_task(turn_until(event), name="can run")
         asyncio.current_task().set_name("asks")
         dump = await dump_of()
         event.set()

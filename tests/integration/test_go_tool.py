@@ -146,7 +146,8 @@ def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
         target=lambda: saved.write_bytes(pure_shop.get("heap?seconds=2").body)
     )
     reader.start()
-    until(lambda: pure_shop.state()["tracing"])
+    until(lambda: "asgi_pprof.app._wait" in pure_shop.get("goroutine?debug=1").text)
+    assert pure_shop.state()["tracing"]
     pure_shop.visit("/keep")
     reader.join()
     pure_shop.visit("/forget")
