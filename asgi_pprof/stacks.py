@@ -29,6 +29,8 @@ UNKNOWN = pseudo_location("unknown")
 
 _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
+wrappers: dict[int, CodeType] = {}
+"""Code of ours that stands around what it calls, by identity: no stack shows it."""
 
 RawStack = tuple[tuple[CodeType, int], ...]
 """Codes and bytecode offsets, leaf first: what is cheap to note and to name later."""
@@ -86,7 +88,11 @@ class Symbols:
 
     def stack(self, raw: RawStack) -> Stack:
         """Return the locations of a captured stack, with the mark of truncation if it was cut."""
-        stack = tuple(self.instruction(code, lasti) for code, lasti in raw[:MAX_DEPTH])
+        stack = tuple(
+            self.instruction(code, lasti)
+            for code, lasti in raw[:MAX_DEPTH]
+            if id(code) not in wrappers
+        )
         return (*stack, TRUNCATED) if len(raw) > MAX_DEPTH else stack
 
     def frame(self, frame: FrameType) -> Location:
@@ -119,7 +125,8 @@ def call_stack(frame: FrameType | None, symbols: Symbols, until: FrameType | Non
         if len(stack) == MAX_DEPTH:
             stack.append(TRUNCATED)
             break
-        stack.append(symbols.frame(frame))
+        if id(frame.f_code) not in wrappers:
+            stack.append(symbols.frame(frame))
         frame = None if frame is until else frame.f_back
     return tuple(stack)
 
@@ -169,7 +176,7 @@ def _awaited(awaitable: object) -> Iterator[tuple[object, FrameType | None]]:
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
                 yield awaitable, None
             return
-        if frame is not None:
+        if frame is not None and id(frame.f_code) not in wrappers:
             yield awaitable, frame
         awaitable = inner
 

@@ -18,7 +18,7 @@ from itertools import pairwise
 from types import CodeType, FrameType, FunctionType
 
 from asgi_pprof.collectors.contention_records import Contended
-from asgi_pprof.stacks import MAX_DEPTH
+from asgi_pprof.stacks import MAX_DEPTH, wrappers
 
 WORKER = "waiting for a worker thread"
 
@@ -45,7 +45,6 @@ _ANYIO_WORKERS = "AsyncIOBackend.run_sync_in_worker_thread"
 # By identity; a code's own hash is slow, and these live as long as the process.
 _primitives: dict[int, CodeType] = {}
 _entering: dict[int, CodeType] = {}
-_wrappers: dict[int, CodeType] = {}
 _judged: dict[int, CodeType] = {}
 _pseudo_frames: dict[int, str] = {}
 _idle: set[tuple[int, int]] = set()  # and the bytecode offset
@@ -57,7 +56,7 @@ def know_primitives(classes: Iterable[object]) -> None:
     """Note the methods of primitives, so that what they use inside is not the leaf."""
     for each in classes:
         for name, value in vars(each).items():
-            if isinstance(value, FunctionType) and id(value.__code__) not in _wrappers:
+            if isinstance(value, FunctionType) and id(value.__code__) not in wrappers:
                 known = _entering if name in _ENTERING else _primitives
                 known[id(value.__code__)] = value.__code__
 
@@ -66,7 +65,7 @@ def know_wrapper(wrapper: object) -> None:
     """Note a wrapper of ours, to leave its frames out."""
     code = getattr(wrapper, "__code__", None)
     if isinstance(code, CodeType):
-        _wrappers[id(code)] = code
+        wrappers[id(code)] = code
 
 
 def waiting_stack(leaf: Leaf, wrapper: FrameType) -> Contended | None:
@@ -158,7 +157,7 @@ def _caller(frame: FrameType, outermost: FrameType | None) -> FrameType | None:
         below = frame.f_back
         if below is None or below.f_code is _LOOP_STEP:
             return None
-        if id(below.f_code) not in _wrappers:
+        if id(below.f_code) not in wrappers:
             return below
         frame = below
     return None
@@ -178,7 +177,7 @@ def _contended(
         code = frame.f_code
         if code is _LOOP_STEP:
             break
-        if id(code) not in _wrappers:
+        if id(code) not in wrappers:
             codes.append(code)
             places.append(id(code))
             places.append(frame.f_lasti)

@@ -26,6 +26,8 @@ from asgi_pprof.collectors.contention import (
     set_mutex_profile_fraction,
 )
 from asgi_pprof.collectors.contention_watch import block, mutex
+from asgi_pprof.collectors.tasks import TaskCollector
+from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import contention_text
 from asgi_pprof.merge import subtract
@@ -198,6 +200,39 @@ def test_on_and_off_a_thousand_times_leaves_identical_objects():
     set_block_profile_rate(0)
     set_mutex_profile_fraction(0)
     assert [name for name in before if during[name] is before[name]] == []
+
+
+def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name):
+    """The wrappers' frames are in none: not awaited, not called, not in a worker."""
+
+    async def stacks() -> dict[str, list[str]]:
+        lock, gate = asyncio.Lock(), threading.Event()
+        await lock.acquire()
+        waiting = [
+            asyncio.create_task(lock.acquire(), name="for a lock"),
+            asyncio.create_task(asyncio.to_thread(gate.wait), name="for a worker"),
+        ]
+        beside = threading.Thread(target=gate.wait, name="for an event")
+        beside.start()
+        seen: dict[str, list[str]] = {}
+        while sum("Event.wait" in names for names in seen.values()) < 2:
+            await asyncio.sleep(0.01)
+            for collector in (TaskCollector(), ThreadCollector()):
+                for sample in (await collector.snapshot())().samples:
+                    labels = dict(sample.labels)
+                    name = str(labels.get("task") or labels.get("thread"))
+                    if name.startswith("for "):
+                        seen[name] = names(sample)
+        gate.set()
+        lock.release()
+        await asyncio.gather(*waiting)
+        beside.join()
+        return seen
+
+    usual = run(loop_name, stacks())
+    assert len(usual) == 3
+    with recording():
+        assert run(loop_name, stacks()) == usual
 
 
 def test_a_wrapper_around_ours_stays_and_ours_passes_on(monkeypatch):
