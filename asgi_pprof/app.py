@@ -28,6 +28,7 @@ from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.collectors.cpu import CpuCollector
 from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.stalls import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.tasks import Rank
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (
@@ -45,6 +46,7 @@ from asgi_pprof.params import Params
 from asgi_pprof.paths import locate
 from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
+from asgi_pprof.stats import stats_text
 from asgi_pprof.switches import HeapEngine, Switches
 from asgi_pprof.symbols import AddressBook
 from asgi_pprof.web import index_page
@@ -77,6 +79,8 @@ class PprofApp:
         mutex_profile_fraction: Record one in so many releases of locks that
             others waited for, as Go's SetMutexProfileFraction; 0 leaves that
             to `set_mutex_profile_fraction`.
+        stall_threshold_ms: Record what held an event loop for at least so many
+            milliseconds, while it was held; 0 to watch no loop.
         prefix: What comes before the names in the path; "" when mounted.
         guard: Who may come in.
     """
@@ -89,6 +93,7 @@ class PprofApp:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
         prefix: str = "",
         guard: Guard = allow_loopback,
     ) -> None:
@@ -98,7 +103,12 @@ class PprofApp:
         self._cpu = CpuCollector()
         self._addresses = AddressBook()
         self._switches = Switches(
-            heap, memory_profile_rate, track_tasks, block_profile_rate, mutex_profile_fraction
+            heap,
+            memory_profile_rate,
+            track_tasks,
+            block_profile_rate,
+            mutex_profile_fraction,
+            stall_threshold_ms,
         )
         self.open()
         # An app that is dropped without a shutdown must leave nothing behind either.
@@ -159,11 +169,13 @@ class PprofApp:
             "": self._index,
             "cmdline": self._cmdline,
             "profile": self._profile,
+            "stats": self._stats,
             "symbol": self._symbol,
         }.get(name, partial(self._named, name))
         return await endpoint(request)
 
     async def _index(self, request: Request) -> Response:
+        stats = await stats_text()
         rows = [
             *(
                 (
@@ -179,7 +191,7 @@ class PprofApp:
                 for name, description in SPECIAL.items()
             ),
         ]
-        return _response(index_page(sorted(rows)), "text/html")
+        return _response(index_page(sorted(rows), stats), "text/html")
 
     async def _cmdline(self, request: Request) -> Response:
         arguments = map(os.fsencode, sys.orig_argv or sys.argv)
@@ -189,6 +201,9 @@ class PprofApp:
         if request.method == "POST":
             return _text_response(await self._addresses.answer(request.stream()))
         return _text_response(await self._addresses.answer(_once(request.scope["query_string"])))
+
+    async def _stats(self, request: Request) -> Response:
+        return _text_response(await stats_text())
 
     async def _profile(self, request: Request) -> Response:
         params = _params(request)

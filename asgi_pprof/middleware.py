@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_pprof.app import PprofApp
 from asgi_pprof.collectors.heap_native import DEFAULT_RATE
+from asgi_pprof.collectors.stalls import DEFAULT_THRESHOLD_MS
 from asgi_pprof.labels import RequestLabels, current
 from asgi_pprof.paths import locate
 from asgi_pprof.switches import HeapEngine
@@ -49,10 +50,12 @@ class PprofMiddleware:
         mutex_profile_fraction: Record one in so many releases of locks that
             others waited for, as Go's SetMutexProfileFraction; 0 leaves that
             to `set_mutex_profile_fraction`.
+        stall_threshold_ms: Record what held an event loop for at least so many
+            milliseconds, while it was held; 0 to watch no loop.
 
     Raises:
-        ValueError: `prefix` is no absolute path, `heap` is unknown, or a rate is
-            negative.
+        ValueError: `prefix` is no absolute path, `heap` is unknown, or a rate or
+            the threshold is negative.
     """
 
     def __init__(
@@ -65,6 +68,7 @@ class PprofMiddleware:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
     ) -> None:
         if not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix:
             raise ValueError(f'prefix is a path such as "/debug/pprof", not {prefix!r}')
@@ -79,6 +83,7 @@ class PprofMiddleware:
             track_tasks=track_tasks,
             block_profile_rate=block_profile_rate,
             mutex_profile_fraction=mutex_profile_fraction,
+            stall_threshold_ms=stall_threshold_ms,
             prefix=prefix,
         )
 

@@ -16,6 +16,7 @@ from asgi_pprof.collectors.custom import custom_profiles
 from asgi_pprof.collectors.goroutineleak import LeakCollector
 from asgi_pprof.collectors.heap import HeapCollector
 from asgi_pprof.collectors.heap_tracemalloc import Peaks
+from asgi_pprof.collectors.stalls import StallCollector
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector, ThreadCreateCollector
 from asgi_pprof.errors import UnknownProfile
@@ -53,6 +54,8 @@ SPECIAL: Mapping[str, str] = {
     "cmdline": "The command line invocation of the current program",
     "profile": "CPU profile. You can specify the duration in the seconds GET parameter. After you"
     " get the profile file, use the go tool pprof command to investigate the profile.",
+    "stats": "Figures of event loops, thread pools, garbage collection and memory, one name and"
+    " value a line, as Prometheus reads them.",
     "symbol": "Maps given program counters to function names. Counters can be specified in a GET"
     " raw query or POST body, multiple counters are separated by '+'.",
 }
@@ -104,6 +107,12 @@ class Registry:
                     "mutex",
                     ContentionCollector("mutex"),
                     "Stack traces of holders of contended mutexes",
+                    "contention",
+                ),
+                NamedProfile(
+                    "stall",
+                    StallCollector(),
+                    "Stack traces that held an event loop, and for how long it did not turn",
                     "contention",
                 ),
                 NamedProfile(

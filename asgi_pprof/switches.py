@@ -3,9 +3,9 @@ What is on for as long as a middleware lives, and put back when it goes.
 
 Threads' starts are recorded, garbage collections timed and memory sampled;
 with `heap="tracemalloc"` memory is traced instead. On the event loops that
-serve, the makers of tasks are noted; contention is recorded if that was asked
-for. Each of these counts its users, so two middlewares in one process share
-them.
+serve, the makers of tasks are noted and stalls recorded; contention is recorded
+if that was asked for. Each of these counts its users, so two middlewares in one
+process share them.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 from asgi_pprof.collectors.contention import ContentionSwitch
 from asgi_pprof.collectors.heap_native import HeapSwitch, heap_sampler
 from asgi_pprof.collectors.heap_tracemalloc import tracing
+from asgi_pprof.collectors.stalls import DEFAULT_THRESHOLD_MS, stall_watch
 from asgi_pprof.collectors.task_notes import task_tracking
 from asgi_pprof.collectors.threads import thread_starts
 from asgi_pprof.memstats import gc_pauses
@@ -35,6 +36,42 @@ class _LoopSwitch(Protocol):
     def detach(self, loop: asyncio.AbstractEventLoop) -> None: ...
 
 
+class _StallSwitch:
+    """
+    One middleware's threshold, while it lives: of several the lowest counts.
+
+    Raises:
+        ValueError: The threshold is negative.
+    """
+
+    _thresholds_ms: ClassVar[list[float]] = []
+
+    def __init__(self, threshold_ms: float) -> None:
+        if not threshold_ms >= 0:
+            raise ValueError(f"stall_threshold_ms is 0 or more, not {threshold_ms!r}")
+        self._threshold_ms = threshold_ms
+
+    def enable(self) -> None:
+        self._thresholds_ms.append(self._threshold_ms)
+        self._set()
+
+    def disable(self) -> None:
+        self._thresholds_ms.remove(self._threshold_ms)
+        self._set()
+
+    def _set(self) -> None:
+        none_ms = 0 if self._thresholds_ms else DEFAULT_THRESHOLD_MS
+        stall_watch.set_threshold(min(filter(None, self._thresholds_ms), default=none_ms))
+
+    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._threshold_ms:
+            stall_watch.attach(loop)
+
+    def detach(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._threshold_ms:
+            stall_watch.detach(loop)
+
+
 class Switches:
     """
     The switches one middleware holds on.
@@ -45,9 +82,10 @@ class Switches:
         track_tasks: Whether to note who makes tasks, and since when they wait.
         block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
         mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
+        stall_threshold_ms: From which length on a stall of a loop is recorded; 0 for none.
 
     Raises:
-        ValueError: `heap` is something else, or a rate is negative.
+        ValueError: `heap` is something else, or a rate or the threshold is negative.
     """
 
     def __init__(
@@ -57,17 +95,20 @@ class Switches:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
     ) -> None:
         if heap not in (None, "tracemalloc"):
             raise ValueError(f'heap is None or "tracemalloc", not {heap!r}')
         sampling = HeapSwitch(memory_profile_rate)
+        stalls = _StallSwitch(stall_threshold_ms)
         self._switches: list[_Switch] = [
             thread_starts,
             gc_pauses,
             tracing if heap else sampling,
             ContentionSwitch(block_profile_rate, mutex_profile_fraction),
+            stalls,
         ]
-        self._loop_switches: list[_LoopSwitch] = [task_tracking] if track_tasks else []
+        self._loop_switches: list[_LoopSwitch] = [stalls, *([task_tracking] if track_tasks else [])]
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False

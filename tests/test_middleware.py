@@ -21,10 +21,12 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
 from asgi_pprof import PprofApp, PprofMiddleware, labels, set_mutex_profile_fraction
+from asgi_pprof.collectors.stalls import stall_watch
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.labels import current, resolve
 from tests import official
-from tests.servers import ask, serve
+from tests.servers import ask, serve, until
+from tests.state import process_state
 
 
 class Recorder:
@@ -558,3 +560,59 @@ def test_negative_rates_of_contention_are_refused(name):
     """They would mean nothing."""
     with pytest.raises(ValueError, match="-1"):
         PprofMiddleware(Recorder(), **{name: -1})
+
+
+def thresholds_seen_by(*apps):
+    """Return the threshold while each serves a request, and whether its loop is watched."""
+
+    async def serve_all():
+        seen = []
+        for app in apps:
+            await answered(app, http_scope("/"))
+            loops = stall_watch.loops()
+            seen.append((stall_watch.threshold_ms, asyncio.get_running_loop() in loops))
+        return seen
+
+    return asyncio.run(serve_all())
+
+
+def test_loops_are_watched_for_stalls_from_the_first_request_until_the_end():
+    """From 100 ms by default; nothing is left when the app is gone."""
+    threads = process_state()["native threads"]
+    app = PprofMiddleware(Recorder())
+    assert thresholds_seen_by(app) == [(100, True)]
+    del app
+    gc.collect()
+    until(lambda: process_state()["native threads"] == threads)
+
+
+def test_the_threshold_of_stalls_is_an_argument_and_0_watches_nothing():
+    """Each loop that serves is asked about once, whoever serves on it."""
+    app = PprofMiddleware(Recorder(), stall_threshold_ms=0)
+    assert thresholds_seen_by(app) == [(0, False)]
+    other = PprofMiddleware(Recorder(), stall_threshold_ms=30)
+    assert thresholds_seen_by(app, other) == [(30, False), (30, True)]
+
+
+def test_of_two_thresholds_the_lower_counts_while_it_lives():
+    """And the other again after it; the loop is watched as long as one of them watches it."""
+
+    async def main():
+        apps = [PprofMiddleware(Recorder(), stall_threshold_ms=each) for each in (300, 20)]
+        while apps:
+            for app in apps:
+                await answered(app, http_scope("/"))
+            seen.append((stall_watch.threshold_ms, len(stall_watch.loops())))
+            del app, apps[-1]
+            gc.collect()
+        seen.append(len(stall_watch.loops()))
+
+    seen = []
+    asyncio.run(main())
+    assert seen == [(20, 1), (300, 1), 0]
+
+
+def test_a_negative_threshold_is_refused():
+    """It would mean nothing."""
+    with pytest.raises(ValueError, match="-1"):
+        PprofMiddleware(Recorder(), stall_threshold_ms=-1)

@@ -70,8 +70,18 @@ def test_a_note_follows_the_description():
 
 def test_every_link_is_relative_and_asks_for_text():
     """So the page works below any prefix, and a click shows something readable."""
-    page = index_page([("heap", 0, "", ""), ("profile", 0, "", "")])
-    assert Links(page).hrefs == ["heap?debug=1", "profile?debug=1", "goroutine?debug=2"]
+    page = index_page([("heap", 0, "", ""), ("profile", 0, "", "")], "figure 1\n")
+    assert Links(page).hrefs == ["heap?debug=1", "profile?debug=1", "goroutine?debug=2", "stats"]
+
+
+def test_figures_come_behind_everything_that_is_gos():
+    """As text, and nothing else changes."""
+    rows = [("heap", 3, "Live.", "")]
+    plain, page = index_page(rows), index_page(rows, 'a{loop="<b>$rows&"} 1\nb 2\n')
+    shown = "<pre>\na{loop=&#34;&lt;b&gt;$rows&amp;&#34;} 1\nb 2\n</pre>\n"
+    end = "</body>\n</html>"
+    assert page == plain.replace(end, f"<p><a href='stats'>stats</a>:</p>\n{shown}{end}")
+    assert page != plain
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,12 @@ class TaskList:
         if sys.version_info >= (3, 14):
             linked = _linked()
             if linked is not None:
-                entries += linked
-            else:
-                self._look_for_loops()
-                remembered = cast(Any, self._loops).data  # a copy of its set is atomic
-                for loop in list(remembered):
-                    entries += _tasks_of(loop())
+                linked += entries  # the long list is not copied once more
+                return linked
+            self._look_for_loops()
+            remembered = cast(Any, self._loops).data  # a copy of its set is atomic
+            for loop in list(remembered):
+                entries += _tasks_of(loop())
         return entries
 
     def _look_for_loops(self) -> None:
@@ -273,14 +273,14 @@ async def _nothing() -> None:
     pass
 
 
-def _linked() -> list[_Task] | None:
+def _linked() -> list[_Entry] | None:
     """Return the tasks in the interpreter's own lists; None where they cannot be read."""
     if native is None or _asyncio is None:
         return None
     tasks = native.asyncio_tasks()
     if tasks is None and _learn():
         tasks = native.asyncio_tasks()
-    return cast("list[_Task] | None", tasks)
+    return cast("list[_Entry] | None", tasks)
 
 
 def _learn() -> bool:

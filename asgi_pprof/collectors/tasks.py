@@ -326,7 +326,7 @@ class Look:
         return (pseudo_location(work.function),)
 
     def _labels(self, task: Task) -> dict[str, str]:
-        labels = dict(resolve(_context_labels(task)))
+        labels = dict(resolve(context_labels(task)))
         labels["task"] = task.get_name() or "?"
         if self._stuck_loops and task.get_loop() in self._stuck_loops:
             labels.update((_STUCK,))
@@ -382,7 +382,7 @@ async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[
     return [running for running, future in answers.items() if not future.done()]
 
 
-def _context_labels(task: Task) -> Any:
+def context_labels(task: Task) -> Any:
     context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
     return context.get(current) if context is not None else None
 

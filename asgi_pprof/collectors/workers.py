@@ -4,30 +4,44 @@ Worker threads: what each runs, and for which future; how busy their pools are.
 Two kinds are known: those of `concurrent.futures.ThreadPoolExecutor` (so
 `run_in_executor` and `asyncio.to_thread`) and anyio's (so every `def` endpoint
 of FastAPI). A thread is one of them by a frame of theirs on its stack; the
-frame's local variables name the future it works for. Looking costs about 0.1 us
-a frame of all threads, with the GIL held, on request only.
+frame's local variables name the future it works for. anyio has no pools but
+limiters: one that is each loop's default, and those that are given to it with
+the work. Looking costs about 0.1 us a frame of all threads, and 2 ms for
+100,000 pieces of queued work, with the GIL held, on request only.
 
-Source: CPython, Lib/concurrent/futures/thread.py; anyio, _backends/_asyncio.py.
+What waits for a thread is known where a task awaits the queued work itself, not
+a `gather` of it; of each queue only the first few are asked.
+
+Source: CPython, Lib/concurrent/futures/thread.py, Modules/_queuemodule.c;
+anyio, _backends/_asyncio.py, lowlevel.py.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures.thread
 import functools
 import gc
+import itertools
+import operator
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from contextvars import Context
 from types import BuiltinFunctionType, CodeType, FrameType
 from typing import Any, NamedTuple, cast
 
 from asgi_pprof.collectors.loops import frame_local
-from asgi_pprof.stacks import RawStack
+from asgi_pprof.stacks import RawStack, await_chain
 
-_RUN_ITEM = concurrent.futures.thread._WorkItem.run.__code__
+Task = asyncio.Task[Any]
+
+_WorkItem = concurrent.futures.thread._WorkItem
+_RUN_ITEM = _WorkItem.run.__code__
 _NUMBER = re.compile(r"[-_]?\d*$")
+_FIRST = 10  # of each queue; work is done in the order it came
 
 
 class Work(NamedTuple):
@@ -54,13 +68,13 @@ class Pool(NamedTuple):
     Args:
         name: What its threads are called, without their numbers.
         busy: Threads that work.
-        size: Threads there may be.
+        size: Threads there may be; of a limiter that can be infinite.
         queued: Work that waits for a thread.
     """
 
     name: str
     busy: int
-    size: int
+    size: float
     queued: int
 
 
@@ -76,28 +90,42 @@ class Workers:
         self, current_frames: Callable[[], dict[int, FrameType]] = sys._current_frames
     ) -> None:
         self._work: dict[int, Work] = {}
-        busy = set()
+        busy: set[threading.Thread] = set()
         run = _anyio_run()
         threads = {thread.ident: thread for thread in threading.enumerate()}
         for ident, frame in current_frames().items():
             thread = threads.get(ident)
             work = _work(frame, run, thread.name) if thread else None
-            if work is not None:
+            if thread is not None and work is not None:
                 busy.add(thread)
                 self._work[id(work.future)] = work
-        self.pools: list[Pool] = []
-        """The executors that have threads. anyio has limiters in their place."""
-        self._queued: dict[int, tuple[object, Pool]] = {}
-        for queue, members in _executors():
-            self._add_pool(queue, members, len(busy.intersection(members)))
+        self._executors = [
+            _executor(queue, members, busy) for queue, members in _threads_by_queue()
+        ]
 
-    def _add_pool(self, queue: object, members: list[threading.Thread], busy: int) -> None:
-        waiting = _queued_futures(queue)
-        name = _NUMBER.sub("", members[0].name) or members[0].name
-        pool = Pool(name, busy, _size(members), len(waiting))
-        self.pools.append(pool)
-        for future in waiting:
-            self._queued[id(future)] = future, pool
+    @property
+    def pools(self) -> list[Pool]:
+        """The executors that have threads. anyio has limiters in their place."""
+        return [pool for pool, _ in self._executors]
+
+    def waiting(self) -> Iterator[tuple[Pool, list[Task]]]:
+        """Yield each of `pools` with the tasks that wait for the first of its queued work."""
+        for pool, items in self._executors:
+            first = itertools.islice(_work_items(items), _FIRST)
+            yield pool, [task for item in first for task in _tasks_for(item.future)]
+
+    def limited(self) -> Iterator[tuple[asyncio.AbstractEventLoop, Any] | None]:
+        """
+        Yield, for each working thread, the loop and the limiter that its work was given with.
+
+        None if it was given with none: then the loop's default is the one. As each
+        takes up to 50 us, the loop should turn in between.
+        """
+        run_sync = _anyio_run_sync()
+        for work in self._work.values():
+            tasks = list(_waiting_for(work.future)) if run_sync else []
+            limiter = _limiter_of(tasks[0], run_sync) if tasks else None
+            yield None if limiter is None else (tasks[0].get_loop(), limiter)
 
     def working_for(self, future: object) -> Work | None:
         """Return what a thread does for an asyncio or a concurrent future, None if none does."""
@@ -107,6 +135,50 @@ class Workers:
         """Return the executor in whose queue a concurrent future's work is, None if in none."""
         _, pool = self._queued.get(id(future), (None, None))
         return pool
+
+    @functools.cached_property
+    def _queued(self) -> dict[int, tuple[object, Pool]]:
+        return {
+            id(item.future): (item.future, pool)
+            for pool, items in self._executors
+            for item in _work_items(items)
+        }
+
+
+def default_limiter(loop: asyncio.AbstractEventLoop) -> Any:
+    """Return what limits the threads anyio starts for a loop, None if it has not started any."""
+    run_vars = getattr(sys.modules.get("anyio.lowlevel"), "_run_vars", {})
+    with suppress(TypeError):  # a foreign loop that cannot be referenced weakly
+        for variable, value in list(run_vars.get(loop, {}).items()):
+            # A `RunVar`, or in anyio's older versions its name.
+            if getattr(variable, "_name", variable) == "_default_thread_limiter":
+                return value if _is_limiter(value) else None
+    return None
+
+
+def limiter_pool(name: str, limiter: Any) -> tuple[Pool, list[Task]]:
+    """Return anyio's limiter as a pool of that name, and the tasks that wait for it first."""
+    statistics = limiter.statistics()
+    pool = Pool(name, statistics.borrowed_tokens, statistics.total_tokens, statistics.tasks_waiting)
+    # One that was made outside of any loop has another inside.
+    limiter = getattr(limiter, "_internal_limiter", None) or limiter
+    queue = getattr(limiter, "_wait_queue", ())
+    return pool, [
+        each for each in itertools.islice(queue, _FIRST) if isinstance(each, asyncio.Task)
+    ]
+
+
+def _limiter_of(task: Task, run_sync: CodeType | None) -> Any:
+    for _, frame in await_chain(task.get_coro()):
+        if frame is not None and frame.f_code is run_sync:
+            limiter = frame_local(frame, "limiter")
+            return limiter if _is_limiter(limiter) else None
+    return None
+
+
+def _is_limiter(value: object) -> bool:
+    kind = getattr(sys.modules.get("anyio"), "CapacityLimiter", None)
+    return kind is not None and issubclass(type(value), kind)
 
 
 def _work(frame: FrameType | None, anyio_run: CodeType | None, thread: str) -> Work | None:
@@ -162,7 +234,14 @@ def _name(function: Any, arguments: Any) -> str:
     return f"{module}.{name}" if type(module) is str else name
 
 
-def _executors() -> list[tuple[object, list[threading.Thread]]]:
+def _anyio_run_sync() -> CodeType | None:
+    module = sys.modules.get("anyio._backends._asyncio")
+    backend = getattr(module, "AsyncIOBackend", module)  # a function of the module in anyio 3
+    run_sync = getattr(backend, "run_sync_in_worker_thread", None)
+    return getattr(run_sync, "__code__", None)
+
+
+def _threads_by_queue() -> list[tuple[object, list[threading.Thread]]]:
     """Return the queue and the threads of every ThreadPoolExecutor that has any."""
     queues: dict[int, tuple[object, list[threading.Thread]]] = {}
     for reference, queue in list(cast(Any, concurrent.futures.thread._threads_queues).data.items()):
@@ -172,12 +251,45 @@ def _executors() -> list[tuple[object, list[threading.Thread]]]:
     return list(queues.values())
 
 
-def _queued_futures(queue: object) -> list[object]:
+def _executor(
+    queue: object, members: list[threading.Thread], busy: set[threading.Thread]
+) -> tuple[Pool, list[object]]:
+    items = _items(queue)
+    name = _NUMBER.sub("", members[0].name) or members[0].name
+    # Counted by C functions: a queue may hold a hundred thousand items.
+    queued = operator.countOf(map(type, items), _WorkItem)
+    return Pool(name, len(busy.intersection(members)), _size(members), queued), items
+
+
+def _items(queue: object) -> list[object]:
     # The queue cannot be looked into; what it holds is asked of the garbage
-    # collector's view: before 3.13 a list, later the items themselves.
+    # collector's view: before 3.13 a list, later the items themselves. Both are
+    # in the order they came.
     held = gc.get_referents(queue)
-    items = [*held, *(item for each in held if type(each) is list for item in each)]
-    return [item.future for item in items if type(item) is concurrent.futures.thread._WorkItem]
+    if sys.version_info < (3, 13):
+        return next((list(each) for each in held if type(each) is list), [])
+    return held
+
+
+def _work_items(items: list[object]) -> Iterator[Any]:
+    return (item for item in items if type(item) is _WorkItem)
+
+
+def _tasks_for(future: concurrent.futures.Future[Any]) -> Iterator[Task]:
+    """Yield the tasks that wait for a concurrent future, by the asyncio futures chained to it."""
+    for callback in list(getattr(future, "_done_callbacks", ())):
+        for cell in getattr(callback, "__closure__", None) or ():
+            with suppress(ValueError):  # an empty cell
+                if isinstance(cell.cell_contents, asyncio.Future):
+                    yield from _waiting_for(cell.cell_contents)
+
+
+def _waiting_for(future: Any) -> Iterator[Task]:
+    """Yield the tasks that an asyncio future will wake: their own methods are its callbacks."""
+    for callback, *_ in getattr(future, "_callbacks", None) or ():
+        task = getattr(callback, "__self__", None)
+        if isinstance(task, asyncio.Task):
+            yield task
 
 
 def _size(members: list[threading.Thread]) -> int:

@@ -69,15 +69,15 @@ def heap_text(profile: Profile, trailer: str) -> str:
 
 def contention_text(name: str, profile: Profile) -> str:
     """
-    Return a block or mutex profile as debug=1 text.
+    Return a profile of waiting as debug=1 text.
 
     Cycles are nanoseconds here, so `cycles/second` is 10^9.
 
     Args:
-        name: "block" or "mutex".
-        profile: Values contentions and delay in nanoseconds.
+        name: "block", "mutex", or "stall", whose text is that of block.
+        profile: Values count and delay in nanoseconds.
     """
-    head = "--- contention:\n" if name == "block" else "--- mutex:\n"
+    head = "--- mutex:\n" if name == "mutex" else "--- contention:\n"
     head += "cycles/second=1000000000\n"
     if name == "mutex":
         head += "sampling period=1\n"

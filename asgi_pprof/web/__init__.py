@@ -18,8 +18,14 @@ Row = tuple[str, int, str, str]
 _PAGE = Template(Path(__file__).with_name("index.html").read_text(encoding="utf-8"))
 
 
-def index_page(rows: Sequence[Row]) -> str:
-    """Return the page with one row and one description a profile, in the order given."""
+def index_page(rows: Sequence[Row], stats: str = "") -> str:
+    """
+    Return the page with one row and one description a profile, in the order given.
+
+    Args:
+        rows: The profiles.
+        stats: Lines of text to show behind everything that is Go's.
+    """
     return _PAGE.substitute(
         rows="\n".join(
             f"<tr><td>{count}</td><td><a href='{_href(name)}?debug=1'>{_text(name)}</a></td></tr>"
@@ -30,6 +36,7 @@ def index_page(rows: Sequence[Row]) -> str:
             f" {_text(description)}{_note(note)}</li>"
             for name, _, description, note in rows
         ),
+        stats=f"<p><a href='stats'>stats</a>:</p>\n<pre>\n{_text(stats)}</pre>\n" if stats else "",
     )
 
 

@@ -1,5 +1,5 @@
 """
-A service with four faults, to be found with one curl each: see docs/hanging.md.
+A service with five faults, to be found with one curl each: see docs/hanging.md.
 
     uvicorn --app-dir docs/demo stuck:app
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -74,3 +75,10 @@ def print_label() -> str:
     """Keeps a thread of the pool until the printer has paper."""
     printer_has_paper.wait()
     return "printed"
+
+
+@app.get("/invoice/{number}")
+async def invoice(number: int) -> int:
+    """Asks with a client that is not asyncio's, and holds everybody else up meanwhile."""
+    time.sleep(0.3)  # noqa: ASYNC251
+    return number

@@ -14,6 +14,7 @@ from tests.bench import (
     inprocess,
     overhead,
     pause,
+    stalls,
     tasks,
 )
 from tests.bench.report import conditions, progress, say, spread, table
@@ -152,6 +153,11 @@ def contention_cost(options: argparse.Namespace) -> None:
             _say_ratios(f"{title}: {name} / the bare application", "requests in turns", pairs)
 
 
+def stall_watch_cost(options: argparse.Namespace) -> None:
+    """CPU of an idle service that is watched for stalls"""
+    say(table(stalls.HEADINGS, stalls.rows(options.rounds or 6, seconds=20)))
+
+
 PARTS = {
     "idle": idle,
     "profiling": profiling,
@@ -163,6 +169,7 @@ PARTS = {
     "pause": pauses,
     "tasks": many_tasks,
     "contention": contention_cost,
+    "stalls": stall_watch_cost,
 }
 
 

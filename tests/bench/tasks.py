@@ -16,6 +16,7 @@ from asgi_pprof.collectors.goroutineleak import LeakCollector
 from asgi_pprof.collectors.task_notes import TaskTracking, task_tracking
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.encoders.text import goroutine_text
+from asgi_pprof.stats import stats_text
 
 BATCH = 1000
 MANY = 100_000
@@ -100,6 +101,7 @@ def measure_reading(loop: str, number: int, alike: bool) -> list[Reading]:
                 ("goroutine", lambda: _snapshot(collector, number)),
                 ("goroutine?debug=2", lambda: _dump(collector)),
                 ("goroutineleak", lambda: _search(leaks)),
+                ("stats", lambda: _count(number)),
             )
         ]
         event.set()
@@ -127,6 +129,11 @@ async def _look(tracking: TaskTracking) -> None:
 async def _snapshot(collector: TaskCollector, number: int) -> None:
     profile = (await collector.snapshot())()
     assert sum(sample.values[0] for sample in profile.samples) >= number
+
+
+async def _count(number: int) -> None:
+    text = await stats_text()
+    assert int(text.split(maxsplit=2)[1]) > number  # loop_tasks is the first
 
 
 async def _dump(collector: TaskCollector) -> None:

@@ -120,7 +120,7 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
 
 
 async def turn_until(event):
-    while not event.is_set():
+    while not event.is_set():  # noqa: ASYNC110  it is to be able to run all the time
         await asyncio.sleep(0)
 
 

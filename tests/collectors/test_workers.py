@@ -14,12 +14,13 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
 
+import anyio
 import anyio.to_thread
 import pytest
 import uvloop
 
 from asgi_pprof.collectors.task_notes import waits_for
-from asgi_pprof.collectors.workers import Pool, Workers
+from asgi_pprof.collectors.workers import Pool, Workers, default_limiter, limiter_pool
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -262,3 +263,164 @@ def test_anyios_idle_threads_do_nothing(loop_name):
 def working_now(name):
     workers = Workers()
     return [each for each in workers._work.values() if each.thread == name]
+
+
+async def until_begun(*jobs):
+    await asyncio.sleep(0)  # the tasks, too
+    while not all(each.begun.is_set() for each in jobs):  # noqa: ASYNC110 - another thread's
+        await asyncio.sleep(0.002)
+
+
+async def awaited(future):
+    return await future
+
+
+def run(loop_name, main):
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        return runner.run(main)
+
+
+@contextlib.contextmanager
+def ending(*jobs):
+    try:
+        yield
+    finally:
+        for each in jobs:
+            each.end.set()
+
+
+@pytest.mark.parametrize(("count", "known"), [(4, 3), (40, 10)])
+def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
+    """The first ones, in the order they came; not those for which a thread works."""
+
+    async def main():
+        loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(count)]
+        with ThreadPoolExecutor(1, thread_name_prefix="shop") as pool, ending(*jobs):
+            tasks = [
+                asyncio.create_task(awaited(loop.run_in_executor(pool, each))) for each in jobs
+            ]
+            await until_begun(jobs[0])
+            ((found, waiting),) = [each for each in Workers().waiting() if each[0].name == "shop"]
+            for each in jobs:
+                each.end.set()
+            await asyncio.gather(*tasks)
+        return found, [tasks.index(each) for each in waiting]
+
+    found, waiting = run(loop_name, main())
+    assert found == Pool("shop", 1, 1, count - 1)
+    assert waiting == list(range(1, known + 1))
+
+
+def test_the_order_holds_when_work_has_left_the_queue(loop_name):
+    """However the queue keeps what is left."""
+
+    async def main():
+        loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(30)]
+        with ThreadPoolExecutor(1, thread_name_prefix="shop") as pool, ending(*jobs):
+            tasks = [
+                asyncio.create_task(awaited(loop.run_in_executor(pool, each))) for each in jobs
+            ]
+            for each in jobs[:7]:
+                each.end.set()
+            await until_begun(jobs[7])
+            more = [Job() for _ in range(3)]
+            with ending(*more):
+                tasks += [
+                    asyncio.create_task(awaited(loop.run_in_executor(pool, each))) for each in more
+                ]
+                await asyncio.sleep(0)
+                (waiting,) = [each for pool, each in Workers().waiting() if pool.name == "shop"]
+            for each in jobs:
+                each.end.set()
+            await asyncio.gather(*tasks)
+        return [tasks.index(each) for each in waiting]
+
+    assert run(loop_name, main()) == list(range(8, 18))
+
+
+def test_for_other_work_nobody_is_known_to_wait(loop_name):
+    """What was only submitted, or is part of a gather."""
+
+    async def main():
+        loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(3)]
+        with ThreadPoolExecutor(1, thread_name_prefix="shop") as pool, ending(*jobs):
+            pool.submit(jobs[0])
+            await until_begun(jobs[0])
+            pool.submit(jobs[1])
+            task = asyncio.create_task(awaited(asyncio.gather(loop.run_in_executor(pool, jobs[2]))))
+            await asyncio.sleep(0)
+            found = [each for each in Workers().waiting() if each[0].name == "shop"]
+            for each in jobs:
+                each.end.set()
+            await task
+        return found
+
+    assert run(loop_name, main()) == [(Pool("shop", 1, 1, 2), [])]
+
+
+def test_limiters_of_anyios_work_are_known(loop_name):
+    """With the loop the work came from; the loop's default is none of them."""
+
+    async def main():
+        limiter, jobs = anyio.CapacityLimiter(1), [Job(), Job()]
+        with ending(*jobs):
+            tasks = [
+                asyncio.create_task(anyio.to_thread.run_sync(hold, jobs[0], limiter=limiter)),
+                asyncio.create_task(anyio.to_thread.run_sync(hold, jobs[1])),
+            ]
+            await until_begun(*jobs)
+            found = list(Workers().limited())
+            for each in jobs:
+                each.end.set()
+            await asyncio.gather(*tasks)
+        return found, [None, (asyncio.get_running_loop(), limiter)]
+
+    found, expected = run(loop_name, main())
+    assert sorted(found, key=bool) == expected
+
+
+def test_the_default_limiter_is_the_loops_own(loop_name):
+    """None as long as it has started no thread; seen from other threads as well."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        before = default_limiter(loop)
+        await anyio.to_thread.run_sync(int)
+        ours = anyio.to_thread.current_default_thread_limiter()
+        from_outside = await anyio.to_thread.run_sync(default_limiter, loop)
+        return before, default_limiter(loop) is ours, from_outside is ours
+
+    assert run(loop_name, main()) == (None, True, True)
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_a_limiter_is_a_pool(loop_name, where):
+    """Tokens are its threads; it may be made before there is a loop."""
+    made = anyio.CapacityLimiter(2) if where == "outside" else None
+    unused = limiter_pool("unused", made)[0] if made else Pool("unused", 0, 2, 0)
+    assert unused == Pool("unused", 0, 2, 0)
+
+    async def main():
+        limiter, jobs = made or anyio.CapacityLimiter(2), [Job() for _ in range(5)]
+        with ending(*jobs):
+            tasks = [
+                asyncio.create_task(anyio.to_thread.run_sync(hold, each, limiter=limiter))
+                for each in jobs
+            ]
+            await until_begun(*jobs[:2])
+            pool, waiting = limiter_pool("mine", limiter)
+            for each in jobs:
+                each.end.set()
+            await asyncio.gather(*tasks)
+        return pool, [tasks.index(each) for each in waiting]
+
+    assert run(loop_name, main()) == (Pool("mine", 2, 2, 3), [2, 3, 4])
+
+
+def test_a_limiter_without_a_limit(loop_name):
+    """Its size is infinite, as it is told."""
+
+    async def main():
+        return limiter_pool("all", anyio.CapacityLimiter(float("inf")))
+
+    assert run(loop_name, main()) == (Pool("all", 0, float("inf"), 0), [])

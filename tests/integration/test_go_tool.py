@@ -44,6 +44,7 @@ def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
         ("threadcreate", "threadcreate"),
         ("block", "delay"),
         ("mutex", "delay"),
+        ("stall", "delay"),
         ("example.com/conns", "example.com/conns"),
     ],
 )
@@ -65,7 +66,7 @@ def test_every_profile_is_read(shop, tmp_path, name, kind):
 
 @pytest.mark.parametrize(
     "name",
-    "heap allocs goroutine goroutineleak thread threadcreate block mutex".split(),
+    "heap allocs goroutine goroutineleak thread threadcreate block mutex stall".split(),
 )
 def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
     """`go tool pprof URL?debug=1` works, by way of our symbol endpoint."""

@@ -1,0 +1,225 @@
+"""
+What can be known of an event loop from outside: in which turn it is, and what its thread has had.
+
+A loop is in a turn from when it has its events until it waits for the next.
+asyncio's keeps the moment in a variable of `_run_once`, which is not there while
+it waits. libuv keeps it in its structure, to the millisecond (and later if a
+callback has set a timer or asked for the time); there the loop waits if its
+thread is in no callback, which the frames tell.
+
+To be asked by a thread that has the GIL: what they say holds until it lets go.
+
+Source: CPython, Lib/asyncio/base_events.py, _run_once; libuv, uv__update_time;
+uvloop/loop.pyx, libuv_get_loop_t_ptr; Linux, fs/proc/base.c, proc_pid_schedstat.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import selectors
+import sys
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from asgi_pprof.collectors.loops import frame_local
+
+if TYPE_CHECKING:
+    import ctypes
+
+
+class TurnClock(Protocol):
+    """Tells since when a loop is in a turn, by `time.monotonic_ns`."""
+
+    @property
+    def tells(self) -> bool:
+        """Whether it can tell; if not, only the loop itself can give a sign."""
+        ...
+
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+        """
+        Return when the loop's turn began, 0 if it is in none.
+
+        Args:
+            loop: The loop, alive and running.
+            innermost: The frame its thread is in.
+        """
+        ...
+
+    def is_waiting(self, innermost: FrameType) -> bool:
+        """Tell whether it is certain that a loop of this kind waits there for events; quick."""
+        ...
+
+    def learn(self, callback: FrameType) -> bool:
+        """
+        Take notice of a callback's own frame, on the loop's thread.
+
+        Returns:
+            False if what was told so far may have been wrong.
+        """
+        ...
+
+
+def turn_clock(loop: asyncio.AbstractEventLoop) -> TurnClock:
+    """Return what tells of this loop's turns; to be called on its thread. Keeps nothing alive."""
+    if isinstance(loop, asyncio.BaseEventLoop):
+        return _AsyncioTurns()
+    noted = _libuv_time(loop)
+    return _NoTurns() if noted is None else _UvloopTurns(noted)
+
+
+_RUN_ONCE = asyncio.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
+_SELECT = selectors.DefaultSelector.select.__code__
+
+
+class _AsyncioTurns:
+    """Loops of asyncio's own, and those derived from them that turn as they do."""
+
+    tells = False  # until the loop has shown itself
+
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+        frame = _run_once(innermost)
+        if frame is None or frame_local(frame, "self") is not loop:
+            return 0
+        noted = frame_local(frame, "end_time")
+        return int(noted * 1e9) if type(noted) is float else 0
+
+    def is_waiting(self, innermost: FrameType) -> bool:
+        if innermost.f_code is not _SELECT:
+            return False
+        outer = innermost.f_back
+        return outer is not None and outer.f_code is _RUN_ONCE
+
+    def learn(self, callback: FrameType) -> bool:
+        self.tells = _run_once(callback) is not None
+        return True
+
+
+def _run_once(frame: FrameType | None) -> FrameType | None:
+    while frame is not None and frame.f_code is not _RUN_ONCE:
+        frame = frame.f_back
+    return frame
+
+
+class _UvloopTurns:
+    """uvloop's: in C, below the frames of its callbacks."""
+
+    def __init__(self, noted: ctypes.c_uint64) -> None:
+        self._noted = noted  # in the loop's memory: read only while the loop is alive
+        self._below: CodeType | None = None  # what runs the loop; its frame is below all callbacks
+
+    @property
+    def tells(self) -> bool:
+        return self._below is not None
+
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+        if self._below is None or innermost.f_code is self._below:
+            return 0
+        return self._noted.value * 1_000_000
+
+    def is_waiting(self, innermost: FrameType) -> bool:
+        return innermost.f_code is self._below
+
+    def learn(self, callback: FrameType) -> bool:
+        below, before = callback.f_back, self._below
+        self._below = None if below is None else below.f_code
+        return self._below is before
+
+
+class _NoTurns:
+    """Any other loop."""
+
+    tells = False
+
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+        return 0
+
+    def is_waiting(self, innermost: FrameType) -> bool:
+        return False
+
+    def learn(self, callback: FrameType) -> bool:
+        return True
+
+
+def _libuv_time(loop: asyncio.AbstractEventLoop) -> ctypes.c_uint64 | None:
+    """
+    Return the `time` of uvloop's uv_loop_t itself, None for other loops.
+
+    Where it is in the structure is found by its value: loop.time() sets it.
+    """
+    module = sys.modules.get("uvloop.loop")
+    if module is None or not isinstance(loop, module.Loop) or sys.platform != "linux":
+        return None  # elsewhere libuv's clock need not be that of time.monotonic
+    try:
+        import ctypes  # here: a build without it must still be able to import this package
+
+        pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
+            ("PyCapsule_GetPointer", ctypes.pythonapi)
+        )
+        address = pointer(module.libuv_get_loop_t_ptr(loop), None)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return None
+    words = (ctypes.c_uint64 * _UV_LOOP_WORDS).from_address(address)
+    now_ms = round(loop.time() * 1000)
+    found = [at for at, word in enumerate(words) if word == now_ms]
+    if len(found) != 1:
+        return None
+    return ctypes.c_uint64.from_address(address + 8 * found[0])
+
+
+_UV_LOOP_WORDS = 72  # of 106; `time` is number 68 in libuv 1.48
+
+
+class Usage(NamedTuple):
+    """What a thread has had of a CPU: nanoseconds on it, waiting for it, and how often."""
+
+    cpu_ns: int
+    waited_ns: int
+    runs: int
+
+    @staticmethod
+    def cpu_between(before: bytes, now: bytes) -> int | None:
+        """Return the difference in nanoseconds of CPU alone; quick."""
+        if not before or not now:
+            return None
+        return int(now.partition(b" ")[0]) - int(before.partition(b" ")[0])
+
+    @classmethod
+    def since(cls, before: bytes, now: bytes) -> Usage | None:
+        """Return the difference of what `LoopThread.usage` gave, None if that knew nothing."""
+        pairs = zip(map(int, before.split()), map(int, now.split()), strict=False)
+        return cls(*(after - since for since, after in pairs)) if before and now else None
+
+
+class LoopThread:
+    """
+    One thread, by the system's id for it; knows nothing where the system tells nothing.
+
+    `close` it: it keeps a descriptor open. Reading takes 2 us and lets the GIL go.
+
+    Args:
+        native_id: The id.
+        directory: Where the system tells of its threads.
+    """
+
+    def __init__(self, native_id: int, directory: str = "/proc/self/task") -> None:
+        self._schedstat: int | None = None
+        try:
+            self._schedstat = os.open(f"{directory}/{native_id}/schedstat", os.O_RDONLY)
+        except OSError:
+            pass
+
+    def usage(self) -> bytes:
+        """Return what it has used so far, for `Usage.since`; b"" if that is not known."""
+        if self._schedstat is None:
+            return b""
+        try:
+            return os.pread(self._schedstat, 256, 0)
+        except OSError:
+            return b""  # the thread has ended
+
+    def close(self) -> None:
+        """Let go of the descriptor."""
+        if self._schedstat is not None:
+            os.close(self._schedstat)
+        self._schedstat = None
