@@ -42,12 +42,4 @@ PyObject *asyncio_running_loops(PyObject *own);
  */
 PyObject *asyncio_frame_local(PyFrameObject *frame, PyObject *name);
 
-/*
- * [(awaitable, code, lasti)], outermost first: what a suspended coroutine awaits,
- * and what that awaits, without frame objects. What stands only between two of
- * them is left out. Where it ends, in a future or another's coroutine, that is the
- * last row, with None and -1. Of a longer chain the last `limit` rows.
- */
-PyObject *asyncio_await_chain(PyObject *awaitable, Py_ssize_t limit);
-
 #endif

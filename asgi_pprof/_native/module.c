@@ -228,17 +228,6 @@ native_frame_local(PyObject *Py_UNUSED(module), PyObject *args)
     return asyncio_frame_local((PyFrameObject *)frame, name);
 }
 
-static PyObject *
-native_await_chain(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    PyObject *awaitable;
-    Py_ssize_t limit;
-    if (!PyArg_ParseTuple(args, "On", &awaitable, &limit)) {
-        return NULL;
-    }
-    return asyncio_await_chain(awaitable, limit < 0 ? 0 : limit);
-}
-
 /* At exit: while the interpreter takes itself apart nothing may be sampled. */
 static PyObject *
 native_close(NO_ARGUMENTS)
@@ -296,9 +285,6 @@ static PyMethodDef methods[] = {
                " None)], or None where it cannot be told.")},
     {"frame_local", native_frame_local, METH_VARARGS,
      PyDoc_STR("frame_local(frame, name): raises LookupError if there is none.")},
-    {"await_chain", native_await_chain, METH_VARARGS,
-     PyDoc_STR("await_chain(awaitable, limit) -> [(awaitable, code, lasti)], outermost"
-               " first; the last has None and -1 where the chain ends in no generator.")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
     {NULL, NULL, 0, NULL},
 };
