@@ -175,7 +175,11 @@ class PprofApp:
         return await endpoint(request)
 
     async def _index(self, request: Request) -> Response:
-        stats = await stats_text()
+        try:
+            stats = await stats_text()
+        except Exception:  # of a foreign loop or task: the rest of the page is needed most then
+            logger.exception("asgi_pprof failed to read the figures of the index")
+            stats = "failed: the reason is in the log\n"
         rows = [
             *(
                 (

@@ -21,6 +21,7 @@ from types import (
 )
 from typing import Any, cast
 
+from asgi_pprof.native import native
 from asgi_pprof.profile import Function, Location, Stack, pseudo_location
 
 MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
@@ -34,6 +35,28 @@ wrappers: dict[int, CodeType] = {}
 
 RawStack = tuple[tuple[CodeType, int], ...]
 """Codes and bytecode offsets, leaf first: what is cheap to note and to name later."""
+
+
+def current_frames() -> dict[int, FrameType]:
+    """
+    Return the innermost frame of each thread, by the thread's number.
+
+    Clear it after use: it holds the caller's own frame, and so itself.
+
+    On 3.11 collecting garbage inside of `sys._current_frames` can hang the process:
+    see `native_current_frames` in the C core. 3.12 collects elsewhere.
+    """
+    if sys.version_info >= (3, 12):
+        return sys._current_frames()
+    if native:
+        return cast("dict[int, FrameType]", native.current_frames())
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def capture(frame: FrameType | None) -> RawStack:

@@ -218,8 +218,8 @@ async def _count_tasks(slices: _Slices) -> Counter[asyncio.AbstractEventLoop]:
 
 async def _pools(loops: Sequence[_Loop], slices: _Slices) -> list[_Waiting]:
     """Return the pools of threads, and how long tasks have waited for them."""
+    workers = await run_in_thread(Workers)  # a thousand threads at work take longer than a slice
     await slices.next()
-    workers = Workers()
     found: list[_Queue] = []
     for queue in workers.waiting():
         found.append(queue)
@@ -260,7 +260,8 @@ def _longest_wait_ns(pool: Pool, tasks: Iterable[Task]) -> int | None:
     if not pool.queued:
         return 0
     now_ns = time.monotonic_ns()
-    return max((note_of(task).look(waits_for(task), now_ns) for task in tasks), default=None)
+    waits_ns = [note_of(task).look(waits_for(task), now_ns) for task in tasks]
+    return max(waits_ns, default=0) or None  # 0: nobody has looked at them before
 
 
 def _task_figures(

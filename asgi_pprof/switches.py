@@ -11,6 +11,8 @@ process share them.
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 import weakref
 from typing import ClassVar, Literal, Protocol
@@ -24,6 +26,8 @@ from asgi_pprof.collectors.threads import thread_starts
 from asgi_pprof.memstats import gc_pauses
 
 HeapEngine = Literal["tracemalloc"]
+
+logger = logging.getLogger("asgi_pprof")
 
 
 class _Switch(Protocol):
@@ -47,7 +51,7 @@ class _StallSwitch:
     _thresholds_ms: ClassVar[list[float]] = []
 
     def __init__(self, threshold_ms: float) -> None:
-        if not threshold_ms >= 0:
+        if not 0 <= threshold_ms < math.inf:
             raise ValueError(f"stall_threshold_ms is 0 or more, not {threshold_ms!r}")
         self._threshold_ms = threshold_ms
 
@@ -112,6 +116,7 @@ class Switches:
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
+        self._has_failed = False
 
     def on(self) -> None:
         """Switch everything on that is not; in a forked process, memory samples begin anew."""
@@ -128,10 +133,17 @@ class Switches:
         """Switch on what belongs to the running loop, if there is one and all else is on."""
         loop = asyncio._get_running_loop()
         with self._lock:
-            if loop is not None and self._on and loop not in self._loops:
-                self._loops.add(loop)
-                for switch in self._loop_switches:
-                    switch.attach(loop)
+            if loop is None or not self._on:
+                return
+            try:
+                if loop not in self._loops:
+                    self._loops.add(loop)
+                    for switch in self._loop_switches:
+                        switch.attach(loop)
+            except Exception:  # of a loop of the application's own kind
+                if not self._has_failed:
+                    logger.exception("asgi_pprof cannot watch this kind of loop; logged once")
+                self._has_failed = True
 
     def off(self) -> None:
         """Put everything back."""

@@ -612,7 +612,26 @@ def test_of_two_thresholds_the_lower_counts_while_it_lives():
     assert seen == [(20, 1), (300, 1), 0]
 
 
-def test_a_negative_threshold_is_refused():
-    """It would mean nothing."""
-    with pytest.raises(ValueError, match="-1"):
-        PprofMiddleware(Recorder(), stall_threshold_ms=-1)
+@pytest.mark.parametrize("threshold_ms", [-1, float("inf"), float("nan")])
+def test_a_threshold_that_means_nothing_is_refused(threshold_ms):
+    """At once, with nothing switched on."""
+    with pytest.raises(ValueError, match=str(threshold_ms)):
+        PprofMiddleware(Recorder(), stall_threshold_ms=threshold_ms)
+
+
+def test_a_figure_that_fails_does_not_take_the_index_down(monkeypatch, caplog):
+    """A foreign task can do anything when it is asked."""
+
+    async def fail():
+        raise RuntimeError("no figures today")
+
+    monkeypatch.setattr("asgi_pprof.app.stats_text", fail)
+    app = PprofApp()
+    scope = http_scope("/", headers=[(b"host", b"localhost")])
+    start, *rest = asyncio.run(answered(app, scope))
+    app.close()
+    body = b"".join(message["body"] for message in rest)
+    assert start["status"] == 200
+    assert b"goroutine" in body
+    assert b"failed: the reason is in the log" in body
+    assert "no figures today" in caplog.text

@@ -218,6 +218,27 @@ native_running_loops(PyObject *Py_UNUSED(module), PyObject *own)
     return asyncio_running_loops(own);
 }
 
+/*
+ * sys._current_frames without collections of garbage: it makes objects while it
+ * holds the lock of the list of threads, and a finalizer that lets the GIL go then
+ * would leave all threads that begin or end waiting for ever (gh-106883, CPython 3.11).
+ */
+static PyObject *
+native_current_frames(NO_ARGUMENTS)
+{
+    PyObject *current_frames = PySys_GetObject("_current_frames");
+    if (current_frames == NULL) {
+        PyErr_SetString(PyExc_RuntimeError, "no sys._current_frames");
+        return NULL;
+    }
+    int was_enabled = PyGC_Disable();
+    PyObject *frames = PyObject_CallNoArgs(current_frames);
+    if (was_enabled) {
+        PyGC_Enable();
+    }
+    return frames;
+}
+
 static PyObject *
 native_frame_local(PyObject *Py_UNUSED(module), PyObject *args)
 {
@@ -283,6 +304,8 @@ static PyMethodDef methods[] = {
     {"running_loops", native_running_loops, METH_O,
      PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
                " None)], or None where it cannot be told.")},
+    {"current_frames", native_current_frames, METH_NOARGS,
+     PyDoc_STR("sys._current_frames() with no collection of garbage meanwhile.")},
     {"frame_local", native_frame_local, METH_VARARGS,
      PyDoc_STR("frame_local(frame, name): raises LookupError if there is none.")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},

@@ -207,7 +207,8 @@ class LoopPulse:
         self._sign: Sign | None = None
         self._signed_ns = 0  # when it last gave one
         self._found: Look | None = None  # in a turn, and not asked yet
-        self._rests = False  # it waits, and is not asked
+        self._waits = False  # for events, for certain
+        self._rests = False  # and is not asked
         self._proven_usage = b""
         self._for_gil_ns = 0
         self._starved_ns = 0
@@ -228,7 +229,12 @@ class LoopPulse:
     def has_news(self) -> bool:
         """Tell whether a stretch over the threshold has ended and is not counted yet."""
         sign = self._sign
-        return sign is not None and self._is_long(sign, sign.given_ns or _clock_ns())
+        if sign is None:
+            return False
+        if sign.given_ns:
+            return self._is_long(sign, sign.given_ns)
+        # One that is about to be given, as this loop turns again; others may hang for ever.
+        return self._ident == threading.get_ident() and self._is_long(sign, _clock_ns())
 
     def _is_long(self, sign: Sign, now_ns: int) -> bool:
         return self._pace.is_stall(now_ns - sign.since_ns)
@@ -247,7 +253,7 @@ class LoopPulse:
         Nothing in here lets the GIL go: where a call in C has kept it until
         now, the loop's thread is still at that call, and goes on as soon as it can.
         """
-        self._found, self._rests = None, False
+        self._found, self._rests, self._waits = None, False, False
         loop, innermost, sign = self.loop(), frames.get(self._ident), self._sign
         if innermost is None:
             self._signed_ns = 0  # its thread has ended
@@ -255,7 +261,8 @@ class LoopPulse:
             turn_ns = self._turns.turn_ns(loop, innermost)
             if sign is None or sign.given_ns:
                 self._found = _look(loop, innermost, turn_ns) if turn_ns else None
-                self._rests = not turn_ns and sign is None and self._turns.tells
+                self._waits = not turn_ns and self._turns.is_waiting(innermost)
+                self._rests = self._waits and sign is None and self._turns.tells
             elif sign.is_later(turn_ns, waking.now_ns):
                 self._found = _look(loop, innermost, turn_ns)
             elif sign.look.turn_ns in (0, turn_ns) and not sign.looked_late:
@@ -308,7 +315,7 @@ class LoopPulse:
             self._ask(loop, waking, self._found)
             return True
         self._note_proof(self._thread)
-        if not self._turns.tells or not recently:
+        if not (self._waits and self._turns.tells and recently and waking.is_punctual):
             self._ask(loop, waking, Look((), ()))
         return True
 
@@ -318,7 +325,12 @@ class LoopPulse:
         self._for_gil_ns = self._starved_ns = 0
 
     def _ask(self, loop: asyncio.AbstractEventLoop, waking: Waking, look: Look) -> None:
-        sign = Sign(waking.now_ns, look)
+        now_ns = _clock_ns()
+        if now_ns - waking.now_ns > PUNCTUAL_NS:
+            look = Look(
+                (), ()
+            )  # we had to wait for the GIL meanwhile, and it may be in another turn
+        sign = Sign(now_ns, look)
         sign.looked_late = self._is_long(sign, waking.now_ns)
         self._found = None
         try:

@@ -19,6 +19,7 @@ import asyncio
 import os
 import selectors
 import sys
+from contextlib import suppress
 from types import CodeType, FrameType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -220,6 +221,7 @@ class LoopThread:
 
     def close(self) -> None:
         """Let go of the descriptor."""
-        if self._schedstat is not None:
-            os.close(self._schedstat)
-        self._schedstat = None
+        schedstat, self._schedstat = self._schedstat, None
+        if schedstat is not None:
+            with suppress(OSError):  # somebody has closed all there were
+                os.close(schedstat)

@@ -34,6 +34,7 @@ from types import FrameType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from asgi_pprof.native import native
+from asgi_pprof.stacks import current_frames
 
 _asyncio: Any
 try:
@@ -60,7 +61,7 @@ class RunningLoop(NamedTuple):
 
 
 def running_loops(
-    current_frames: Callable[[], dict[int, FrameType]] = sys._current_frames,
+    current_frames: Callable[[], dict[int, FrameType]] = current_frames,
 ) -> list[RunningLoop]:
     """
     Return the loop each thread runs now, the calling thread's included.

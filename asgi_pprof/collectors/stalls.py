@@ -39,6 +39,7 @@ from __future__ import annotations
 import _thread
 import asyncio
 import functools
+import importlib
 import logging
 import math
 import os
@@ -61,11 +62,10 @@ from asgi_pprof.collectors.loop_pulse import (
 from asgi_pprof.collectors.loop_threads import LoopThread
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols
+from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, current_frames
 
 DEFAULT_THRESHOLD_MS = 100.0
 OFF = "off: stalls of the event loop are not recorded"
-CANNOT = "off: frames of running threads cannot be read safely on a free-threaded build"
 FURTHER = pseudo_location("stalls of further stacks")
 
 _QUICK_LOOKS = 10  # before one that finds out more
@@ -79,9 +79,23 @@ except ImportError:
 else:
     _RUSAGE_THREAD = getattr(resource, "RUSAGE_THREAD", None)
 
-_CAN_WATCH: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-
 logger = logging.getLogger("asgi_pprof")
+
+
+def _why_not() -> str:
+    """Return why nothing can be watched here, "" if it can."""
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return "off: frames of running threads cannot be read safely on a free-threaded build"
+    for name in ("_interpreters", "_xxsubinterpreters"):
+        with suppress(ImportError, AttributeError):
+            interpreters = importlib.import_module(name)
+            if interpreters.get_current() != interpreters.get_main():
+                # Before 3.14 one that ends while a thread of its does ends the process.
+                return "off: this is not the main interpreter"
+    return ""
+
+
+CANNOT = _why_not()
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +200,7 @@ class StallWatch:
         # may be taken for ever. (A hook for forks could not be taken out again.)
         if self._process == os.getpid():
             return
-        pulses = [*self._pulses.values(), *self._dropped]
-        self._begin()
-        for pulse in pulses:
-            pulse.close()
+        self._begin()  # what is open stays: its number may be somebody else's by now
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """
@@ -197,6 +208,8 @@ class StallWatch:
 
         To be called on the loop's thread, while it runs.
         """
+        if CANNOT:
+            return
         self._begin_after_fork()
         with self._lock:
             pulse = self._pulses.get(id(loop))
@@ -242,13 +255,15 @@ class StallWatch:
 
     def _change(self) -> None:
         self._has_changed = True
+        if not self._is_watching:
+            self._close_dropped()
         self._watch()
         self._wake()
 
     @property
     def threshold_ms(self) -> float:
         """What is recorded now, in milliseconds; 0 if nothing is."""
-        return self._pace.threshold_ns / 1e6 if _CAN_WATCH else 0
+        return 0 if CANNOT else self._pace.threshold_ns / 1e6
 
     def is_on(self) -> bool:
         """Tell whether stalls are recorded where a loop is watched."""
@@ -373,12 +388,18 @@ class StallWatch:
                 if pulse.loop() is None:
                     self._dropped.append(self._pulses.pop(key))
             pulses = list(self._pulses.values()) if self.is_on() else []
-            # Closed here only: on any other thread we could be reading from them.
-            for pulse in [*self._dropped, *([] if pulses else self._pulses.values())]:
-                pulse.close()
-            self._dropped.clear()
+            if not pulses:
+                for pulse in self._pulses.values():
+                    pulse.close()
+            self._close_dropped()
             self._is_watching = bool(pulses)
             return pulses
+
+    def _close_dropped(self) -> None:
+        # On the watching thread while there is one, which could be reading from them.
+        for pulse in self._dropped:
+            pulse.close()
+        self._dropped.clear()
 
 
 def _name_thread() -> None:
@@ -437,20 +458,20 @@ class _Sleeper:
 
 
 def _look(pulses: list[LoopPulse], waking: Waking) -> None:
-    frames = sys._current_frames()
+    frames = current_frames()
     try:
         for pulse in pulses:
             pulse.look(waking, frames)
     finally:
-        frames.clear()  # also what a traceback has
+        frames.clear()
 
 
 def _all_rest(pulses: list[LoopPulse]) -> bool:
-    frames = sys._current_frames()
-    for pulse in pulses:
-        if not pulse.is_at_rest(frames):
-            return False
-    return True
+    frames = current_frames()
+    try:
+        return all(pulse.is_at_rest(frames) for pulse in pulses)
+    finally:
+        frames.clear()
 
 
 def _waits() -> int:
@@ -480,7 +501,7 @@ class StallCollector:
 
     def note(self) -> str:
         """Return that it is off, if it is."""
-        return "" if self._watch.is_on() else OFF if _CAN_WATCH else CANNOT
+        return "" if self._watch.is_on() else CANNOT or OFF
 
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that switches it on for the running loop, if it is off."""

@@ -29,7 +29,6 @@ import asyncio
 import gc
 import itertools
 import re
-import sys
 import threading
 import time
 from collections import Counter
@@ -61,6 +60,7 @@ from asgi_pprof.stacks import (
     await_chain,
     call_stack,
     chain_stack,
+    current_frames,
 )
 
 ANSWER_S = 1.0
@@ -264,7 +264,7 @@ class Look:
 
     def callback(self, running: RunningLoop) -> Goroutine:
         """Return what holds a loop outside any task."""
-        frame = sys._current_frames().get(running.thread_ident)
+        frame = current_frames().get(running.thread_ident)
         stack = call_stack(frame, self._symbols) or (UNKNOWN,)
         return Goroutine(0, "running", stack, (_STUCK, ("task", "none: a callback")))
 
@@ -340,7 +340,7 @@ def _running_tasks() -> list[Task]:
 def _running_stack(task: Task, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
     outermost = getattr(task.get_coro(), "cr_frame", None)
-    for frame in sys._current_frames().values():
+    for frame in current_frames().values():
         inner: FrameType | None = frame
         while inner is not None:
             if inner is outermost:

@@ -35,7 +35,7 @@ from asgi_pprof.collectors.cpu_clocks import native_thread_ids
 from asgi_pprof.collectors.loops import RunningLoop, running_loops
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, Stack, ValueType, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
+from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture, current_frames
 
 _MAX_STACKS = 4096  # different stacks that start threads
 
@@ -45,12 +45,10 @@ class ThreadCollector:
     The stack of every OS thread.
 
     Args:
-        current_frames: Test seam for `sys._current_frames`.
+        current_frames: Test seam for `stacks.current_frames`.
     """
 
-    def __init__(
-        self, current_frames: Callable[[], dict[int, FrameType]] = sys._current_frames
-    ) -> None:
+    def __init__(self, current_frames: Callable[[], dict[int, FrameType]] = current_frames) -> None:
         self._current_frames = current_frames
 
     def count(self) -> int:

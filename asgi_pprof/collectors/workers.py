@@ -34,7 +34,7 @@ from types import BuiltinFunctionType, CodeType, FrameType
 from typing import Any, NamedTuple, cast
 
 from asgi_pprof.collectors.loops import frame_local
-from asgi_pprof.stacks import RawStack, await_chain
+from asgi_pprof.stacks import RawStack, await_chain, current_frames
 
 Task = asyncio.Task[Any]
 
@@ -83,12 +83,10 @@ class Workers:
     The worker threads of one moment, and the executors they belong to.
 
     Args:
-        current_frames: Test seam for `sys._current_frames`.
+        current_frames: Test seam for `stacks.current_frames`.
     """
 
-    def __init__(
-        self, current_frames: Callable[[], dict[int, FrameType]] = sys._current_frames
-    ) -> None:
+    def __init__(self, current_frames: Callable[[], dict[int, FrameType]] = current_frames) -> None:
         self._work: dict[int, Work] = {}
         busy: set[threading.Thread] = set()
         run = _anyio_run()
@@ -162,10 +160,8 @@ def limiter_pool(name: str, limiter: Any) -> tuple[Pool, list[Task]]:
     pool = Pool(name, statistics.borrowed_tokens, statistics.total_tokens, statistics.tasks_waiting)
     # One that was made outside of any loop has another inside.
     limiter = getattr(limiter, "_internal_limiter", None) or limiter
-    queue = getattr(limiter, "_wait_queue", ())
-    return pool, [
-        each for each in itertools.islice(queue, _FIRST) if isinstance(each, asyncio.Task)
-    ]
+    queue = list(getattr(limiter, "_wait_queue", ()))  # at once: another thread's loop changes it
+    return pool, [each for each in queue[:_FIRST] if isinstance(each, asyncio.Task)]
 
 
 def _limiter_of(task: Task, run_sync: CodeType | None) -> Any:

@@ -9,8 +9,10 @@ import os
 import re
 import selectors
 import signal
+import sys
 import threading
 import time
+import weakref
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -29,7 +31,7 @@ from asgi_pprof.collectors.loop_pulse import (
     Stall,
 )
 from asgi_pprof.collectors.loop_threads import LoopThread
-from asgi_pprof.collectors.stalls import CANNOT, FURTHER, StallCollector, StallTotals, StallWatch
+from asgi_pprof.collectors.stalls import FURTHER, StallCollector, StallTotals, StallWatch
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
 from asgi_pprof.memstats import gc_pauses
@@ -765,14 +767,14 @@ class CountingThread(LoopThread):
         return super().usage()
 
 
-def test_nothing_is_watched_without_a_gil(run, monkeypatch):
-    """Frames of threads that run cannot be read there."""
-    monkeypatch.setattr("asgi_pprof.collectors.stalls._CAN_WATCH", False)
+def test_nothing_is_watched_where_that_is_not_safe(run, monkeypatch):
+    """Without a GIL, or in another than the main interpreter; the index says why."""
+    monkeypatch.setattr("asgi_pprof.collectors.stalls.CANNOT", "off: not here")
 
     async def watched(watching):
         return watching._is_watching, watching.is_on(), StallCollector(watching).note()
 
-    assert run(watched) == (False, False, CANNOT)
+    assert run(watched) == (False, False, "off: not here")
 
 
 def test_a_process_ends_with_loops_that_still_run(loop_name):
@@ -958,3 +960,156 @@ def test_go_tool_pprof_reads_it(run, tmp_path):
     top = go_pprof(tmp_path, "-top", "-sample_index=delay", path).text
     (held,) = [value for name, value in flat(top).items() if name.endswith("hold_by_sleeping")]
     assert held.endswith("ms")
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="garbage is not collected there")
+@pytest.mark.parametrize("native", ["1", "0"])
+def test_finalizers_that_wait_do_not_hang_the_process(native):
+    """While threads come and go: on 3.11 the list of frames is made with a lock held."""
+    run_program(
+        """
+        import asyncio, os, threading, time
+        from asgi_pprof.collectors.stalls import StallWatch
+
+        def make_frames():
+            while True:
+                (lambda: time.sleep(0.002))()
+
+        def start_threads():
+            while True:
+                thread = threading.Thread(target=int)
+                thread.start()
+                thread.join()
+                time.sleep(0.001)
+
+        class LetsTheGilGo:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                time.sleep(0)
+
+        async def main():
+            watch = StallWatch()
+            watch.set_threshold(20)
+            watch.attach(asyncio.get_running_loop())
+            for target in (*[make_frames] * 30, start_threads):
+                threading.Thread(target=target, daemon=True).start()
+            end = time.monotonic() + 3
+            while time.monotonic() < end:
+                await asyncio.sleep(0.003)
+                LetsTheGilGo()
+            os._exit(0)
+
+        asyncio.run(main())
+        """,
+        ASGI_PPROF_NATIVE=native,
+    )
+
+
+def test_looking_keeps_nothing_alive(run):
+    """What functions had that were looked at dies with them, without a collection of garbage."""
+
+    class Kept:
+        pass
+
+    async def main(watching):
+        watching.set_threshold(5)
+        references = []
+
+        def work():
+            kept = Kept()
+            references.append(weakref.ref(kept))
+            time.sleep(0.03)
+
+        for _ in range(20):
+            await asyncio.to_thread(work)
+        await asyncio.sleep(0.1)
+        return [each() for each in references]
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        assert run(main) == [None] * 20
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def test_a_child_that_has_closed_everything_can_watch():
+    """A daemon does; descriptors of the parent's are somebody else's by then."""
+    run_program(
+        """
+        import asyncio, os, socket, time
+        from asgi_pprof.collectors.stalls import stall_watch as watch
+
+        async def child(taken):
+            watch.attach(asyncio.get_running_loop())
+            await asyncio.sleep(0.3)
+            watch.detach(asyncio.get_running_loop())
+            for each in taken:
+                each.getsockname()
+
+        async def main():
+            watch.attach(asyncio.get_running_loop())
+            await asyncio.sleep(0.3)
+
+        runner = asyncio.Runner()
+        runner.run(main())
+        pid = os.fork()
+        if pid == 0:
+            os.closerange(3, 64)
+            taken = [socket.socket() for _ in range(20)]
+            asyncio.new_event_loop().run_until_complete(child(taken))
+            os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        runner.close()
+        """,
+        options=("-W", "ignore::DeprecationWarning"),  # of forking beside threads
+    )
+
+
+def test_a_turn_that_wrappers_hide_is_found():
+    """Whoever has put a function of his own around the loop's; and so in greenlets."""
+    run_program(
+        """
+        import asyncio, time
+        original = asyncio.BaseEventLoop._run_once
+        asyncio.BaseEventLoop._run_once = lambda self: original(self)
+        from asgi_pprof.collectors.stalls import StallWatch
+
+        async def main():
+            watch = StallWatch()
+            loop = asyncio.get_running_loop()
+            watch.attach(loop)
+            for _ in range(3):
+                await asyncio.sleep(0.5)
+                time.sleep(0.4)
+            await asyncio.sleep(0.3)
+            assert watch.totals.count == 3, watch.totals.all()
+            watch.detach(loop)
+
+        asyncio.run(main(), debug=False)  # which would tell of slow callbacks
+        """
+    )
+
+
+def test_a_look_that_is_old_when_the_loop_is_asked_is_no_stall(run):
+    """Reading what a thread has used can mean waiting for the GIL while the loop turns."""
+
+    class Slow(LoopThread):
+        def usage(self):
+            time.sleep(0.15)
+            return super().usage()
+
+    async def main(watching):
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            work_until = time.monotonic() + 0.02
+            while time.monotonic() < work_until:
+                sum(range(100))
+            await asyncio.sleep(0)
+        return [each for each in await stalls_of(watching) if "main" in each["functions"]]
+
+    longest = max((each["delay_ns"] for each in run(main, Slow)), default=0)
+    assert longest == 0
