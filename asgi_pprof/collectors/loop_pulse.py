@@ -6,9 +6,11 @@ tell since when it is in a turn, if it is in one (`loop_threads`). Only then is
 the loop asked for a sign, by `call_soon_threadsafe`: the stretch is from the
 beginning of the turn it was found in to that of the turn that gives the sign.
 
-Every ten seconds it is asked anyhow: it may have been stopped, and run again on
-another thread. Loops that do not tell of their turns are asked at each tick, and what is certain
-is the time between asking and answer; no more is counted.
+It is asked as well where it is not certain that it waits for events: its frames
+are hidden (in a greenlet, by somebody's wrapper), it is of a kind that does not
+tell, or the watching thread was kept itself; and every ten seconds, for it may
+have been stopped and run again on another thread. Then the time between asking
+and answer is certain, and no more is counted.
 
 All but `answer` runs on the watching thread.
 """

@@ -30,8 +30,10 @@ asyncio's nor uvloop's, and of uvloop's where it is not Linux, only what is left
 of a stall at a look counts. Where the system does not tell what threads use
 (not Linux, or no /proc), causes are not known but garbage collection, stretches
 without the GIL or the CPU count only in a turn, and looks are 75 ms apart at
-all times. Nothing is watched on a free-threaded build, where frames of threads
-that run cannot be read safely.
+all times. Between two turns a loop that waits for the GIL looks like one that
+waits for events, and is asked only where the watching thread was kept as well.
+Nothing is watched on a free-threaded build, where frames of threads that run
+cannot be read safely, nor in sub-interpreters.
 """
 
 from __future__ import annotations
