@@ -475,7 +475,9 @@ def test_another_threads_long_call_is_no_stall_of_an_idle_loop(run):
         timer.join()
         return await stalls_of(watching)
 
-    assert run(idle) == []
+    found = [each["functions"] for each in run(idle)]
+    # If it was asked for a sign just then, it did wait for the GIL; no code is blamed.
+    assert found in ([], [[WAITING_FOR_GIL.function.name]])
 
 
 def test_a_sleep_beside_busy_threads_is_not_waiting_for_the_gil(run):
