@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import itertools
 import math
 import sys
@@ -33,9 +34,11 @@ HEADER = sys.getsizeof(b"")  # of a bytes object, which is one block
 def every_block():
     """Sample every block during the test."""
     keep_blocks(25, 2)  # code that runs for the first times has blocks of its own
+    gc.disable()  # others' callbacks have blocks too, hypothesis's for one
     heap_sampler.enable(1)
     yield
     heap_sampler.disable()
+    gc.enable()
 
 
 def keep_blocks(count, size):
