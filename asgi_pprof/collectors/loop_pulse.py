@@ -8,9 +8,9 @@ beginning of the turn it was found in to that of the turn that gives the sign.
 
 It is asked as well where it is not certain that it waits for events: its frames
 are hidden (in a greenlet, by somebody's wrapper), it is of a kind that does not
-tell, or the watching thread was kept itself; and every ten seconds, for it may
-have been stopped and run again on another thread. Then the time between asking
-and answer is certain, and no more is counted.
+tell, or the watching thread was kept itself; and every ten to seventeen seconds:
+it may run again on another thread. Then the time between asking and answer is
+certain, and no more is counted.
 
 All but `answer` runs on the watching thread.
 """
