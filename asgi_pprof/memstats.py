@@ -13,6 +13,7 @@ sys documentation; mallinfo(3), proc(5).
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import time
 import tracemalloc
@@ -142,7 +143,7 @@ def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = No
         live_bytes: What a heap profile says is in use.
         counters: What the native heap sampler has counted, if it is on.
     """
-    malloc, status = _mallinfo(), _proc_status()
+    malloc, status = _mallinfo(), proc_status()
     counters = counters or AllocationCounters(0, 0, 0)
     return MemStats(
         Alloc=live_bytes,
@@ -250,11 +251,11 @@ def _max_rss() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _proc_status() -> dict[str, int]:
-    """Return the sizes of /proc/self/status in bytes, {} where there is none."""
+def proc_status() -> dict[str, int]:
+    """Return the single numbers of /proc/self/status, sizes in bytes; {} where there is none."""
     try:
-        lines = Path("/proc/self/status").read_text(errors="replace").splitlines()
+        text = Path("/proc/self/status").read_text(errors="replace")
     except OSError:
         return {}
-    pairs = (line.split(":", 1) for line in lines if line.endswith(" kB"))
-    return {name: int(value.split()[0]) * 1024 for name, value in pairs}
+    fields = re.findall(r"^(\w+):\s+(\d+)( kB)?$", text, re.MULTILINE)
+    return {name: int(number) * (1024 if unit else 1) for name, number, unit in fields}

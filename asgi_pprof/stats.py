@@ -40,14 +40,13 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.collectors.stalls import stall_watch
 from asgi_pprof.collectors.task_notes import note_of, waits_for
 from asgi_pprof.collectors.workers import Pool, Task, Workers, default_limiter, limiter_pool
-from asgi_pprof.memstats import gc_pauses
+from asgi_pprof.memstats import gc_pauses, proc_status
 from asgi_pprof.offload import give_way, run_in_thread
 
 NAMES = (
@@ -76,10 +75,10 @@ NOT_RUNNING = "not_running"
 _SLICE_S = 0.001
 _BREAKS_LINES = re.compile(r"[\s\x00-\x1f\x7f]")
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
-_STATUS = {  # /proc/self/status, and what its units are
-    "VmRSS": ("process_resident_memory_bytes", 1024),
-    "VmSize": ("process_virtual_memory_bytes", 1024),
-    "Threads": ("process_threads", 1),
+_STATUS = {  # of /proc/self/status
+    "VmRSS": "process_resident_memory_bytes",
+    "VmSize": "process_virtual_memory_bytes",
+    "Threads": "process_threads",
 }
 
 _tasks = TaskList()
@@ -316,15 +315,10 @@ def _gc_figures() -> Iterator[Figure]:
 
 def _process_figures() -> Iterator[Figure]:
     yield Figure("process_cpu_seconds_total", (), time.process_time_ns() / 1e9)
-    try:
-        status = Path("/proc/self/status").read_text(errors="replace")
-    except OSError:
-        return
-    for line in status.splitlines():
-        field, _, value = line.partition(":")
-        if field in _STATUS:
-            name, unit = _STATUS[field]
-            yield Figure(name, (), int(value.split()[0]) * unit)
+    status = proc_status()
+    for field, name in _STATUS.items():
+        if field in status:
+            yield Figure(name, (), status[field])
 
 
 def _quantile(quantile: float) -> tuple[str, str]:

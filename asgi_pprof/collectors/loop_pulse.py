@@ -8,8 +8,8 @@ beginning of the turn it was found in to that of the turn that gives the sign.
 
 It is asked as well where it is not certain that it waits for events: its frames
 are hidden (in a greenlet, by somebody's wrapper), it is of a kind that does not
-tell, or the watching thread was kept itself; and every ten to seventeen seconds:
-it may run again on another thread. Then the time between asking and answer is
+tell, or the watching thread was kept itself; and every ten seconds or so, for it
+may run again on another thread. Then the time between asking and answer is
 certain, and no more is counted.
 
 All but `answer` runs on the watching thread.
@@ -18,7 +18,6 @@ All but `answer` runs on the watching thread.
 from __future__ import annotations
 
 import asyncio
-import re
 import sys
 import threading
 import time
@@ -32,8 +31,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from asgi_pprof.collectors.loop_threads import LoopThread, Usage, turn_clock
-from asgi_pprof.collectors.tasks import context_labels
-from asgi_pprof.labels import resolve
+from asgi_pprof.collectors.tasks import fold_default_name, task_labels
 from asgi_pprof.memstats import GcPauses, gc_pauses
 from asgi_pprof.profile import Label, Location, pseudo_location
 from asgi_pprof.stacks import RawStack, capture
@@ -329,9 +327,8 @@ class LoopPulse:
     def _ask(self, loop: asyncio.AbstractEventLoop, waking: Waking, look: Look) -> None:
         now_ns = _clock_ns()
         if now_ns - waking.now_ns > PUNCTUAL_NS:
-            look = Look(
-                (), ()
-            )  # we had to wait for the GIL meanwhile, and it may be in another turn
+            # We had to wait for the GIL meanwhile, and it may be in another turn.
+            look = Look((), ())
         sign = Sign(now_ns, look)
         sign.looked_late = self._is_long(sign, waking.now_ns)
         self._found = None
@@ -442,7 +439,6 @@ def _collecting_ns(began_ns: int, ended_ns: int) -> int:
 
 
 _TIMES_COLLECTIONS = GcPauses._on_collection.__code__
-_DEFAULT_NAME = re.compile(r"Task-\d+")
 
 
 def _look(loop: asyncio.AbstractEventLoop, innermost: FrameType, turn_ns: int) -> Look:
@@ -457,8 +453,8 @@ def _labels(loop: asyncio.AbstractEventLoop) -> tuple[Label, ...]:
         task = asyncio.current_task(loop)
         if task is None:
             return ()
-        name = task.get_name() or "?"
-        folded = "Task" if _DEFAULT_NAME.fullmatch(name) else name
-        return tuple(sorted({**dict(resolve(context_labels(task))), "task": folded}.items()))
+        labels = task_labels(task)
+        fold_default_name(labels)
+        return tuple(sorted(labels.items()))
     except Exception:
         return ()  # an application's own labels or task could do anything; the stack is kept

@@ -252,8 +252,7 @@ class Look:
         """
         reading = self._read(task)
         labels = self._labels(task)
-        if _DEFAULT_NAME.fullmatch(labels["task"]):
-            labels["task"] = "Task"
+        fold_default_name(labels)
         labels["state"] = reading.state
         if reading.wait is not None:
             if awaited := _names(reading.wait.tasks):
@@ -326,8 +325,7 @@ class Look:
         return (pseudo_location(work.function),)
 
     def _labels(self, task: Task) -> dict[str, str]:
-        labels = dict(resolve(context_labels(task)))
-        labels["task"] = task.get_name() or "?"
+        labels = task_labels(task)
         if self._stuck_loops and task.get_loop() in self._stuck_loops:
             labels.update((_STUCK,))
         return labels
@@ -382,7 +380,18 @@ async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[
     return [running for running, future in answers.items() if not future.done()]
 
 
-def context_labels(task: Task) -> Any:
+def task_labels(task: Task) -> dict[str, str]:
+    """Return the labels of a task's context, and its name as `task`."""
+    return {**dict(resolve(_context_labels(task))), "task": task.get_name() or "?"}
+
+
+def fold_default_name(labels: dict[str, str]) -> None:
+    """Leave the number out of a default name, so that tasks alike have labels alike."""
+    if _DEFAULT_NAME.fullmatch(labels["task"]):
+        labels["task"] = "Task"
+
+
+def _context_labels(task: Task) -> Any:
     context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
     return context.get(current) if context is not None else None
 
