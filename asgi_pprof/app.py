@@ -39,13 +39,14 @@ from asgi_pprof.encoders.text import (
 )
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
 from asgi_pprof.guard import Guard, allow_loopback
-from asgi_pprof.memstats import gc_pauses, mem_stats_text, read_mem_stats
+from asgi_pprof.memstats import mem_stats_text, read_mem_stats
 from asgi_pprof.merge import subtract
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
 from asgi_pprof.paths import locate
 from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
+from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.stats import stats_text
 from asgi_pprof.switches import HeapEngine, Switches
 from asgi_pprof.symbols import AddressBook

@@ -15,76 +15,12 @@ from __future__ import annotations
 import gc
 import re
 import sys
-import time
 import tracemalloc
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-_RING = 256  # as Go's PauseNs and PauseEnd
-
-
-class GcPauses:
-    """Times collections while switched on; one for the process."""
-
-    def __init__(self) -> None:
-        self._users = 0
-        self._started_ns = 0
-        self._cpu_start_ns = 0
-        self.count = 0
-        self.total_ns = 0
-        self.last_end_ns = 0
-        self.forced = 0
-        self.pauses_ns = [0] * _RING
-        self.ends_ns = [0] * _RING
-
-    def enable(self) -> None:
-        """Begin to time; pair with `disable`."""
-        self._users += 1
-        if self._users > 1:
-            return
-        # The ring's index follows the number of all collections, as in Go.
-        self.count = sum(generation["collections"] for generation in gc.get_stats())
-        self._cpu_start_ns = self._cpu_start_ns or time.process_time_ns()
-        gc.callbacks.append(self._on_collection)
-
-    def disable(self) -> None:
-        """Stop timing once nobody needs it."""
-        self._users -= 1
-        if self._users == 0 and self._on_collection in gc.callbacks:
-            gc.callbacks.remove(self._on_collection)
-            self._started_ns = 0
-
-    def _on_collection(self, phase: str, info: dict[str, int]) -> None:
-        if phase == "start":
-            self._started_ns = time.perf_counter_ns()
-            return
-        if self._started_ns:  # else it was switched on in the middle of this one
-            pause_ns = time.perf_counter_ns() - self._started_ns
-            index = self.count % _RING
-            self.pauses_ns[index] = pause_ns
-            self.ends_ns[index] = self.last_end_ns = time.time_ns()
-            self.total_ns += pause_ns
-        self.count += 1
-        self._started_ns = 0
-
-    def collect(self) -> None:
-        """Collect all generations now, as `?gc=1` asks."""
-        self.forced += 1
-        gc.collect()
-
-    def cpu_fraction(self) -> float:
-        """
-        Return the share of the process's CPU time spent in timed collections.
-
-        Pauses are wall time, so a suspended process could make it exceed 1.
-        """
-        used_ns = time.process_time_ns() - self._cpu_start_ns
-        known = self._cpu_start_ns and used_ns > 0
-        return min(self.total_ns / used_ns, 1.0) if known else 0.0
-
-
-gc_pauses = GcPauses()
+from asgi_pprof.runtime.gc_pauses import gc_pauses
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +79,7 @@ def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = No
         live_bytes: What a heap profile says is in use.
         counters: What the native heap sampler has counted, if it is on.
     """
-    malloc, status = _mallinfo(), proc_status()
+    malloc, status, pauses = _mallinfo(), proc_status(), gc_pauses.pauses()
     counters = counters or AllocationCounters(0, 0, 0)
     return MemStats(
         Alloc=live_bytes,
@@ -170,8 +106,8 @@ def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = No
         NextGC=0,
         LastGC=gc_pauses.last_end_ns,
         PauseTotalNs=gc_pauses.total_ns,
-        PauseNs=tuple(gc_pauses.pauses_ns),
-        PauseEnd=tuple(gc_pauses.ends_ns),
+        PauseNs=tuple(pause_ns for pause_ns, _ in pauses),
+        PauseEnd=tuple(end_ns for _, end_ns in pauses),
         NumGC=sum(generation["collections"] for generation in gc.get_stats()),
         NumForcedGC=gc_pauses.forced,
         GCCPUFraction=gc_pauses.cpu_fraction(),

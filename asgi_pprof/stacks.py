@@ -1,7 +1,7 @@
 """
 Live frames and coroutine chains as stacks of locations, leaf first.
 
-Frames are read and let go within one call: a kept frame keeps its locals alive.
+Nothing is kept of a frame but its code and where it was: a kept frame keeps its locals alive.
 """
 
 from __future__ import annotations
@@ -11,20 +11,16 @@ import sys
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterator, Sequence
-from types import (
-    AsyncGeneratorType,
-    CodeType,
-    CoroutineType,
-    FrameType,
-    GeneratorType,
-    ModuleType,
-)
-from typing import Any, cast
+from types import AsyncGeneratorType, CodeType, CoroutineType, GeneratorType, ModuleType
+from typing import Any, NamedTuple, cast
 
-from asgi_pprof.native import native
 from asgi_pprof.profile import Function, Location, Stack, pseudo_location
+from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
+from asgi_pprof.runtime.frames import RawStack as RawStack
+from asgi_pprof.runtime.frames import capture as capture
+from asgi_pprof.runtime.frames import current_frames as current_frames
+from asgi_pprof.runtime.frames import generator_frame, is_generator
 
-MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
 TRUNCATED = pseudo_location("truncated: outer frames not recorded")
 UNKNOWN = pseudo_location("unknown")
 
@@ -32,40 +28,6 @@ _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
 wrappers: dict[int, CodeType] = {}
 """Code of ours that stands around what it calls, by identity: no stack shows it."""
-
-RawStack = tuple[tuple[CodeType, int], ...]
-"""Codes and bytecode offsets, leaf first: what is cheap to note and to name later."""
-
-
-def current_frames() -> dict[int, FrameType]:
-    """
-    Return the innermost frame of each thread, by the thread's number.
-
-    Clear it after use: it holds the caller's own frame, and so itself.
-
-    On 3.11 collecting garbage inside of `sys._current_frames` can hang the process:
-    see `native_current_frames` in the C core. 3.12 collects elsewhere.
-    """
-    if sys.version_info >= (3, 12):
-        return sys._current_frames()
-    if native:
-        return cast("dict[int, FrameType]", native.current_frames())
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        return sys._current_frames()
-    finally:
-        if was_enabled:
-            gc.enable()
-
-
-def capture(frame: FrameType | None) -> RawStack:
-    """Return where a live frame and its callers are, for `Symbols.stack`; about 0.1 us a frame."""
-    places: list[tuple[CodeType, int]] = []
-    while frame is not None and len(places) <= MAX_DEPTH:  # one more shows that it was cut
-        places.append((frame.f_code, frame.f_lasti))
-        frame = frame.f_back
-    return tuple(places)
 
 
 class Symbols:
@@ -118,14 +80,11 @@ class Symbols:
         )
         return (*stack, TRUNCATED) if len(raw) > MAX_DEPTH else stack
 
-    def frame(self, frame: FrameType) -> Location:
-        """Return where a live frame is now."""
-        return Location(self.function(frame.f_code), frame.f_lineno or frame.f_code.co_firstlineno)
-
 
 def _module_names() -> dict[str, str]:
     names: dict[str, str] = {}
-    for name, module in list(sys.modules.items()):
+    # A copy, which nobody else changes: making pairs of the items may collect garbage (3.11).
+    for name, module in sys.modules.copy().items():
         # Asking the object itself could load a lazy module, or a proxy of one.
         if issubclass(type(module), ModuleType):
             filename = object.__getattribute__(module, "__dict__").get("__file__")
@@ -134,28 +93,16 @@ def _module_names() -> dict[str, str]:
     return names
 
 
-def call_stack(frame: FrameType | None, symbols: Symbols, until: FrameType | None = None) -> Stack:
-    """
-    Return the stack of a live frame, leaf first, at most `MAX_DEPTH` locations.
+class Awaited(NamedTuple):
+    """An awaitable of a chain and where it is suspended; no code if it has no frame."""
 
-    Args:
-        frame: The innermost frame.
-        symbols: Where names come from.
-        until: The outermost frame wanted; all of them if None.
-    """
-    stack: list[Location] = []
-    while frame is not None:
-        if len(stack) == MAX_DEPTH:
-            stack.append(TRUNCATED)
-            break
-        if id(frame.f_code) not in wrappers:
-            stack.append(symbols.frame(frame))
-        frame = None if frame is until else frame.f_back
-    return tuple(stack)
+    awaitable: object
+    code: CodeType | None = None
+    lasti: int = 0
 
 
-Chain = Sequence[tuple[object, FrameType | None]]
-"""Awaitables, outermost first, each with its frame if it has one."""
+Chain = Sequence[Awaited]
+"""Awaitables, outermost first."""
 
 
 def await_chain(awaitable: object) -> Chain:
@@ -171,37 +118,46 @@ def await_chain(awaitable: object) -> Chain:
 def chain_stack(chain: Chain, symbols: Symbols) -> Stack:
     """Return where the awaitables of a chain wait, leaf first, at most `MAX_DEPTH` locations."""
     stack = [
-        symbols.frame(frame) if frame is not None else _frameless(awaitable)
-        for awaitable, frame in reversed(chain)
+        _frameless(each.awaitable)
+        if each.code is None
+        else symbols.instruction(each.code, each.lasti)
+        for each in reversed(chain)
     ]
     if len(stack) > MAX_DEPTH:
         stack[MAX_DEPTH] = TRUNCATED
     return tuple(stack)
 
 
-def _awaited(awaitable: object) -> Iterator[tuple[object, FrameType | None]]:
+def _awaited(awaitable: object) -> Iterator[Awaited]:
     outermost = awaitable
     for _ in range(_MAX_CHAIN):
-        if isinstance(awaitable, CoroutineType):
-            frame, inner = awaitable.cr_frame, awaitable.cr_await
-        elif isinstance(awaitable, GeneratorType):
-            frame, inner = awaitable.gi_frame, awaitable.gi_yieldfrom
-        elif isinstance(awaitable, AsyncGeneratorType):
-            frame, inner = awaitable.ag_frame, awaitable.ag_await
+        place: tuple[CodeType, int] | None
+        if is_generator(awaitable):
+            place, inner = generator_frame(awaitable), _inner(awaitable)
         elif (carried := _carried(awaitable)) is not None:
             awaitable = carried
             continue
         elif hasattr(type(awaitable), "cr_await"):  # Cython's, and so uvloop's
             coroutine = cast("CoroutineType[Any, Any, Any]", awaitable)
-            frame, inner = coroutine.cr_frame, coroutine.cr_await
+            frame, inner = coroutine.cr_frame, coroutine.cr_await  # a frame of its own making
+            place = None if frame is None else (frame.f_code, frame.f_lasti)
         else:
             # None has not begun or is about to run; what a future is for is another question.
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
-                yield awaitable, None
+                yield Awaited(awaitable)
             return
-        if frame is not None and id(frame.f_code) not in wrappers:
-            yield awaitable, frame
+        if place is not None and id(place[0]) not in wrappers:
+            yield Awaited(awaitable, *place)
         awaitable = inner
+
+
+def _inner(generator: Any) -> object:
+    """Return what a suspended coroutine or generator waits for."""
+    if isinstance(generator, CoroutineType):
+        return generator.cr_await
+    if isinstance(generator, GeneratorType):
+        return generator.gi_yieldfrom
+    return generator.ag_await
 
 
 def _is_future(awaitable: object) -> bool:

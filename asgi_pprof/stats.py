@@ -46,8 +46,9 @@ from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.collectors.stalls import stall_watch
 from asgi_pprof.collectors.task_notes import note_of, waits_for
 from asgi_pprof.collectors.workers import Pool, Task, Workers, default_limiter, limiter_pool
-from asgi_pprof.memstats import gc_pauses, proc_status
+from asgi_pprof.memstats import proc_status
 from asgi_pprof.offload import give_way, run_in_thread
+from asgi_pprof.runtime.gc_pauses import gc_pauses
 
 NAMES = (
     "loop_tasks",
@@ -305,8 +306,7 @@ def _gc_figures() -> Iterator[Figure]:
         yield Figure("python_gc_collections_total", labels, counts["collections"])
         yield Figure("python_gc_objects_collected_total", labels, counts["collected"])
         yield Figure("python_gc_objects_uncollectable_total", labels, counts["uncollectable"])
-    ended = zip(list(gc_pauses.pauses_ns), list(gc_pauses.ends_ns), strict=True)
-    if pauses_ns := sorted(pause_ns for pause_ns, end_ns in ended if end_ns):
+    if pauses_ns := sorted(pause_ns for pause_ns, end_ns in gc_pauses.pauses() if end_ns):
         yield Figure("python_gc_pause_seconds_total", (), gc_pauses.total_ns / 1e9)
         for quantile in _QUANTILES:
             index = math.ceil(quantile * len(pauses_ns)) - 1

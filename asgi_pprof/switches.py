@@ -23,7 +23,7 @@ from asgi_pprof.collectors.heap_tracemalloc import tracing
 from asgi_pprof.collectors.stalls import DEFAULT_THRESHOLD_MS, stall_watch
 from asgi_pprof.collectors.task_notes import task_tracking
 from asgi_pprof.collectors.threads import thread_starts
-from asgi_pprof.memstats import gc_pauses
+from asgi_pprof.runtime.gc_pauses import gc_pauses
 
 HeapEngine = Literal["tracemalloc"]
 

@@ -1,61 +1,13 @@
 #include "asyncio_state.h"
 #include "reader.h"
+#include "threads.h"
 
-#include <sched.h>
 #include <stdlib.h>
 #include <unistd.h>
 
-#include <internal/pycore_code.h>
 #if PY_VERSION_HEX >= 0x030d0000
 #include <internal/pycore_tstate.h>
 #endif
-
-/*
- * The list of threads changes without the GIL: PyGILState_Ensure adds to it. Its
- * lock is held for moments only, and never by one that waits for the GIL. It is
- * tried and not waited for: CPython 3.13 does not export the waiting that keeps
- * the GIL, and a wait that gives it up can deadlock.
- */
-#define LOCK_TRIES 1000
-
-static bool
-try_lock_threads(void)
-{
-#if PY_VERSION_HEX >= 0x030d0000
-    uint8_t unlocked = 0;
-    return _Py_atomic_compare_exchange_uint8(&_PyRuntime.interpreters.mutex._bits, &unlocked, 1);
-#else
-    return PyThread_acquire_lock(_PyRuntime.interpreters.mutex, NOWAIT_LOCK);
-#endif
-}
-
-static bool
-lock_threads(void)
-{
-    for (int i = 0; i < LOCK_TRIES; i++) {
-        if (try_lock_threads()) {
-            return true;
-        }
-        sched_yield();
-    }
-    return false;
-}
-
-static void
-unlock_threads(void)
-{
-#if PY_VERSION_HEX >= 0x030d0000
-    PyMutex_Unlock(&_PyRuntime.interpreters.mutex);
-#else
-    PyThread_release_lock(_PyRuntime.interpreters.mutex);
-#endif
-}
-
-static PyThreadState *
-first_thread(void)
-{
-    return PyInterpreterState_Main()->threads.head;
-}
 
 #if PY_VERSION_HEX >= 0x030e0000
 
@@ -201,7 +153,7 @@ take_all(Tasks *tasks)
         return;
     }
     bool on = take(tasks, list);
-    for (PyThreadState *thread = first_thread(); on && thread != NULL; thread = thread->next) {
+    for (PyThreadState *thread = threads_first(); on && thread != NULL; thread = thread->next) {
         list = &((_PyThreadStateImpl *)thread)->asyncio_tasks_head;
         /* NULL in a thread's state that is not set up yet. */
         on = list->next == NULL || take(tasks, list);
@@ -223,12 +175,12 @@ list_of(Tasks *tasks)
 PyObject *
 asyncio_tasks(void)
 {
-    if (node_offset == 0 || !lock_threads()) {
+    if (node_offset == 0 || !threads_lock()) {
         Py_RETURN_NONE;
     }
     Tasks tasks = {NULL, 0, 0, SOUND};
     take_all(&tasks);
-    unlock_threads();
+    threads_unlock();
     PyObject *result = NULL;
     switch (tasks.state) {
     case SOUND:
@@ -331,12 +283,12 @@ static Running *
 take_running(size_t *count)
 {
     size_t threads = 0;
-    for (PyThreadState *each = first_thread(); each != NULL; each = each->next) {
+    for (PyThreadState *each = threads_first(); each != NULL; each = each->next) {
         threads++;
     }
     Running *running = calloc(threads, sizeof *running);
     *count = 0;
-    for (PyThreadState *each = first_thread(); running && each != NULL; each = each->next) {
+    for (PyThreadState *each = threads_first(); running && each != NULL; each = each->next) {
         if (loop_or_dict(each) != NULL) {
             running[(*count)++] = (Running){each->thread_id, Py_NewRef(loop_or_dict(each)),
                                             Py_XNewRef(running_task(each))};
@@ -362,12 +314,12 @@ append_running(PyObject *list, const Running *running)
 PyObject *
 asyncio_running_loops(PyObject *own)
 {
-    if (!knows_own_loop(own) || !lock_threads()) {
+    if (!knows_own_loop(own) || !threads_lock()) {
         Py_RETURN_NONE;
     }
     size_t count;
     Running *running = take_running(&count);
-    unlock_threads();
+    threads_unlock();
     if (running == NULL) {
         return PyErr_NoMemory();
     }
@@ -381,55 +333,4 @@ asyncio_running_loops(PyObject *own)
     }
     free(running);
     return list;
-}
-
-/* How many of a frame's slots hold something to be read. */
-static Py_ssize_t
-slots_set(const Frame *frame, Py_ssize_t slots)
-{
-#if PY_VERSION_HEX >= 0x030e0000
-    const _PyStackRef *top = frame->stackpointer;
-    bool cleared = top >= frame->localsplus && top < frame->localsplus + slots;
-    return cleared ? top - frame->localsplus : slots;
-#else
-    /* -1 while it runs. */
-    return frame->stacktop >= 0 && frame->stacktop < slots ? frame->stacktop : slots;
-#endif
-}
-
-static PyObject *
-slot_value(const Frame *frame, Py_ssize_t slot)
-{
-#if PY_VERSION_HEX >= 0x030e0000
-    /* Tagged: 1 for a borrowed reference, and alone for none; 2 and 3 are no references. */
-    uintptr_t bits = frame->localsplus[slot].bits;
-    return bits & 2 ? NULL : (PyObject *)(bits & ~(uintptr_t)3);
-#else
-    return frame->localsplus[slot];
-#endif
-}
-
-PyObject *
-asyncio_frame_local(PyFrameObject *frame_object, PyObject *name)
-{
-    const Frame *frame = frame_object->f_frame;
-    const PyCodeObject *code = frame_code(frame);
-    Py_ssize_t slots = slots_set(frame, code->co_nlocalsplus);
-    for (Py_ssize_t i = 0; i < slots; i++) {
-        PyObject *each = PyTuple_GET_ITEM(code->co_localsplusnames, i);
-        if (each != name && PyUnicode_Compare(each, name) != 0) {
-            continue;
-        }
-        PyObject *value = slot_value(frame, i);
-        int kind = PyBytes_AS_STRING(code->co_localspluskinds)[i];
-        /* A cell's slot has the argument itself until the function has begun. */
-        if (value != NULL && kind & (CO_FAST_CELL | CO_FAST_FREE) && PyCell_Check(value)) {
-            value = PyCell_GET(value);
-        }
-        if (value != NULL) {
-            return Py_NewRef(value);
-        }
-    }
-    PyErr_SetObject(PyExc_LookupError, name);
-    return NULL;
 }

@@ -1,6 +1,5 @@
 /*
- * What asyncio keeps where Python cannot read it: tasks, running loops, and the
- * locals of live frames.
+ * What asyncio keeps where Python cannot read it: tasks and running loops.
  *
  * From CPython 3.14 on tasks are linked in lists of the thread that made them,
  * and those of ended threads in one of the interpreter. The place of the link in
@@ -9,7 +8,7 @@
  * of themselves is checked as they are walked; where they are not as expected
  * there is no answer, and Python's own registries serve.
  *
- * All of this needs the GIL, under which alone lists, loops and locals change,
+ * All of this needs the GIL, under which alone lists and loops change,
  * and the lock of the list of threads, for which nobody is waited for long.
  *
  * Source: Modules/_asynciomodule.c, register_task, set_running_loop;
@@ -35,11 +34,5 @@ PyObject *asyncio_tasks(void);
  * Tasks from 3.14 on.
  */
 PyObject *asyncio_running_loops(PyObject *own);
-
-/*
- * The value of a fast local, a cell's content; LookupError if it is unset or there
- * is none of that name. No snapshot of the locals is made.
- */
-PyObject *asyncio_frame_local(PyFrameObject *frame, PyObject *name);
 
 #endif

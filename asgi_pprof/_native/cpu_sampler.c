@@ -505,43 +505,45 @@ cpu_stats(void)
     return stats;
 }
 
-static PyObject *
-describe_sample(const RecordHeader *record)
+/*
+ * Copy the sample at `*id`, and move on to the next; the caller then makes an object of
+ * the copy. Making one may collect garbage and let other threads run, and the samples be
+ * freed: so no pointer into them outlives this, and each call looks whether they are there.
+ */
+static bool
+next_sample(uint32_t *id, SampleKey *key, uint32_t *depth, uint64_t *periods)
 {
-    const SampleKey *key = record_key(record);
-    Py_ssize_t depth = (Py_ssize_t)((record_size(record) - SAMPLE_KEY_SIZE(0)) / sizeof(uint32_t));
-    PyObject *places = PyTuple_New(depth);
-    for (Py_ssize_t i = 0; places != NULL && i < depth; i++) {
-        PyObject *place = PyLong_FromUnsignedLong(key->places[i]);
-        if (place == NULL) {
-            Py_CLEAR(places);
-            break;
+    const ByteStore *samples = &cpu.samples;
+    while (samples->slots != NULL && *id < atomic_load(&samples->used)) {
+        const RecordHeader *record = store_record(samples, *id);
+        *id = store_next(samples, *id, sizeof(uint64_t));
+        *periods = atomic_load((const _Atomic uint64_t *)record_extra(record));
+        if (*periods != 0) { /* else two handlers added the same at once: the other one counts */
+            memcpy(key, record_key(record), record_size(record));
+            *depth = (record_size(record) - (uint32_t)SAMPLE_KEY_SIZE(0)) / sizeof(uint32_t);
+            return true;
         }
-        PyTuple_SET_ITEM(places, i, place);
     }
-    if (places == NULL) {
-        return NULL;
-    }
-    const _Atomic uint64_t *periods = record_extra(record);
-    return Py_BuildValue("(NKK)", places, (unsigned long long)key->label_set,
-                         (unsigned long long)atomic_load(periods));
+    return false;
 }
 
 PyObject *
 cpu_read(uint32_t *id, int limit)
 {
+    SampleKey key;
+    uint32_t depth;
+    uint64_t periods;
     PyObject *list = PyList_New(0);
-    uint32_t end = cpu.samples.slots != NULL ? atomic_load(&cpu.samples.used) : 0;
     if (*id == 0) {
         *id = 1;
     }
-    for (; list != NULL && *id < end && PyList_GET_SIZE(list) < limit;
-         *id = store_next(&cpu.samples, *id, sizeof(uint64_t))) {
-        const RecordHeader *record = store_record(&cpu.samples, *id);
-        if (atomic_load((const _Atomic uint64_t *)record_extra(record)) == 0) {
-            continue; /* two handlers added the same at once: the other one counts */
-        }
-        PyObject *sample = describe_sample(record);
+    while (list != NULL && PyList_GET_SIZE(list) < limit &&
+           next_sample(id, &key, &depth, &periods)) {
+        PyObject *places = places_tuple(key.places, depth);
+        PyObject *sample = places == NULL ? NULL
+                                          : Py_BuildValue("(NKK)", places,
+                                                          (unsigned long long)key.label_set,
+                                                          (unsigned long long)periods);
         if (sample == NULL || PyList_Append(list, sample) < 0) {
             Py_CLEAR(list);
         }

@@ -489,9 +489,9 @@ heap_pending(void)
 {
     PyObject *list = PyList_New(0);
     for (uint32_t i = 1; list != NULL && i < MAX_PENDING; i++) {
-        PyObject *set = (PyObject *)heap.pending[i].set;
-        if (set == NULL || Py_REFCNT(set) <= 0) {
-            continue; /* or waits for its deallocation (Objects/object.c, trashcan) */
+        LabelSet *set = heap.pending[i].set;
+        if (set == NULL || !labels_can_be_asked(set)) {
+            continue;
         }
         /* First of all: making the tuple may end other sets. */
         PyObject *pair = Py_BuildValue("(kN)", (unsigned long)(HEAP_PENDING + i), Py_NewRef(set));
@@ -503,25 +503,27 @@ heap_pending(void)
     return list;
 }
 
+/* The places of a stack, copied: their table is gone as soon as sampling ends. 0 if it has. */
+static uint32_t
+copy_places(uint64_t numbered, uint32_t *places)
+{
+    uint32_t stack = (uint32_t)numbered, depth = 0;
+    if (heap.on && numbered >> 32 == heap.generation && stack != 0 &&
+        stack < atomic_load(&heap.stacks.used)) {
+        const RecordHeader *record = store_record(&heap.stacks, stack);
+        depth = record_size(record) / (uint32_t)sizeof(uint32_t);
+        memcpy(places, record_key(record), depth * sizeof(uint32_t));
+    }
+    return depth;
+}
+
 PyObject *
 heap_stack(uint64_t numbered)
 {
-    uint32_t stack = (uint32_t)numbered;
-    const uint32_t *places = NULL;
-    uint32_t depth = 0;
-    if (numbered >> 32 == heap.generation && stack != 0 && heap.on && stack < atomic_load(&heap.stacks.used)) {
-        const RecordHeader *record = store_record(&heap.stacks, stack);
-        places = record_key(record);
-        depth = record_size(record) / (uint32_t)sizeof(uint32_t);
-    }
-    PyObject *tuple = PyTuple_New(depth != 0 ? depth : 1);
-    if (tuple != NULL && depth == 0) {
-        PyTuple_SET_ITEM(tuple, 0, PyLong_FromLong(PLACE_LOST));
-    }
-    for (uint32_t i = 0; tuple != NULL && i < depth; i++) {
-        PyTuple_SET_ITEM(tuple, i, PyLong_FromUnsignedLong(places[i]));
-    }
-    return tuple;
+    /* Before anything is made: that may collect garbage, and a finalizer may end sampling. */
+    uint32_t places[MAX_DEPTH + 1] = {PLACE_LOST};
+    uint32_t depth = copy_places(numbered, places);
+    return places_tuple(places, depth != 0 ? depth : 1);
 }
 
 void

@@ -47,9 +47,11 @@ labelset_finalize(PyObject *object)
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
 #endif
-    PyObject *label = PyObject_CallFunction(writer, "OKO", object,
+    PyObject *called = Py_NewRef(writer); /* at exit it is taken away, maybe meanwhile */
+    PyObject *label = PyObject_CallFunction(called, "OKO", object,
                                             (unsigned long long)self->number,
                                             on_cpu ? Py_True : Py_False);
+    Py_DECREF(called);
     if (label != NULL) {
         self->label = (uint32_t)PyLong_AsUnsignedLong(label);
         Py_DECREF(label);
@@ -231,16 +233,22 @@ labels_clear_marks(void)
     }
 }
 
+bool
+labels_can_be_asked(const LabelSet *set)
+{
+    /* One without references waits for its deallocation (Objects/object.c, trashcan). */
+    return Py_REFCNT(set) > 0 && !PyObject_GC_IsFinalized((PyObject *)set);
+}
+
 PyObject *
 labels_marked(void)
 {
     PyObject *list = PyList_New(0);
-    /* Adding allocates, which may end other sets, but not the one in the list. One without
-       references waits for its deallocation (Objects/object.c, trashcan). */
     for (LabelSet *set = living; list != NULL && set != NULL; set = set->next) {
         if (atomic_load_explicit(&marks[set->number % MARKS], memory_order_relaxed) &&
-            Py_REFCNT(set) > 0 && PyList_Append(list, (PyObject *)set) < 0) {
-            Py_CLEAR(list);
+            labels_can_be_asked(set) && PyList_Append(list, (PyObject *)set) < 0) {
+            Py_CLEAR(list); /* may end sets, and so the walk must end */
+            break;
         }
     }
     return list;

@@ -34,6 +34,12 @@ LabelSet *labels_find(Reader *reader, const PyThreadState *state, LabelSet *foun
 void labels_mark(uint64_t number);
 void labels_clear_marks(void);
 
+/*
+ * Whether a set can be asked for its labels: not while it is deallocated, nor once the
+ * collector of garbage has begun to take it apart; it has been written down by then.
+ */
+bool labels_can_be_asked(const LabelSet *set);
+
 /* A new list of all living sets that have been marked. */
 PyObject *labels_marked(void);
 

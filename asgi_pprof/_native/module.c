@@ -4,10 +4,13 @@
  */
 #include "asyncio_state.h"
 #include "cpu_sampler.h"
+#include "frames.h"
+#include "gc_timer.h"
 #include "heap_sampler.h"
 #include "labels.h"
 #include "names.h"
 #include "reader.h"
+#include "unwinder.h"
 
 #include <pthread.h>
 
@@ -218,35 +221,42 @@ native_running_loops(PyObject *Py_UNUSED(module), PyObject *own)
     return asyncio_running_loops(own);
 }
 
-/*
- * sys._current_frames without collections of garbage: it makes objects while it
- * holds the lock of the list of threads, and a finalizer that lets the GIL go then
- * would leave all threads that begin or end waiting for ever (gh-106883, CPython 3.11).
- */
 static PyObject *
-native_current_frames(NO_ARGUMENTS)
+native_current_frames(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
 {
-    PyObject *current_frames = PySys_GetObject("_current_frames");
-    if (current_frames == NULL) {
-        PyErr_SetString(PyExc_RuntimeError, "no sys._current_frames");
+    static char *names[] = {"idents", "depth", "locals_of", NULL};
+    PyObject *idents = Py_None, *locals_of = NULL;
+    Py_ssize_t depth = MAX_DEPTH + 1; /* one more shows that it was cut */
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OnO!", names, &idents, &depth, &PyTuple_Type,
+                                     &locals_of)) {
         return NULL;
     }
-    int was_enabled = PyGC_Disable();
-    PyObject *frames = PyObject_CallNoArgs(current_frames);
-    if (was_enabled) {
-        PyGC_Enable();
-    }
-    return frames;
+    PyObject *wanted = locals_of != NULL ? Py_NewRef(locals_of) : PyTuple_New(0);
+    PyObject *stacks = wanted != NULL ? frames_current(idents, depth, wanted) : NULL;
+    Py_XDECREF(wanted);
+    return stacks;
 }
 
 static PyObject *
-native_frame_local(PyObject *Py_UNUSED(module), PyObject *args)
+native_running_frames(PyObject *Py_UNUSED(module), PyObject *coroutine)
 {
-    PyObject *frame, *name;
-    if (!PyArg_ParseTuple(args, "O!U", &PyFrame_Type, &frame, &name)) {
+    return frames_running(coroutine, MAX_DEPTH + 1);
+}
+
+static PyObject *
+native_generator_frame(PyObject *Py_UNUSED(module), PyObject *generator)
+{
+    return frames_of_generator(generator);
+}
+
+static PyObject *
+native_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    PyObject *generator, *name;
+    if (!PyArg_ParseTuple(args, "OU", &generator, &name)) {
         return NULL;
     }
-    return asyncio_frame_local((PyFrameObject *)frame, name);
+    return frames_generator_local(generator, name);
 }
 
 /* At exit: while the interpreter takes itself apart nothing may be sampled. */
@@ -304,10 +314,16 @@ static PyMethodDef methods[] = {
     {"running_loops", native_running_loops, METH_O,
      PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
                " None)], or None where it cannot be told.")},
-    {"current_frames", native_current_frames, METH_NOARGS,
-     PyDoc_STR("sys._current_frames() with no collection of garbage meanwhile.")},
-    {"frame_local", native_frame_local, METH_VARARGS,
-     PyDoc_STR("frame_local(frame, name): raises LookupError if there is none.")},
+    {"current_frames", (PyCFunction)(void (*)(void))native_current_frames,
+     METH_VARARGS | METH_KEYWORDS,
+     PyDoc_STR("current_frames(idents=None, depth=129, locals_of=()) -> ThreadStacks")},
+    {"running_frames", native_running_frames, METH_O,
+     PyDoc_STR("running_frames(coroutine) -> ((code, offset), ...) from the innermost frame"
+               " to the coroutine's own; () if it does not run")},
+    {"generator_frame", native_generator_frame, METH_O,
+     PyDoc_STR("generator_frame(generator) -> (code, offset), None if it has ended")},
+    {"generator_local", native_generator_local, METH_VARARGS,
+     PyDoc_STR("generator_local(generator, name) -> its value, None if it has none")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
     {NULL, NULL, 0, NULL},
 };
@@ -335,6 +351,9 @@ execute(PyObject *module)
         registered = true;
     }
     return PyModule_AddType(module, &LabelSet_Type) < 0 ||
+                   PyModule_AddType(module, &ThreadStacks_Type) < 0 ||
+                   PyModule_AddType(module, &ThreadStack_Type) < 0 ||
+                   PyModule_AddType(module, &GcTimer_Type) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_TRUNCATED) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_UNREADABLE) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_NO_FRAME) < 0 ||

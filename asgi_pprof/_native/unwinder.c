@@ -66,3 +66,19 @@ unwind(Reader *reader, const PyThreadState *state, PyThreadState *copy, Stack *s
     stack->places[0] = PLACE_UNREADABLE;
     return false;
 }
+
+PyObject *
+places_tuple(const uint32_t *places, uint32_t depth)
+{
+    PyObject *tuple = PyTuple_New(depth);
+    for (uint32_t i = 0; tuple != NULL && i < depth; i++) {
+        PyObject *place = PyLong_FromUnsignedLong(places[i]);
+        if (place == NULL) {
+            Py_CLEAR(tuple);
+        }
+        else {
+            PyTuple_SET_ITEM(tuple, i, place);
+        }
+    }
+    return tuple;
+}

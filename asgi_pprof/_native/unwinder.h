@@ -25,4 +25,7 @@ typedef struct {
  */
 bool unwind(Reader *reader, const PyThreadState *state, PyThreadState *copy, Stack *stack);
 
+/* A new tuple of places, of which the caller has a copy of its own. */
+PyObject *places_tuple(const uint32_t *places, uint32_t depth);
+
 #endif

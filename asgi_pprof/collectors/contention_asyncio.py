@@ -309,4 +309,4 @@ def _anyio_backend() -> Any:
 def _anyio_adapters() -> list[object]:
     """Return anyio's stand-ins for primitives made outside a loop."""
     names = vars(sys.modules["anyio._core._synchronization"])
-    return [value for name, value in names.items() if name.endswith("Adapter")]
+    return [value for name, value in names.copy().items() if name.endswith("Adapter")]

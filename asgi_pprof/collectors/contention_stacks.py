@@ -55,7 +55,7 @@ _MAX_JUDGED = 4096
 def know_primitives(classes: Iterable[object]) -> None:
     """Note the methods of primitives, so that what they use inside is not the leaf."""
     for each in classes:
-        for name, value in vars(each).items():
+        for name, value in dict(vars(each)).items():
             if isinstance(value, FunctionType) and id(value.__code__) not in wrappers:
                 known = _entering if name in _ENTERING else _primitives
                 known[id(value.__code__)] = value.__code__

@@ -27,14 +27,13 @@ from collections.abc import Callable
 from contextvars import Context
 from dataclasses import dataclass
 from time import monotonic_ns as _clock_ns  # asyncio's and libuv's own
-from types import FrameType
 from typing import NamedTuple
 
-from asgi_pprof.collectors.loop_threads import LoopThread, Usage, turn_clock
+from asgi_pprof.collectors.loop_threads import TURN_VARIABLES, LoopThread, Usage, turn_clock
 from asgi_pprof.collectors.tasks import fold_default_name, task_labels
-from asgi_pprof.memstats import GcPauses, gc_pauses
 from asgi_pprof.profile import Label, Location, pseudo_location
-from asgi_pprof.stacks import RawStack, capture
+from asgi_pprof.runtime.frames import RawStack, ThreadStack, ThreadStacks, current_frames
+from asgi_pprof.runtime.gc_pauses import gc_pauses, is_timing
 
 NOT_RUNNING = pseudo_location("process not running")
 COLLECTING = pseudo_location("garbage collection")
@@ -246,33 +245,40 @@ class LoopPulse:
         self._thread = None
         self._forget()
 
-    def look(self, waking: Waking, frames: dict[int, FrameType]) -> None:
+    @property
+    def ident(self) -> int:
+        """The number of the thread that runs the loop, as far as is known."""
+        return self._ident
+
+    def look(self, waking: Waking, stacks: ThreadStacks) -> None:
         """
         See what the loop is at; pair with `judge`.
 
-        Nothing in here lets the GIL go: where a call in C has kept it until
-        now, the loop's thread is still at that call, and goes on as soon as it can.
+        Args:
+            waking: How the watching thread came to look.
+            stacks: What it saw: of a call in C that has kept the GIL until then, the
+                loop's thread is still at that call, and goes on as soon as it can.
         """
         self._found, self._rests, self._waits = None, False, False
-        loop, innermost, sign = self.loop(), frames.get(self._ident), self._sign
-        if innermost is None:
+        loop, stack, sign = self.loop(), stacks.get(self._ident), self._sign
+        if stack is None:
             self._signed_ns = 0  # its thread has ended
         elif loop is not None and loop.is_running():
-            turn_ns = self._turns.turn_ns(loop, innermost)
+            turn_ns = self._turns.turn_ns(loop, stack)
             if sign is None or sign.given_ns:
-                self._found = _look(loop, innermost, turn_ns) if turn_ns else None
-                self._waits = not turn_ns and self._turns.is_waiting(innermost)
+                self._found = _look(loop, stack, turn_ns) if turn_ns else None
+                self._waits = not turn_ns and self._turns.is_waiting(stack)
                 self._rests = self._waits and sign is None and self._turns.tells
             elif sign.is_later(turn_ns, waking.now_ns):
-                self._found = _look(loop, innermost, turn_ns)
+                self._found = _look(loop, stack, turn_ns)
             elif sign.look.turn_ns in (0, turn_ns) and not sign.looked_late:
                 if self._is_long(sign, waking.now_ns):
-                    sign.look = _look(loop, innermost, sign.look.turn_ns)
+                    sign.look = _look(loop, stack, sign.look.turn_ns)
 
-    def is_at_rest(self, frames: dict[int, FrameType]) -> bool:
+    def is_at_rest(self, stacks: ThreadStacks) -> bool:
         """Tell whether a loop that rested still does, or again."""
-        innermost = frames.get(self._ident)
-        return innermost is not None and self._turns.is_waiting(innermost)
+        stack = stacks.get(self._ident)
+        return stack is not None and self._turns.is_waiting(stack)
 
     def note_rest(self) -> None:
         """Take notice of that, and set `is_idle`; may let the GIL go."""
@@ -352,10 +358,10 @@ class LoopPulse:
         loop = self._loop()
         if loop is None:
             return
-        frame = sys._getframe()
-        sign.told_right = self._turns.learn(frame)
         sign.thread_id, sign.ident = threading.get_native_id(), threading.get_ident()
-        sign.turn_ns = self._turns.turn_ns(loop, frame)
+        stack = current_frames((sign.ident,), locals_of=TURN_VARIABLES).get(sign.ident)
+        sign.told_right = stack is not None and self._turns.learn(stack)
+        sign.turn_ns = self._turns.turn_ns(loop, stack) if stack is not None else 0
         sign.given_ns = _clock_ns()
         if self._is_long(sign, sign.given_ns):
             self._wake()
@@ -432,20 +438,18 @@ class LoopPulse:
 def _collecting_ns(began_ns: int, ended_ns: int) -> int:
     """Return for how long garbage was collected between two moments, on any thread."""
     to_clock_ns = _clock_ns() - time.time_ns()
-    pauses = zip(gc_pauses.pauses_ns, gc_pauses.ends_ns, strict=True)
     return sum(
-        pause_ns for pause_ns, end_ns in pauses if began_ns < end_ns + to_clock_ns <= ended_ns
+        pause_ns
+        for pause_ns, end_ns in gc_pauses.pauses()
+        if began_ns < end_ns + to_clock_ns <= ended_ns
     )
 
 
-_TIMES_COLLECTIONS = GcPauses._on_collection.__code__
-
-
-def _look(loop: asyncio.AbstractEventLoop, innermost: FrameType, turn_ns: int) -> Look:
-    stack = capture(innermost)
-    if stack[0][0] is _TIMES_COLLECTIONS:
-        stack = stack[1:]  # it takes the GIL's turn where a call in C collects
-    return Look(stack, _labels(loop), turn_ns)
+def _look(loop: asyncio.AbstractEventLoop, stack: ThreadStack, turn_ns: int) -> Look:
+    places = stack.places()
+    if is_timing(places[0][0]):
+        places = places[1:]  # it takes the GIL's turn where a call in C collects
+    return Look(places, _labels(loop), turn_ns)
 
 
 def _labels(loop: asyncio.AbstractEventLoop) -> tuple[Label, ...]:

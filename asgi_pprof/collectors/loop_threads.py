@@ -20,10 +20,10 @@ import os
 import selectors
 import sys
 from contextlib import suppress
-from types import CodeType, FrameType
+from types import CodeType
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-from asgi_pprof.collectors.loops import frame_local
+from asgi_pprof.runtime.frames import LocalsOf, ThreadStack
 
 if TYPE_CHECKING:
     import ctypes
@@ -37,23 +37,31 @@ class TurnClock(Protocol):
         """Whether it can tell; if not, only the loop itself can give a sign."""
         ...
 
-    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, stack: ThreadStack) -> int:
         """
         Return when the loop's turn began, 0 if it is in none.
 
         Args:
             loop: The loop, alive and running.
-            innermost: The frame its thread is in.
+            stack: What its thread is at, with `TURN_VARIABLES`.
         """
         ...
 
-    def is_waiting(self, innermost: FrameType) -> bool:
-        """Tell whether it is certain that a loop of this kind waits there for events; quick."""
+    def is_waiting(self, stack: ThreadStack) -> bool:
+        """
+        Tell whether it is certain that a loop of this kind waits there for events; quick.
+
+        Args:
+            stack: At least the two innermost frames.
+        """
         ...
 
-    def learn(self, callback: FrameType) -> bool:
+    def learn(self, stack: ThreadStack) -> bool:
         """
-        Take notice of a callback's own frame, on the loop's thread.
+        Take notice of where a callback is called, on the loop's thread.
+
+        Args:
+            stack: With the callback innermost, and `TURN_VARIABLES`.
 
         Returns:
             False if what was told so far may have been wrong.
@@ -72,34 +80,27 @@ def turn_clock(loop: asyncio.AbstractEventLoop) -> TurnClock:
 _RUN_ONCE = asyncio.BaseEventLoop._run_once.__code__  # type: ignore[attr-defined]
 _SELECT = selectors.DefaultSelector.select.__code__
 
+TURN_VARIABLES: LocalsOf = ((_RUN_ONCE, "self", "end_time"),)
+"""What is to be read of a loop's thread besides its stack."""
+
 
 class _AsyncioTurns:
     """Loops of asyncio's own, and those derived from them that turn as they do."""
 
     tells = False  # until the loop has shown itself
 
-    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
-        frame = _run_once(innermost)
-        if frame is None or frame_local(frame, "self") is not loop:
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, stack: ThreadStack) -> int:
+        if stack.local("self") is not loop:
             return 0
-        noted = frame_local(frame, "end_time")
+        noted = stack.local("end_time")
         return int(noted * 1e9) if type(noted) is float else 0
 
-    def is_waiting(self, innermost: FrameType) -> bool:
-        if innermost.f_code is not _SELECT:
-            return False
-        outer = innermost.f_back
-        return outer is not None and outer.f_code is _RUN_ONCE
+    def is_waiting(self, stack: ThreadStack) -> bool:
+        return stack.code(0) is _SELECT and stack.code(1) is _RUN_ONCE
 
-    def learn(self, callback: FrameType) -> bool:
-        self.tells = _run_once(callback) is not None
+    def learn(self, stack: ThreadStack) -> bool:
+        self.tells = stack.found >= 0
         return True
-
-
-def _run_once(frame: FrameType | None) -> FrameType | None:
-    while frame is not None and frame.f_code is not _RUN_ONCE:
-        frame = frame.f_back
-    return frame
 
 
 class _UvloopTurns:
@@ -113,17 +114,16 @@ class _UvloopTurns:
     def tells(self) -> bool:
         return self._below is not None
 
-    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
-        if self._below is None or innermost.f_code is self._below:
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, stack: ThreadStack) -> int:
+        if self._below is None or stack.code(0) is self._below:
             return 0
         return self._noted.value * 1_000_000
 
-    def is_waiting(self, innermost: FrameType) -> bool:
-        return innermost.f_code is self._below
+    def is_waiting(self, stack: ThreadStack) -> bool:
+        return stack.code(0) is self._below
 
-    def learn(self, callback: FrameType) -> bool:
-        below, before = callback.f_back, self._below
-        self._below = None if below is None else below.f_code
+    def learn(self, stack: ThreadStack) -> bool:
+        before, self._below = self._below, stack.code(1)
         return self._below is before
 
 
@@ -132,13 +132,13 @@ class _NoTurns:
 
     tells = False
 
-    def turn_ns(self, loop: asyncio.AbstractEventLoop, innermost: FrameType) -> int:
+    def turn_ns(self, loop: asyncio.AbstractEventLoop, stack: ThreadStack) -> int:
         return 0
 
-    def is_waiting(self, innermost: FrameType) -> bool:
+    def is_waiting(self, stack: ThreadStack) -> bool:
         return False
 
-    def learn(self, callback: FrameType) -> bool:
+    def learn(self, stack: ThreadStack) -> bool:
         return True
 
 

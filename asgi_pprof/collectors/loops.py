@@ -24,17 +24,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 from asgi_pprof.native import native
-from asgi_pprof.stacks import current_frames
+from asgi_pprof.runtime.frames import frame_local, frame_objects
 
 _asyncio: Any
 try:
@@ -46,11 +45,6 @@ _Task: TypeAlias = "asyncio.Task[Any]"
 _Entry: TypeAlias = "_Task | weakref.ref[_Task]"
 _LOOP_NAMES = ("self", "loop", "runner", "_loop", "event_loop")
 
-# The locals of a generator's or coroutine's frame that has just ended crash (gh-125723,
-# mended in 3.13.6), and the frames of other threads end at any time.
-_ENDED_GENERATORS_CRASH = (3, 13) <= sys.version_info < (3, 13, 6)
-_GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
-
 
 class RunningLoop(NamedTuple):
     """An event loop that a thread runs, and which of its tasks; None between two tasks."""
@@ -60,19 +54,13 @@ class RunningLoop(NamedTuple):
     task: _Task | None
 
 
-def running_loops(
-    current_frames: Callable[[], dict[int, FrameType]] = current_frames,
-) -> list[RunningLoop]:
-    """
-    Return the loop each thread runs now, the calling thread's included.
-
-    Args:
-        current_frames: Test seam; asked where the C core is not there.
-    """
+def running_loops() -> list[RunningLoop]:
+    """Return the loop each thread runs now, the calling thread's included."""
     own = asyncio._get_running_loop()
     rows = native.running_loops(own) if native else None
     if rows is None:
-        rows = [(*each, None) for each in _seen_in_frames(own, current_frames())]
+        with frame_objects() as frames:
+            rows = [(*each, None) for each in _seen_in_frames(own, frames)]
     # What a row does not say asyncio does, up to 3.13 from a dict of its module.
     return [RunningLoop(ident, loop, task or _current_task(loop)) for ident, loop, task in rows]
 
@@ -127,60 +115,6 @@ def _loops_of(frame: FrameType | None) -> Iterator[tuple[asyncio.AbstractEventLo
             if issubclass(type(value), asyncio.AbstractEventLoop):
                 yield cast(asyncio.AbstractEventLoop, value), is_runner
         frame = frame.f_back
-
-
-def frame_local(frame: FrameType, name: str, default: object = None) -> object:
-    """
-    Return the value of a live frame's local, of any thread, or the default.
-
-    No value outlives its variable by this.
-    """
-    code = frame.f_code
-    if not code.co_flags & inspect.CO_OPTIMIZED:  # a module's or class's are a dict anyhow
-        return frame.f_locals.get(name, default)
-    if name not in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
-        return default
-    if native:
-        try:
-            return cast(object, native.frame_local(frame, name))
-        except LookupError:
-            return default
-    if sys.version_info >= (3, 13):
-        if _ENDED_GENERATORS_CRASH and code.co_flags & _GENERATOR:
-            return default
-        return frame.f_locals.get(name, default)
-    return _local_of_snapshot(frame, name, default)
-
-
-def _local_of_snapshot(frame: FrameType, name: str, default: object) -> object:
-    """
-    Return a local by way of `f_locals`, which before 3.13 is a dict the frame keeps.
-
-    It would keep all values alive as long as the frame: for a worker thread's
-    outermost ones, for ever. So it is emptied, unless that could be noticed: by
-    whoever else has it (`locals()` gives the very same dict), or by the frame.
-    After a trace or profile function has returned, the interpreter writes the
-    dict back to the variables, and what is not in it is unset (CPython 3.12,
-    Python/sysmodule.c, call_trampoline).
-    """
-    values = frame.f_locals
-    value = values.get(name, default)
-    references = sys.getrefcount(values)
-    if references == 3 and not _may_be_traced(frame):  # the frame's, ours, the argument's
-        values.clear()
-    return value
-
-
-def _may_be_traced(frame: FrameType) -> bool:
-    # A thread's own functions are not to be seen from outside: the ones for all
-    # threads tell that there is a debugger or a profiler at work.
-    return (
-        frame.f_trace is not None
-        or sys.gettrace() is not None
-        or sys.getprofile() is not None
-        or threading.gettrace() is not None
-        or threading.getprofile() is not None
-    )
 
 
 class TaskList:

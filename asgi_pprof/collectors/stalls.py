@@ -61,10 +61,11 @@ from asgi_pprof.collectors.loop_pulse import (
     Stall,
     Waking,
 )
-from asgi_pprof.collectors.loop_threads import LoopThread
+from asgi_pprof.collectors.loop_threads import TURN_VARIABLES, LoopThread
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, current_frames
+from asgi_pprof.runtime.frames import RawStack, current_frames
+from asgi_pprof.stacks import UNKNOWN, Symbols
 
 DEFAULT_THRESHOLD_MS = 100.0
 OFF = "off: stalls of the event loop are not recorded"
@@ -171,7 +172,7 @@ class StallWatch:
 
     Importing or making it starts nothing: the thread lives while there is a
     loop to watch and a threshold. Collections of garbage are told apart while
-    they are timed (`memstats.gc_pauses`), which a middleware sees to.
+    they are timed (`runtime.gc_pauses`), which a middleware sees to.
 
     Args:
         open_thread: Gives what the system tells of a thread.
@@ -332,7 +333,7 @@ class StallWatch:
         """Start the thread unless it runs or has nothing to watch."""
         if self._is_watching or not self._pulses or not self.is_on():
             return
-        for pulse in self._pulses.values():
+        for pulse in list(self._pulses.values()):
             pulse.begin()
         # Not threading.Thread: it is not the application's, and not to be counted.
         with suppress(RuntimeError):  # no more threads: tried again with the next loop
@@ -386,12 +387,12 @@ class StallWatch:
         """Return what to watch; if that is nothing, the thread has ended."""
         with self._lock:
             self._has_changed = False
-            for key, pulse in list(self._pulses.items()):
+            for key, pulse in self._pulses.copy().items():
                 if pulse.loop() is None:
                     self._dropped.append(self._pulses.pop(key))
             pulses = list(self._pulses.values()) if self.is_on() else []
             if not pulses:
-                for pulse in self._pulses.values():
+                for pulse in list(self._pulses.values()):
                     pulse.close()
             self._close_dropped()
             self._is_watching = bool(pulses)
@@ -460,20 +461,14 @@ class _Sleeper:
 
 
 def _look(pulses: list[LoopPulse], waking: Waking) -> None:
-    frames = current_frames()
-    try:
-        for pulse in pulses:
-            pulse.look(waking, frames)
-    finally:
-        frames.clear()
+    stacks = current_frames([pulse.ident for pulse in pulses], locals_of=TURN_VARIABLES)
+    for pulse in pulses:
+        pulse.look(waking, stacks)
 
 
 def _all_rest(pulses: list[LoopPulse]) -> bool:
-    frames = current_frames()
-    try:
-        return all(pulse.is_at_rest(frames) for pulse in pulses)
-    finally:
-        frames.clear()
+    stacks = current_frames([pulse.ident for pulse in pulses], depth=2)
+    return all(pulse.is_at_rest(stacks) for pulse in pulses)
 
 
 def _waits() -> int:

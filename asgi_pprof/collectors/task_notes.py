@@ -338,7 +338,7 @@ def _library_files() -> frozenset[str]:
     with contextlib.suppress(ImportError):
         importlib.import_module("anyio._backends._asyncio")  # which it loads at its first use
     names = ("asyncio.", "anyio.")
-    modules = [each for name, each in list(sys.modules.items()) if name.startswith(names)]
+    modules = [each for name, each in sys.modules.copy().items() if name.startswith(names)]
     files = (getattr(module, "__file__", None) for module in modules)
     return frozenset(file for file in files if file)
 

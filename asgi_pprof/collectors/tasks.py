@@ -35,7 +35,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from contextvars import Context
-from types import FrameType
 from typing import Any, NamedTuple, cast
 
 from asgi_pprof.collectors.loops import RunningLoop, TaskList, alive, running_loops
@@ -52,15 +51,14 @@ from asgi_pprof.profile import (
     ValueType,
     pseudo_location,
 )
+from asgi_pprof.runtime.frames import capture, current_frames, is_generator, running_frames
 from asgi_pprof.stacks import (
     MAX_DEPTH,
     TRUNCATED,
     UNKNOWN,
     Symbols,
     await_chain,
-    call_stack,
     chain_stack,
-    current_frames,
 )
 
 ANSWER_S = 1.0
@@ -263,8 +261,8 @@ class Look:
 
     def callback(self, running: RunningLoop) -> Goroutine:
         """Return what holds a loop outside any task."""
-        frame = current_frames().get(running.thread_ident)
-        stack = call_stack(frame, self._symbols) or (UNKNOWN,)
+        ident = running.thread_ident
+        stack = self._symbols.stack(capture(current_frames((ident,)).get(ident))) or (UNKNOWN,)
         return Goroutine(0, "running", stack, (_STUCK, ("task", "none: a callback")))
 
     def awaited(self, task: Task) -> Iterable[Task]:
@@ -337,14 +335,8 @@ def _running_tasks() -> list[Task]:
 
 def _running_stack(task: Task, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
-    outermost = getattr(task.get_coro(), "cr_frame", None)
-    for frame in current_frames().values():
-        inner: FrameType | None = frame
-        while inner is not None:
-            if inner is outermost:
-                return call_stack(frame, symbols, until=outermost)
-            inner = inner.f_back
-    return ()
+    coroutine = task.get_coro()
+    return symbols.stack(running_frames(coroutine)) if is_generator(coroutine) else ()
 
 
 def _names(tasks: Iterable[Task]) -> str:

@@ -1,14 +1,14 @@
 """
 thread: where every OS thread is now. threadcreate: where each was started.
 
-thread: one sample a thread with its current stack, from
-`sys._current_frames()`: the GIL is held while it is read, so the stacks belong
-to one moment. Labels tell its name, the system's id for it, whether it is a
-daemon, what the system says it does (right after), and the event loop and the
-task it runs. Threads that Python does not know (a C library's) have one
-pseudo-frame with the system's name for them. Costs about 0.1 us a frame with
-the GIL held, on request only. It misses what a thread does in C, and who had
-the GIL: whoever looks has it.
+thread: one sample a thread with its current stack (`runtime.frames`): the GIL is
+held while all are read, so the stacks belong to one moment. Labels tell its
+name, the system's id for it, whether it is a daemon, what the system says it
+does (right after), and the event loop and the task it runs. Threads that Python
+does not know (a C library's) have one pseudo-frame with the system's name for
+them. It costs nothing until somebody asks. It misses what a thread does in C,
+and who had the GIL: whoever looks has it. Threads of other interpreters are not
+looked at; without the C core no other thread is, while there are any.
 
 threadcreate: the stack that called `threading.Thread.start`, counted and never
 forgotten, as Go counts threads ever created. `Thread.start` is wrapped while a
@@ -35,7 +35,8 @@ from asgi_pprof.collectors.cpu_clocks import native_thread_ids
 from asgi_pprof.collectors.loops import RunningLoop, running_loops
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, Stack, ValueType, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture, current_frames
+from asgi_pprof.runtime.frames import CurrentFrames, RawStack, capture, current_frames, why_not
+from asgi_pprof.stacks import UNKNOWN, Symbols
 
 _MAX_STACKS = 4096  # different stacks that start threads
 
@@ -45,10 +46,10 @@ class ThreadCollector:
     The stack of every OS thread.
 
     Args:
-        current_frames: Test seam for `stacks.current_frames`.
+        current_frames: Test seam for `frames.current_frames`.
     """
 
-    def __init__(self, current_frames: Callable[[], dict[int, FrameType]] = current_frames) -> None:
+    def __init__(self, current_frames: CurrentFrames = current_frames) -> None:
         self._current_frames = current_frames
 
     def count(self) -> int:
@@ -69,12 +70,12 @@ class ThreadCollector:
         loops = {running.thread_ident: running for running in running_loops()}
         stacks: list[tuple[RawStack, tuple[Label, ...]]] = []
         listed, unlisted = set(), 0
-        for ident, frame in self._current_frames().items():
+        for ident, stack in self._current_frames().items():
             thread = threads.get(ident)
             if thread is not None:
                 listed.add(thread.native_id)
             unlisted += thread is None
-            stacks.append((capture(frame), _labels(thread, loops.get(ident))))
+            stacks.append((stack.places(), _labels(thread, loops.get(ident))))
         native = [thread_id for thread_id in native_thread_ids() if thread_id not in listed]
         # Threads that run Python but are unknown to `threading` are in both
         # views, and nothing says which is which: leave out as many.
@@ -86,15 +87,15 @@ class ThreadCollector:
             )
             for thread_id in native[unlisted:]
         ]
-        return functools.partial(_thread_profile, stacks, others, time.time_ns())
+        return functools.partial(_thread_profile, stacks, others, time.time_ns(), why_not())
 
 
 def _thread_profile(
-    stacks: list[tuple[RawStack, tuple[Label, ...]]], others: list[Sample], time_ns: int
+    stacks: list[tuple[RawStack, tuple[Label, ...]]], others: list[Sample], time_ns: int, note: str
 ) -> Profile:
     symbols = Symbols()
     samples = [Sample(symbols.stack(raw) or (UNKNOWN,), (1,), labels) for raw, labels in stacks]
-    return _count_profile("thread", samples + others, time_ns)
+    return _count_profile("thread", samples + others, time_ns, (note,) if note else ())
 
 
 class ThreadStarts:
@@ -216,9 +217,12 @@ def _threadcreate_profile(
     return _count_profile("threadcreate", samples, time_ns)
 
 
-def _count_profile(name: str, samples: list[Sample], time_ns: int) -> Profile:
+def _count_profile(
+    name: str, samples: list[Sample], time_ns: int, comments: tuple[str, ...] = ()
+) -> Profile:
     kind = ValueType(name, "count")
-    return Profile((kind,), sum_samples(samples), kind, period=1, time_ns=time_ns)
+    summed = sum_samples(samples)
+    return Profile((kind,), summed, kind, period=1, time_ns=time_ns, comments=comments)
 
 
 def _labels(thread: threading.Thread | None, running: RunningLoop | None) -> tuple[Label, ...]:

@@ -26,8 +26,8 @@ from pathlib import Path
 from types import FunctionType, GeneratorType
 from typing import Any, NamedTuple
 
-from asgi_pprof.collectors.loops import frame_local
 from asgi_pprof.collectors.workers import Work, Workers
+from asgi_pprof.runtime.frames import generator_local
 from asgi_pprof.stacks import Chain
 
 Task = asyncio.Task[Any]
@@ -131,7 +131,7 @@ class Waits:
 
         Args:
             future: What would wake it.
-            chain: Its awaitables and their frames, outermost first.
+            chain: Its awaitables, outermost first.
         """
         library = list(self._library(chain))
         reason = library[-1][0] if library else ""
@@ -139,7 +139,7 @@ class Waits:
             return self._thread(future, library)
         if reason == "as_completed":
             # Up to 3.12 a generator, which the coroutine around has on its stack.
-            innermost = [each for each, _ in chain][-len(library) - 1 :]
+            innermost = [each.awaitable for each in chain][-len(library) - 1 :]
             return Wait(reason, _tasks_held(innermost))
         if reason in ("wait", "TaskGroup"):
             return Wait(reason, _tasks_held(awaitable for _, awaitable in library))
@@ -150,10 +150,9 @@ class Waits:
     def _library(self, chain: Chain) -> Iterator[tuple[str, object]]:
         """Yield reason and awaitable of the innermost frames that are asyncio's or anyio's."""
         last = ""
-        for awaitable, frame in reversed(chain):
-            if frame is None:
+        for awaitable, code, _ in reversed(chain):
+            if code is None:
                 continue
-            code = frame.f_code
             reason = self._reasons.get((code.co_filename, code.co_qualname))
             if reason is None and code.co_filename.startswith(_OWN_FILES):
                 continue  # around a method of asyncio's while contention is recorded
@@ -259,9 +258,9 @@ def _closed_over(callback: object, function: str, variable: str) -> object:
 
 
 def _closed_over_by(generator: GeneratorType[Any, Any, Any], variable: str) -> Any:
-    if generator.gi_frame is None or variable not in generator.gi_code.co_cellvars:
+    if variable not in generator.gi_code.co_cellvars:
         return ()
-    return frame_local(generator.gi_frame, variable, ())
+    return generator_local(generator, variable) or ()
 
 
 def _self(coroutine: object) -> object:

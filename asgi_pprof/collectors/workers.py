@@ -27,14 +27,22 @@ import operator
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from contextvars import Context
-from types import BuiltinFunctionType, CodeType, FrameType
+from types import BuiltinFunctionType, CodeType
 from typing import Any, NamedTuple, cast
 
-from asgi_pprof.collectors.loops import frame_local
-from asgi_pprof.stacks import RawStack, await_chain, current_frames
+from asgi_pprof.runtime.frames import (
+    CurrentFrames,
+    LocalsOf,
+    RawStack,
+    ThreadStack,
+    current_frames,
+    generator_local,
+    is_generator,
+)
+from asgi_pprof.stacks import await_chain
 
 Task = asyncio.Task[Any]
 
@@ -83,17 +91,17 @@ class Workers:
     The worker threads of one moment, and the executors they belong to.
 
     Args:
-        current_frames: Test seam for `stacks.current_frames`.
+        current_frames: Test seam for `frames.current_frames`.
     """
 
-    def __init__(self, current_frames: Callable[[], dict[int, FrameType]] = current_frames) -> None:
+    def __init__(self, current_frames: CurrentFrames = current_frames) -> None:
         self._work: dict[int, Work] = {}
         busy: set[threading.Thread] = set()
-        run = _anyio_run()
+        wanted = _wanted()
         threads = {thread.ident: thread for thread in threading.enumerate()}
-        for ident, frame in current_frames().items():
+        for ident, stack in current_frames(locals_of=wanted).items():
             thread = threads.get(ident)
-            work = _work(frame, run, thread.name) if thread else None
+            work = _work(stack, thread.name) if thread else None
             if thread is not None and work is not None:
                 busy.add(thread)
                 self._work[id(work.future)] = work
@@ -147,7 +155,7 @@ def default_limiter(loop: asyncio.AbstractEventLoop) -> Any:
     """Return what limits the threads anyio starts for a loop, None if it has not started any."""
     run_vars = getattr(sys.modules.get("anyio.lowlevel"), "_run_vars", {})
     with suppress(TypeError):  # a foreign loop that cannot be referenced weakly
-        for variable, value in list(run_vars.get(loop, {}).items()):
+        for variable, value in dict(run_vars.get(loop, {})).items():
             # A `RunVar`, or in anyio's older versions its name.
             if getattr(variable, "_name", variable) == "_default_thread_limiter":
                 return value if _is_limiter(value) else None
@@ -165,9 +173,9 @@ def limiter_pool(name: str, limiter: Any) -> tuple[Pool, list[Task]]:
 
 
 def _limiter_of(task: Task, run_sync: CodeType | None) -> Any:
-    for _, frame in await_chain(task.get_coro()):
-        if frame is not None and frame.f_code is run_sync:
-            limiter = frame_local(frame, "limiter")
+    for awaitable, code, _ in await_chain(task.get_coro()):
+        if code is not None and code is run_sync and is_generator(awaitable):
+            limiter = generator_local(awaitable, "limiter")
             return limiter if _is_limiter(limiter) else None
     return None
 
@@ -177,31 +185,32 @@ def _is_limiter(value: object) -> bool:
     return kind is not None and issubclass(type(value), kind)
 
 
-def _work(frame: FrameType | None, anyio_run: CodeType | None, thread: str) -> Work | None:
-    stack: list[tuple[CodeType, int]] = []
-    while frame is not None:
-        code = frame.f_code
-        if code is _RUN_ITEM:
-            item = frame_local(frame, "self")
-            future = getattr(item, "future", None)
-            # 3.14 keeps function and arguments together.
-            task = getattr(item, "task", None) or (getattr(item, "fn", None), ())
-            function, arguments = task[0], getattr(item, "args", task[1])
-            # From 3.14 on another of the pool's frames stands between.
-            if stack and stack[-1][0].co_filename == code.co_filename:
-                stack.pop()
-            break
-        if code is anyio_run:
-            future = frame_local(frame, "future")
-            function, arguments = frame_local(frame, "func"), frame_local(frame, "args", ())
-            break
-        stack.append((code, frame.f_lasti))
-        frame = frame.f_back
-    else:
+def _wanted() -> LocalsOf:
+    """Return the frames by which a worker thread is known, and which of their variables tell."""
+    run = _anyio_run()
+    anyio = () if run is None else ((run, "future", "func", "args"),)
+    return ((_RUN_ITEM, "self"), *anyio)
+
+
+def _work(thread_stack: ThreadStack, thread: str) -> Work | None:
+    if thread_stack.found < 0:
         return None
+    stack = thread_stack.places()[: thread_stack.found]
+    item = thread_stack.local("self")
+    if type(item) is _WorkItem:
+        future = getattr(item, "future", None)
+        # 3.14 keeps function and arguments together.
+        task = getattr(item, "task", None) or (getattr(item, "fn", None), ())
+        function, arguments = task[0], getattr(item, "args", task[1])
+        # From 3.14 on another of the pool's frames stands between.
+        if stack and stack[-1][0].co_filename == _RUN_ITEM.co_filename:
+            stack = stack[:-1]
+    else:
+        future = thread_stack.local("future")
+        function, arguments = thread_stack.local("func"), thread_stack.local("args") or ()
     if future is None:
         return None  # idle
-    return Work(thread, tuple(stack), _name(function, arguments), future)
+    return Work(thread, stack, _name(function, arguments), future)
 
 
 def _anyio_run() -> CodeType | None:
@@ -240,7 +249,8 @@ def _anyio_run_sync() -> CodeType | None:
 def _threads_by_queue() -> list[tuple[object, list[threading.Thread]]]:
     """Return the queue and the threads of every ThreadPoolExecutor that has any."""
     queues: dict[int, tuple[object, list[threading.Thread]]] = {}
-    for reference, queue in list(cast(Any, concurrent.futures.thread._threads_queues).data.items()):
+    known = cast(Any, concurrent.futures.thread._threads_queues).data
+    for reference, queue in known.copy().items():  # other threads start workers meanwhile
         thread = reference()
         if thread is not None and thread.is_alive():
             queues.setdefault(id(queue), (queue, []))[1].append(thread)

@@ -1,4 +1,4 @@
-"""Running loops, all tasks of the process, locals of live frames; with the C core and without."""
+"""Running loops and all tasks of the process, with the C core and without."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ import asyncio
 import contextlib
 import sys
 import threading
-import time
 import weakref
-from concurrent.futures import ThreadPoolExecutor
 
-import anyio.from_thread
-import anyio.to_thread
 import pytest
 import uvloop
 
 from asgi_pprof.collectors import loops
-from asgi_pprof.collectors.loops import TaskList, alive, frame_local, running_loops
+from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.native import native
 from tests.programs import run_program
 
@@ -295,7 +291,6 @@ def test_references_are_given_back():
             for _ in range(1000):
                 TaskList().tasks()
                 running_loops()
-                frame_local(sys._getframe(), "event")
             counted = [*tasks, loop, current, event, None]
             counts.append([sys.getrefcount(each) for each in counted[:-1]])
         event.set()
@@ -482,198 +477,3 @@ def test_a_loop_that_a_thread_merely_holds_is_not_its_own(core, loop_name):
 
     (row,) = run(main(), loop_name)
     assert row.thread_ident == threading.get_ident()
-
-
-def kept_in_a_frame(ready, end, target=None):
-    absent_until_later = None
-    del absent_until_later
-    target = target or Foreign(None, "value")
-    shared = [1]
-
-    def inner(argument=target):
-        cell_of_outer = shared
-        own_cell = {"a": 1}
-        unset = (lambda: own_cell) and None
-        del unset
-        ready.set()
-        end.wait(30)
-        return cell_of_outer, argument
-
-    inner()
-
-
-def frame_of(thread, name):
-    frame = sys._current_frames()[thread.ident]
-    while frame is not None and not frame.f_code.co_qualname.endswith(name):
-        frame = frame.f_back
-    return frame
-
-
-def test_locals_of_another_threads_frames(core):
-    """Arguments, variables, cells of its own and of outer functions; the default if unset."""
-    with in_a_thread(kept_in_a_frame) as thread:
-        inner, outer = frame_of(thread, "inner"), frame_of(thread, "kept_in_a_frame")
-        assert frame_local(inner, "argument").get_name() == "value"
-        assert frame_local(inner, "cell_of_outer") == [1]
-        assert frame_local(inner, "shared") == [1]
-        assert frame_local(outer, "shared") == [1]
-        assert frame_local(inner, "own_cell") == {"a": 1}
-        assert frame_local(inner, "unset", "default") == "default"
-        assert frame_local(outer, "absent_until_later") is None
-        assert frame_local(inner, "target", "default") in ("default", frame_local(outer, "target"))
-        assert frame_local(inner, "no such name", 5) == 5
-        del inner, outer
-
-
-def test_locals_of_a_module_and_a_class():
-    """These are in a dict, and read from it."""
-    scope = {"frame_local": frame_local, "sys": sys, "value": 1, "seen": []}
-    source = """
-seen.append(frame_local(sys._getframe(), "value"))
-class Body:
-    attribute = 2
-    seen.append(frame_local(sys._getframe(), "attribute"))
-    seen.append(frame_local(sys._getframe(), "none", 3))
-"""
-    exec(source, scope)
-    assert scope["seen"] == [1, 2, 3]
-
-
-def test_a_frame_that_has_ended_has_no_locals(core):
-    """And one whose function is done still has them: a frame that somebody keeps."""
-
-    def function():
-        value = object()
-        return sys._getframe(), value
-
-    frame, value = function()
-    assert frame_local(frame, "value") is value
-    frame.clear()
-    assert frame_local(frame, "value") is None
-
-
-def test_frames_of_generators(core):
-    """Before they have begun, suspended, closed and freed; not where CPython's own view crashes."""
-
-    def generator(argument):
-        value = [argument]
-        yield value
-
-    made = generator(7)
-    frame = made.gi_frame
-    if core == "pure" and loops._ENDED_GENERATORS_CRASH:
-        assert frame_local(frame, "argument") is None
-        return
-    assert frame_local(frame, "argument") == 7
-    assert frame_local(frame, "value") is None
-    assert next(made) is frame_local(frame, "value")
-    made.close()
-    assert frame_local(frame, "value") in (None, [7])  # 3.13 up to 3.13.5 drops it at once
-    del made
-    assert frame_local(frame, "value") in (None, [7])
-    frame.clear()
-    assert frame_local(frame, "value") is None
-
-
-def test_a_value_does_not_outlive_its_variable(core):
-    """Reading it leaves no snapshot behind in the frame, which may live as long as its thread."""
-    read, dropped = threading.Event(), threading.Event()
-    ended = threading.Event()
-    references = []
-
-    def holder():
-        value = Foreign(None, "value")
-        references.append(weakref.ref(value))
-        ended.set()
-        read.wait(30)
-        del value
-        dropped.set()
-        ended.wait(30)
-
-    thread = threading.Thread(target=holder)
-    thread.start()
-    assert ended.wait(30)
-    ended.clear()
-    frame = frame_of(thread, "holder")
-    assert frame_local(frame, "value").get_name() == "value"
-    read.set()
-    assert dropped.wait(30)
-    gone = references[0]() is None
-    ended.set()
-    thread.join()
-    assert gone
-
-
-def test_a_snapshot_the_application_has_stays_whole(core):
-    """Before 3.13 `locals()` gives the very dict that frames keep: it is not emptied."""
-    value = [1]
-    mine = locals()
-    assert frame_local(sys._getframe(), "value") is value
-    assert mine["value"] is value
-
-
-@pytest.mark.parametrize("install", ["settrace", "setprofile"])
-def test_a_traced_frame_keeps_its_variables(core, install):
-    """The interpreter writes the snapshot back after a trace function, and it is whole then."""
-
-    def traced(argument):
-        variable = 2
-        return argument, variable
-
-    def trace(frame, event, argument):
-        frame_local(frame, "argument")
-        return trace
-
-    before = getattr(sys, install.replace("set", "get"))()
-    getattr(sys, install)(trace)
-    try:
-        result = traced(1)
-    finally:
-        getattr(sys, install)(before)
-    assert result == (1, 2)
-
-
-def test_what_a_worker_of_the_executor_does(core):
-    """The work item is the `self` of a live frame."""
-    ready, end = threading.Event(), threading.Event()
-
-    def work():
-        ready.set()
-        end.wait(30)
-
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        assert ready.wait(30)
-        (thread,) = pool._threads
-        # From 3.14 on another `run` stands between it and the function.
-        item = frame_local(frame_of(thread, "_WorkItem.run"), "self")
-        end.set()
-    assert item.future is future
-
-
-def test_what_a_worker_of_anyio_does(core):
-    """The future it will fulfil is a live local of its thread."""
-    found = []
-
-    async def main():
-        ready, end = asyncio.Event(), threading.Event()
-
-        def work():
-            found.append(threading.current_thread())
-            anyio.from_thread.run_sync(ready.set)
-            end.wait(30)
-
-        task = asyncio.create_task(anyio.to_thread.run_sync(work))
-        await ready.wait()
-        assert found
-        future = frame_local(frame_of(found[0], "WorkerThread.run"), "future")
-        other = frame_local(frame_of(found[0], "WorkerThread.run"), "no such")
-        pending = isinstance(future, asyncio.Future) and not future.done()
-        end.set()
-        await task
-        return pending, other
-
-    assert run(main()) == (True, None)
-    deadline = time.monotonic() + 30
-    while found[0].is_alive() and time.monotonic() < deadline:
-        time.sleep(0.01)

@@ -7,7 +7,6 @@ import contextlib
 import functools
 import gc
 import os
-import sys
 import threading
 import time
 import weakref
@@ -21,6 +20,7 @@ import uvloop
 
 from asgi_pprof.collectors.task_notes import waits_for
 from asgi_pprof.collectors.workers import Pool, Workers, default_limiter, limiter_pool
+from asgi_pprof.runtime.frames import current_frames
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
@@ -205,9 +205,9 @@ def test_pools_without_threads_are_unknown():
 
 def test_frames_of_threads_that_have_ended_are_left_aside():
     """The moment's frames may name threads that are no more."""
-    frames = {-1: next(iter(sys._current_frames().values()))}
+    frames = {12345: next(iter(current_frames().values()))}
     with holding(1, 1) as (_, _, (future,)):
-        workers = Workers(current_frames=lambda: frames)
+        workers = Workers(current_frames=lambda **_: frames)
         assert workers.working_for(future) is None
         assert [each for each in workers.pools if each.name == "shop"] == [Pool("shop", 0, 1, 0)]
 

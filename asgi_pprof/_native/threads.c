@@ -1,0 +1,49 @@
+#include "threads.h"
+
+#include <sched.h>
+
+/*
+ * The lock is held for moments only, and never by one that waits for the GIL. It is
+ * tried and not waited for: CPython 3.13 does not export the waiting that keeps
+ * the GIL, and a wait that gives it up can deadlock.
+ */
+#define LOCK_TRIES 1000
+
+static bool
+try_lock(void)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    uint8_t unlocked = 0;
+    return _Py_atomic_compare_exchange_uint8(&_PyRuntime.interpreters.mutex._bits, &unlocked, 1);
+#else
+    return PyThread_acquire_lock(_PyRuntime.interpreters.mutex, NOWAIT_LOCK);
+#endif
+}
+
+bool
+threads_lock(void)
+{
+    for (int i = 0; i < LOCK_TRIES; i++) {
+        if (try_lock()) {
+            return true;
+        }
+        sched_yield();
+    }
+    return false;
+}
+
+void
+threads_unlock(void)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    PyMutex_Unlock(&_PyRuntime.interpreters.mutex);
+#else
+    PyThread_release_lock(_PyRuntime.interpreters.mutex);
+#endif
+}
+
+PyThreadState *
+threads_first(void)
+{
+    return PyInterpreterState_Main()->threads.head;
+}

@@ -1,0 +1,1 @@
+"""What CPython and asyncio keep of a running program, read from outside. Imports no collector."""

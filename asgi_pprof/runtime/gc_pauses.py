@@ -1,0 +1,156 @@
+"""
+How long collections of garbage take, timed by an entry of `gc.callbacks`.
+
+With the C core the entry is in C. One in Python may let other threads run in the
+middle of whatever allocates, which an application need not expect (on CPython 3.11
+it crashes who reads frames just then). It costs well under 1 us a collection.
+
+Source: runtime/mstats.go, PauseNs and PauseEnd; CPython, gc.callbacks.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from types import CodeType
+from typing import Protocol
+
+from asgi_pprof.native import native
+
+_RING = 256  # as Go's PauseNs and PauseEnd
+
+
+class Timer(Protocol):
+    """An entry of `gc.callbacks`."""
+
+    @property
+    def count(self) -> int:
+        """Collections, timed or not, with those that `begin` was told of."""
+
+    @property
+    def total_ns(self) -> int:
+        """Nanoseconds of all that were timed."""
+
+    @property
+    def last_end_ns(self) -> int:
+        """When the last one ended, by `time.time_ns`; 0 before the first."""
+
+    def __call__(self, phase: str, info: dict[str, int], /) -> None: ...
+
+    def begin(self, count: int, /) -> None:
+        """Go on from so many collections; none is being timed."""
+
+    def pauses(self) -> tuple[tuple[int, int], ...]:
+        """Return the last 256 as (nanoseconds, end by `time.time_ns`), in Go's ring."""
+
+
+class PythonTimer:
+    """The same without the C core."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total_ns = 0
+        self.last_end_ns = 0
+        self._started_ns = 0
+        self._pauses = [(0, 0)] * _RING
+
+    def begin(self, count: int) -> None:
+        self.count = count
+        self._started_ns = 0
+
+    def __call__(self, phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            self._started_ns = time.perf_counter_ns()
+            return
+        if self._started_ns:  # else it was switched on in the middle of this one
+            pause_ns = time.perf_counter_ns() - self._started_ns
+            self.last_end_ns = time.time_ns()
+            self._pauses[self.count % _RING] = pause_ns, self.last_end_ns
+            self.total_ns += pause_ns
+        self.count += 1
+        self._started_ns = 0
+
+    def pauses(self) -> tuple[tuple[int, int], ...]:
+        return tuple(self._pauses)
+
+
+def is_timing(code: CodeType) -> bool:
+    """Tell whether a frame is that of the timer's own code, which the C core's has not."""
+    return code is PythonTimer.__call__.__code__
+
+
+class GcPauses:
+    """
+    Times collections while switched on; one for the process.
+
+    Args:
+        timer: What times them; the C core's unless given.
+    """
+
+    def __init__(self, timer: Timer | None = None) -> None:
+        self._users = 0
+        self._cpu_start_ns = 0
+        self._timer: Timer = timer or (native.GcTimer() if native else PythonTimer())
+        self.forced = 0
+
+    def enable(self) -> None:
+        """Begin to time; pair with `disable`."""
+        self._users += 1
+        if self._users > 1:
+            return
+        # The ring's index follows the number of all collections, as in Go.
+        self._timer.begin(sum(generation["collections"] for generation in gc.get_stats()))
+        self._cpu_start_ns = self._cpu_start_ns or time.process_time_ns()
+        gc.callbacks.append(self._timer)
+
+    def disable(self) -> None:
+        """Stop timing once nobody needs it."""
+        self._users -= 1
+        if self._users == 0 and self._timer in gc.callbacks:
+            gc.callbacks.remove(self._timer)
+            self._timer.begin(self._timer.count)
+
+    def is_on(self) -> bool:
+        """Tell whether collections are timed."""
+        return self._timer in gc.callbacks
+
+    @property
+    def count(self) -> int:
+        """Collections there have been, as far as is known."""
+        return self._timer.count
+
+    @property
+    def total_ns(self) -> int:
+        """Nanoseconds of all that were timed."""
+        return self._timer.total_ns
+
+    @property
+    def last_end_ns(self) -> int:
+        """When the last timed one ended, by `time.time_ns`; 0 before the first."""
+        return self._timer.last_end_ns
+
+    def pauses(self) -> tuple[tuple[int, int], ...]:
+        """
+        Return the last 256 as (nanoseconds, end by `time.time_ns`).
+
+        As a ring: the latest is at (count + 255) % 256. Zeros where there was none.
+        """
+        return self._timer.pauses()
+
+    def collect(self) -> None:
+        """Collect all generations now, as `?gc=1` asks."""
+        self.forced += 1
+        gc.collect()
+
+    def cpu_fraction(self) -> float:
+        """
+        Return the share of the process's CPU time spent in timed collections.
+
+        Pauses are wall time, so a suspended process could make it exceed 1.
+        """
+        used_ns = time.process_time_ns() - self._cpu_start_ns
+        known = self._cpu_start_ns and used_ns > 0
+        return min(self.total_ns / used_ns, 1.0) if known else 0.0
+
+
+gc_pauses = GcPauses()

@@ -1,0 +1,623 @@
+"""Where threads and suspended coroutines are, read with the C core and without."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import importlib
+import sys
+import threading
+import time
+import types
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+
+import anyio.from_thread
+import anyio.to_thread
+import pytest
+
+from asgi_pprof.native import native
+from asgi_pprof.runtime import frames
+from asgi_pprof.runtime.frames import MAX_DEPTH, frame_local
+from tests.programs import run_program
+
+needs_native = pytest.mark.skipif(native is None, reason="needs the C core")
+CORES = {
+    "native": native,
+    "pure": types.SimpleNamespace(
+        current_frames=frames._read_frame_objects,
+        generator_frame=frames._generator_frame,
+        generator_local=frames._generator_local,
+        running_frames=frames._running_frames,
+    ),
+}
+
+
+@pytest.fixture(params=CORES)
+def core(request):
+    """What reads frames: the C core, or Python alone."""
+    if CORES[request.param] is None:
+        pytest.skip("needs the C core")
+    return CORES[request.param]
+
+
+@contextlib.contextmanager
+def in_a_thread(function):
+    """Run function(ready, end) in a thread; inside the block it is ready."""
+    ready, end = threading.Event(), threading.Event()
+    thread = threading.Thread(target=function, args=(ready, end))
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield thread
+    finally:
+        end.set()
+        thread.join()
+
+
+def code_in(code, name):
+    """Return the code of a function that is defined in another one."""
+    return next(each for each in code.co_consts if getattr(each, "co_name", "") == name)
+
+
+def names(places):
+    return [code.co_qualname.rpartition(".")[2] for code, _ in places]
+
+
+def wait_in_here(ready, end):
+    ready.set()
+    end.wait(30)
+
+
+# Threads
+
+
+def test_all_threads_are_read_leaf_first(core):
+    """The calling one begins with who asks, not with what reads."""
+    with in_a_thread(wait_in_here) as thread:
+        stacks = core.current_frames()
+        assert {thread.ident, threading.get_ident()} <= set(stacks)
+        assert len(stacks) == len(list(stacks)) == len(stacks.values())
+        waiting = names(stacks[thread.ident].places())
+        assert waiting[-3:] == ["run", "_bootstrap_inner", "_bootstrap"]
+        assert waiting[-4] == "wait_in_here"
+        own = stacks[threading.get_ident()].places()
+        assert own[0][0] is sys._getframe().f_code
+        assert [code for code, _ in own[1:3]] == [
+            sys._getframe(1).f_code,
+            sys._getframe(2).f_code,
+        ]
+
+
+def test_offsets_are_those_of_frames(core):
+    """By which lines are found."""
+    (place, *_), here = core.current_frames()[threading.get_ident()].places(), sys._getframe()
+    lines = {line for start, end, line in here.f_code.co_lines() if start <= place[1] < end}
+    assert lines == {here.f_lineno - 1} or lines == {here.f_code.co_firstlineno + 2}
+
+
+def test_single_threads_and_few_frames(core):
+    """What is asked for, and no more."""
+    with in_a_thread(wait_in_here) as thread:
+        stacks = core.current_frames((thread.ident,), depth=2)
+        ((ident, stack),) = stacks.items()
+        assert ident == thread.ident
+        assert len(stack) == len(stack.places()) == 2
+        assert stack.code(1) is stack.places()[1][0]
+        assert stack.code(2) is None
+        assert stacks.get(threading.get_ident()) is None
+        with pytest.raises(KeyError):
+            stacks[threading.get_ident()]
+    assert list(core.current_frames(())) == []
+
+
+def recurse(depth, function):
+    return recurse(depth - 1, function) if depth else function()
+
+
+def test_of_a_deep_stack_the_innermost_frames_are_kept(core):
+    """One more than are shown; the innermost frame that is wanted is found below them."""
+    ident = threading.get_ident()
+
+    def deep(depth, *wanted):
+        def read():
+            return core.current_frames((ident,), locals_of=wanted)[ident]
+
+        return recurse(depth, read)
+
+    stack = deep(300, (deep.__code__, "depth"))
+    assert len(stack) == MAX_DEPTH + 1
+    assert stack.found == 302
+    assert stack.local("depth") == 300
+    assert deep(300, (deep.__code__, "depth"), (recurse.__code__,)).found == 1
+    assert deep(300, (in_a_thread.__wrapped__.__code__,)).found == -1
+
+
+def kept_in_a_frame(ready, end, target=None):
+    absent_until_later = None
+    del absent_until_later
+    target = target or [0]
+    shared = [1]
+
+    def inner(argument=target):
+        cell_of_outer = shared
+        own_cell = {"a": 1}
+        unset = (lambda: own_cell) and None
+        del unset
+        ready.set()
+        end.wait(30)
+        return cell_of_outer, argument
+
+    inner()
+
+
+def test_variables_of_another_threads_frames(core):
+    """Arguments, variables, cells of its own and of outer functions; None if unset or not there."""
+    outer = kept_in_a_frame.__code__
+    inner = code_in(outer, "inner")
+    with in_a_thread(kept_in_a_frame) as thread:
+
+        def read(code, *names):
+            stacks = core.current_frames((thread.ident,), locals_of=((code, *names),))
+            stack = stacks[thread.ident]
+            assert stack.code(stack.found) is code
+            return [stack.local(name) for name in names]
+
+        assert read(inner, "argument", "cell_of_outer", "shared", "own_cell") == [
+            [0],
+            [1],
+            [1],
+            {"a": 1},
+        ]
+        assert read(inner, "unset", "no such name") == [None, None]
+        assert read(outer, "shared", "absent_until_later", "target") == [[1], None, [0]]
+        stack = core.current_frames(locals_of=((inner, "argument"),))[thread.ident]
+        assert stack.local("shared") is None  # it was not asked for
+        elsewhere = core.current_frames(locals_of=((inner, "argument"),))[threading.get_ident()]
+        assert (elsewhere.found, elsewhere.local("argument")) == (-1, None)
+
+
+def test_a_value_does_not_outlive_its_variable(core):
+    """Reading it leaves nothing behind in the frame, which may live as long as its thread."""
+    read, dropped = threading.Event(), threading.Event()
+    references = []
+
+    class Value:
+        pass
+
+    def holder(ready, end):
+        value = Value()
+        references.append(weakref.ref(value))
+        ready.set()
+        read.wait(30)
+        del value
+        dropped.set()
+        end.wait(30)
+
+    with in_a_thread(holder) as thread:
+        stacks = core.current_frames(locals_of=((holder.__code__, "value"),))
+        assert type(stacks[thread.ident].local("value")) is Value
+        stacks.clear()
+        del stacks
+        read.set()
+        assert dropped.wait(30)
+        assert references[0]() is None
+
+
+def test_what_a_worker_of_the_executor_does(core):
+    """The work item is the `self` of a live frame."""
+    ready, end = threading.Event(), threading.Event()
+    run = importlib.import_module("concurrent.futures.thread")._WorkItem.run.__code__
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(wait_in_here, ready, end)
+        assert ready.wait(30)
+        (thread,) = pool._threads
+        stack = core.current_frames(locals_of=((run, "self"),))[thread.ident]
+        end.set()
+    assert stack.local("self").future is future
+
+
+def test_what_a_worker_of_anyio_does(core):
+    """The future it will fulfil is a live local of its thread."""
+    found = []
+
+    async def main():
+        ready, end = asyncio.Event(), threading.Event()
+
+        def work():
+            found.append(threading.current_thread())
+            anyio.from_thread.run_sync(ready.set)
+            end.wait(30)
+
+        task = asyncio.create_task(anyio.to_thread.run_sync(work))
+        await ready.wait()
+        run = sys.modules["anyio._backends._asyncio"].WorkerThread.run.__code__
+        stack = core.current_frames(locals_of=((run, "future"),))[found[0].ident]
+        future = stack.local("future")
+        pending = isinstance(future, asyncio.Future) and not future.done()
+        end.set()
+        await task
+        return pending
+
+    assert asyncio.run(main())
+    deadline = time.monotonic() + 30
+    while found[0].is_alive() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+@needs_native
+def test_reading_makes_nothing_that_the_garbage_collector_tracks():
+    """So it sets off no collection, however often it is done."""
+    with in_a_thread(wait_in_here) as thread:
+        wanted = ((wait_in_here.__code__, "ready", "end"),)
+        idents = (thread.ident, threading.get_ident())
+        gc.disable()
+        try:
+            before = gc.get_count()[0]
+            stacks = native.current_frames(idents, 129, wanted)
+            stack = stacks[thread.ident]
+            found = stack.code(0), stack.local("ready"), stack.found
+            after = gc.get_count()[0]
+        finally:
+            gc.enable()
+        assert found[1] is not None
+        # The tuple of arguments and the one above; nothing a frame or a thread.
+        assert after - before <= 2
+        assert not gc.is_tracked(stacks)
+        assert not gc.is_tracked(stack)
+
+
+@needs_native
+def test_references_are_given_back():
+    """A thousand looks leave every count as it was; also of what was cleared and of errors."""
+    code, value = wait_in_here.__code__, object()
+    wanted = ((code, "ready", "end", "nothing"), (recurse.__code__, "function"))
+
+    def look():
+        ident = threading.get_ident()
+        for _ in range(1000):
+            stacks = native.current_frames(None, 5, wanted)
+            stack = stacks[ident]
+            stack.places(), stack.local("function"), stacks.items(), stacks.values()
+            stacks.clear()
+            assert (stack.places(), len(stack), len(stacks), stack.code(0)) == ((), 0, 0, None)
+            with pytest.raises(ValueError, match="tuples of a code"):
+                native.current_frames(None, 5, ((code, 1),))
+        return value
+
+    with in_a_thread(wait_in_here):
+        counted = [code, recurse.__code__, wanted, wanted[0], look]
+        recurse(3, look)
+        before = list(map(sys.getrefcount, counted))
+        recurse(3, look)
+        assert list(map(sys.getrefcount, counted)) == before
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        ((5,), TypeError),
+        ((["no number"],), TypeError),
+        ((None, 0), ValueError),
+        ((None, 1, [(1,)]), TypeError),
+        ((None, 1, (("no code",),)), ValueError),
+        ((None, 1, ((recurse.__code__, *"abcde"),)), ValueError),
+        ((None, 1, ((),)), ValueError),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, error):
+    """By an exception, never by what they would be taken for."""
+    with pytest.raises(error):
+        native.current_frames(*arguments)
+
+
+# Coroutines and generators
+
+
+def generator(argument):
+    value = [argument]
+    yield value
+    yield value
+
+
+async def coroutine(argument):
+    value = [argument]
+    await suspend(value)
+
+
+async def async_generator(argument):
+    value = [argument]
+    await suspend(value)
+    yield value
+
+
+@types.coroutine
+def suspend(value):
+    yield value
+
+
+class Ended(Exception):
+    """Raised in what waits."""
+
+
+def begin(suspended):
+    """Run it until it is suspended, and return what goes on with it."""
+    going_on = suspended
+    if isinstance(suspended, types.AsyncGeneratorType):
+        going_on = suspended.asend(None)
+    going_on.send(None)
+    return going_on
+
+
+@pytest.mark.parametrize("make", [generator, coroutine, async_generator])
+def test_a_suspended_frame(core, make):
+    """Before it has begun, suspended, and ended."""
+    made = make(7)
+    code, offset = core.generator_frame(made)
+    assert code is make.__code__
+    assert offset == frames._frame_object(made).f_lasti
+    waiting = begin(made)
+    assert core.generator_frame(made) == (code, frames._frame_object(made).f_lasti)
+    if core is native or not frames._ENDED_GENERATORS_CRASH:
+        assert core.generator_local(made, "value") == [7]
+        assert core.generator_local(made, "argument") == 7
+    assert core.generator_local(made, "nothing") is None
+    with contextlib.suppress(StopIteration, Ended):
+        if make is async_generator:
+            waiting.throw(Ended())
+        else:
+            made.close()
+    assert core.generator_frame(made) is None
+    assert core.generator_local(made, "value") is None
+    assert core.running_frames(made) == ()
+
+
+def test_frames_down_to_a_running_coroutine(core):
+    """In whatever thread it runs; () of one that is suspended."""
+
+    async def outer(ready, end):
+        inner(ready, end)
+
+    def inner(ready, end):
+        wait_in_here(ready, end)
+
+    made = []
+
+    def run(ready, end):
+        made.append(outer(ready, end))
+        with contextlib.suppress(StopIteration):
+            made[0].send(None)
+
+    with in_a_thread(run):
+        running = names(core.running_frames(made[0]))
+        assert running[-3:] == ["wait_in_here", "inner", "outer"]
+        assert core.generator_frame(made[0])[0] is outer.__code__
+    waiting = coroutine(1)
+    begin(waiting)
+    assert core.running_frames(waiting) == ()
+    waiting.close()
+
+
+@needs_native
+def test_what_has_no_frame_is_refused():
+    """These read memory, so they look first at what it is."""
+    for function in (native.generator_frame, native.running_frames):
+        with pytest.raises(TypeError, match="no generator or coroutine"):
+            function(object())
+    with pytest.raises(TypeError, match="no generator or coroutine"):
+        native.generator_local(object(), "value")
+
+
+# Frames that end while they are read
+
+
+@needs_native
+def test_a_frame_whose_variables_are_being_let_go_of_is_not_asked_for_them():
+    """3.11 leaves it linked meanwhile, with the addresses of what is gone."""
+    said = run_program(
+        """
+        import gc, sys, threading
+        from asgi_pprof.native import native
+
+        class Waits:
+            def __del__(self):
+                dying.set()
+                read.wait(30)
+
+        def leaf(first, second):
+            first = list(range(100))   # let go of before the second, whose finalizer waits
+            second = Waits()
+
+        def caller():
+            leaf(None, None)
+
+        dying, read = threading.Event(), threading.Event()
+        thread = threading.Thread(target=caller)
+        thread.start()
+        dying.wait(30)
+        garbage = [bytes(800) for _ in range(1000)]  # where the list was
+        wanted = ((leaf.__code__, "first", "second"),)
+        stack = native.current_frames(locals_of=wanted)[thread.ident]
+        print(stack.local("first"), stack.local("second"))
+        names = [code.co_name for code, _ in stack.places()]
+        print("caller" in names, "__del__" in names)
+        read.set()
+        thread.join()
+        """
+    )
+    assert said.splitlines() == ["None None", "True True"]
+
+
+@needs_native
+def test_code_that_is_being_freed_is_in_no_stack():
+    """A callback of a weak reference may run then, and 3.11 still has the frame linked."""
+    said = run_program(
+        """
+        import gc, threading, weakref
+        from asgi_pprof.native import native
+
+        def waits(_):
+            dying.set()
+            read.wait(30)
+
+        references = []
+
+        def run():
+            namespace = {}
+            exec("def freed(): namespace.clear()", namespace)
+            namespace["namespace"] = namespace
+            references.append(weakref.ref(namespace["freed"].__code__, waits))
+            namespace.pop("freed")()
+
+        dying, read = threading.Event(), threading.Event()
+        thread = threading.Thread(target=run)
+        thread.start()
+        dying.wait(30)
+        for _ in range(100):
+            names = [code.co_name for code, _ in native.current_frames()[thread.ident].places()]
+        print("freed" in names, "waits" in names, references[0]() is None)
+        read.set()
+        thread.join()
+        gc.collect()
+        """
+    )
+    assert said == "False True True\n"
+
+
+# Other interpreters
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
+@pytest.mark.parametrize("switch", ["1", "0"])
+def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
+    """Their GIL is not ours. Without the C core no other thread can be read meanwhile."""
+    said = run_program(
+        """
+        import importlib, os, sys, textwrap, threading, time
+        from asgi_pprof.native import native
+        from asgi_pprof.runtime.frames import current_frames, why_not
+
+        SCRIPT = '''
+        import os, time
+        def only_in_another_interpreter():
+            os.close(os.open(STARTED, os.O_CREAT))
+            while not os.path.exists(END):
+                time.sleep(0.001)
+        only_in_another_interpreter()
+        '''
+
+        def run():
+            try:
+                module = importlib.import_module("_interpreters")
+            except ImportError:
+                module = importlib.import_module("_xxsubinterpreters")
+            number = module.create()
+            execute = getattr(module, "exec", None) or module.run_string
+            execute(number, f"STARTED, END = {sys.argv[1:]!r}" + textwrap.dedent(SCRIPT))
+            module.destroy(number)
+
+        def look():
+            names = {
+                code.co_name for stack in current_frames().values() for code, _ in stack.places()
+            }
+            assert "only_in_another_interpreter" not in names
+            return threading.get_ident() in current_frames(), why_not()
+
+        started, end = sys.argv[1:]
+        thread = threading.Thread(target=run)
+        thread.start()
+        while not os.path.exists(started):
+            time.sleep(0.001)
+        print(native is not None, *look())
+        open(end, "w").close()
+        thread.join()
+        print(*look())
+        """,
+        str(tmp_path / "started"),
+        str(tmp_path / "end"),
+        ASGI_PPROF_NATIVE=switch,
+    )
+    meanwhile, afterwards = said.splitlines()
+    is_native, could_read, *why = meanwhile.split(maxsplit=2)
+    assert could_read == is_native
+    assert bool(why) == (is_native == "False")
+    assert afterwards.split() == ["True"]
+
+
+# Frame objects, where there is no C core
+
+
+def test_locals_of_a_module_and_a_class():
+    """These are in a dict, and read from it."""
+    scope = {"frame_local": frame_local, "sys": sys, "value": 1, "seen": []}
+    source = """
+seen.append(frame_local(sys._getframe(), "value"))
+class Body:
+    attribute = 2
+    seen.append(frame_local(sys._getframe(), "attribute"))
+    seen.append(frame_local(sys._getframe(), "none", 3))
+"""
+    exec(source, scope)
+    assert scope["seen"] == [1, 2, 3]
+
+
+def test_a_frame_that_has_ended_has_no_locals():
+    """And one whose function is done still has them: a frame that somebody keeps."""
+
+    def function():
+        value = object()
+        return sys._getframe(), value
+
+    frame, value = function()
+    assert frame_local(frame, "value") is value
+    frame.clear()
+    assert frame_local(frame, "value") is None
+
+
+def test_a_snapshot_the_application_has_stays_whole():
+    """Before 3.13 `locals()` gives the very dict that frames keep: it is not emptied."""
+    value = [1]
+    mine = locals()
+    assert frame_local(sys._getframe(), "value") is value
+    assert mine["value"] is value
+
+
+@pytest.mark.parametrize("install", ["settrace", "setprofile"])
+def test_a_traced_frame_keeps_its_variables(install):
+    """The interpreter writes the snapshot back after a trace function, and it is whole then."""
+
+    def traced(argument):
+        variable = 2
+        return argument, variable
+
+    def trace(frame, event, argument):
+        frame_local(frame, "argument")
+        return trace
+
+    before = getattr(sys, install.replace("set", "get"))()
+    getattr(sys, install)(trace)
+    try:
+        result = traced(1)
+    finally:
+        getattr(sys, install)(before)
+    assert result == (1, 2)
+
+
+def test_garbage_is_not_collected_while_frame_objects_are_made():
+    """On 3.11; and it is collected again afterwards, unless the application has switched it off."""
+    off = sys.version_info < (3, 12)
+    with frames.frame_objects():
+        assert gc.isenabled() is not off
+    assert gc.isenabled()
+    with pytest.raises(KeyError), frames.frame_objects():
+        raise KeyError
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with frames.frame_objects():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
