@@ -49,8 +49,8 @@ bench: install ## Measure cost and accuracy; ARGS=--help shows the parts
 .PHONY: soak soak-asan
 soak: SLICES ?= 10
 soak: SOAK_SECONDS ?= 60
-soak: install ## Run both samplers under everything at once, SLICES=10 times SOAK_SECONDS=60
-	for slice in $$(seq $(SLICES)); do $(RUN) -m tests.soak --seconds $(SOAK_SECONDS) $(ARGS) || exit; done
+soak: install ## Look at threads under everything at once, then sample SLICES=10 times, SOAK_SECONDS=60 each
+	for slice in looks $$(seq $(SLICES) | sed s/.*/samplers/); do $(RUN) -m tests.soak --slice $$slice --seconds $(SOAK_SECONDS) $(ARGS) || exit; done
 
 soak-asan: install ## The same for 60 s with a C core that AddressSanitizer watches
 	$(RUN) -m tests.soak.asan $(ARGS)

@@ -12,6 +12,7 @@ from tests.bench import (
     contention,
     heap,
     inprocess,
+    looks,
     overhead,
     pause,
     stalls,
@@ -158,6 +159,15 @@ def stall_watch_cost(options: argparse.Namespace) -> None:
     say(table(stalls.HEADINGS, stalls.rows(options.rounds or 6, seconds=20)))
 
 
+def thread_looks(options: argparse.Namespace) -> None:
+    """One look at the stacks of threads"""
+    rows = [
+        (each.what, f"{each.python_us:.1f}", f"{each.native_us:.1f}")
+        for each in looks.measure(options.rounds or 40)
+    ]
+    say(table(("us a look", "by frame objects", "in C"), rows))
+
+
 PARTS = {
     "idle": idle,
     "profiling": profiling,
@@ -170,6 +180,7 @@ PARTS = {
     "tasks": many_tasks,
     "contention": contention_cost,
     "stalls": stall_watch_cost,
+    "looks": thread_looks,
 }
 
 

@@ -486,6 +486,63 @@ def test_code_that_is_being_freed_is_in_no_stack():
     assert said == "False True True\n"
 
 
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
+    """
+    The thread returns from all its frames in the middle of a collection, and uses their memory.
+
+    On 3.11 making a frame object collected garbage, and what was there by then was read as
+    a frame: `'int' object has no attribute 'f_code'`, or a crash.
+    """
+    said = run_program(
+        """
+        import gc, sys, threading
+        from asgi_pprof.runtime.frames import capture, current_frames
+
+        waiting, gate, unwound, end = (threading.Event() for _ in range(4))
+        names = " = ".join(f"v{number}" for number in range(1200))
+        exec(f"def use_their_memory():\\n {names} = 12345\\n unwound.set()\\n end.wait(30)\\n")
+
+        def down(depth):
+            if depth:
+                return down(depth - 1) + depth
+            waiting.set()
+            gate.wait(30)
+            return 0
+
+        def run():
+            down(60)
+            use_their_memory()
+
+        def callback(phase, info):
+            global calls
+            calls += 1
+            if shift and calls == 4:
+                kept.append([])  # from now on at every other allocation
+            if calls == 20:
+                gate.set()
+                unwound.wait(30)
+
+        shift, calls, kept = int(sys.argv[1]), 0, []
+        thread = threading.Thread(target=run)
+        thread.start()
+        waiting.wait(30)
+        before = gc.get_threshold()
+        gc.callbacks.append(callback)
+        gc.set_threshold(1)
+        names = [code.co_name for code, _ in capture(current_frames()[thread.ident])]
+        gc.set_threshold(*before)
+        gc.callbacks.remove(callback)
+        print(names.count("down"), "run" in names, "use_their_memory" in names)
+        gate.set()
+        end.set()
+        thread.join()
+        """,
+        str(shift),
+    )
+    assert said == "61 True False\n"
+
+
 # Other interpreters
 
 

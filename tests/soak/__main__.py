@@ -22,7 +22,7 @@ from asgi_pprof.collectors import cpu_native
 from asgi_pprof.collectors.heap_native import heap_sampler
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.native import native, reason
-from tests.soak import children, work
+from tests.soak import children, looks, work
 from tests.soak.checks import Checker
 
 _PROFILE_S = 3.0
@@ -30,7 +30,11 @@ _PAUSE_S = 0.5  # between two rounds of one kind of work, at most
 _GRACE_S = 200  # for the last round of everything
 _MOST_UNREADABLE = 0.01  # of all samples
 _MOST_BUSY = 1000  # refusals in a row
-_NAMES = [*work.THREADS, *work.TASKS, *children.CHILDREN]
+_SLICES = {
+    "samplers": [*work.THREADS, *work.TASKS, *children.CHILDREN],
+    "looks": [*looks.LOOKING, *looks.THREADS, *looks.WITH],
+}
+_NAMES = list(dict.fromkeys(name for names in _SLICES.values() for name in names))
 
 
 class Soak:
@@ -74,7 +78,8 @@ class Soak:
             name: lambda run=run: run(checker, options.hz, options.rate)
             for name, run in children.CHILDREN.items()
         }
-        everything = {**work.THREADS, **child_work}
+        looking = {name: lambda look=look: look(checker) for name, look in looks.LOOKING.items()}
+        everything = {**work.THREADS, **looks.THREADS, **looking, **child_work}
         return {name: each for name, each in everything.items() if name in options.only}
 
     def _repeat(self, name: str, each: Callable[[], None]) -> None:
@@ -180,6 +185,7 @@ class Soak:
             "names checked": counts["names"],
             "places": counts["places"],
             "children": counts["children"],
+            "looks": counts["looks"],
             "errors": counts["errors"],
         }
         for error in self.checker.errors:
@@ -207,7 +213,8 @@ def _parse() -> argparse.Namespace:
     add("--seconds", type=float, default=60, help="how long (60)")
     add("--hz", type=int, default=5000, help="CPU samples a second (5000)")
     add("--rate", type=int, default=512, help="bytes a heap sample (512)")
-    add("--only", default=",".join(_NAMES), help="what to run, with commas: %(default)s")
+    add("--slice", choices=_SLICES, default="samplers", help="what to run (%(default)s)")
+    add("--only", default="", help=f"run just these, with commas: {','.join(_NAMES)}")
     add("--without", default="", help="what not to run, with commas")
     add("--seed", type=int, default=None, help="of the random choices")
     add("--verbose", action="store_true", help="print all counts")
@@ -218,7 +225,7 @@ def _parse() -> argparse.Namespace:
         help="run the same without the samplers: whose crash is it?",
     )
     options = parser.parse_args()
-    options.only = [name for name in options.only.split(",") if name]
+    options.only = [name for name in options.only.split(",") if name] or _SLICES[options.slice]
     for name in {*options.only, *filter(None, options.without.split(","))} - {*_NAMES}:
         parser.error(f"there is no {name!r}")
     options.only = [name for name in options.only if name not in options.without.split(",")]
@@ -228,7 +235,7 @@ def _parse() -> argparse.Namespace:
 def main() -> int:
     """Run it, and return the exit code."""
     options = _parse()
-    if native is None:
+    if native is None and options.sampling:
         sys.stderr.write(f"soak: no native core: {reason}\n")
         return 2
     faulthandler.enable()

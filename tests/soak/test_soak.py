@@ -1,7 +1,8 @@
-"""The short form of the soak, in a process of its own: a crash fails this test, not the run."""
+"""The short forms of the soak, in processes of their own: a crash fails a test, not the run."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,18 +11,15 @@ import pytest
 
 from asgi_pprof.native import native, reason
 
-_SECONDS = 15
 _ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(native is None, reason=f"no native core: {reason}")
-def test_nothing_torn_crashed_or_hanging():
-    """Everything at once for some seconds; `make soak` is the long form."""
+def soak(*arguments: str, **variables: str) -> None:
+    """Run it; all it says is in the failure."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--seconds", str(_SECONDS), "--verbose"],
+        [sys.executable, "-m", "tests.soak", *arguments, "--verbose"],
         cwd=_ROOT,
+        env={**os.environ, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -29,3 +27,34 @@ def test_nothing_torn_crashed_or_hanging():
         timeout=280,
     )
     assert done.returncode == 0, done.stdout[-20_000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(native is None, reason=f"no native core: {reason}")
+def test_nothing_torn_crashed_or_hanging():
+    """Everything at once for some seconds; `make soak` is the long form."""
+    soak("--seconds", "15")
+
+
+WHILE_LOOKED_AT = {
+    "threads": "threads,short_threads,stacks,greenlets",
+    "collections": "collections,closed_generators,freed_code,variables,garbage",
+    "interpreters": "interpreters,own_gils,stacks",
+}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("what", WHILE_LOOKED_AT)
+def test_looking_at_threads_crashes_nobody(what):
+    """Whatever they do, and whatever code the collections of garbage run that fall into it."""
+    sampling = () if native else ("--no-sampling",)
+    soak("--only", f"looks,profiles,{WHILE_LOOKED_AT[what]}", "--seconds", "3", *sampling)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
+def test_without_the_c_core_nobody_is_looked_at_beside_other_interpreters():
+    """CPython's own look at frames would touch those of all interpreters."""
+    only = f"looks,profiles,{WHILE_LOOKED_AT['interpreters']}"
+    soak("--only", only, "--seconds", "3", "--no-sampling", ASGI_PPROF_NATIVE="0")

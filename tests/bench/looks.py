@@ -1,0 +1,75 @@
+"""What one look at the stacks of many threads costs, with the C core and by frame objects."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+from asgi_pprof.collectors.loop_threads import TURN_VARIABLES
+from asgi_pprof.native import native
+from asgi_pprof.runtime import frames
+
+THREADS = 40
+DEPTH = 30  # frames of each besides those of `threading`; a FastAPI request has as many
+_LOOKS = 50  # timed at once
+
+
+class Look(NamedTuple):
+    """Microseconds by frame objects and in C; what is 0 is not there."""
+
+    what: str
+    python_us: float
+    native_us: float
+
+
+def measure(rounds: int) -> list[Look]:
+    """Look by turns in both ways, and return the medians."""
+    end = threading.Event()
+
+    def wait(depth: int) -> None:
+        if depth:
+            wait(depth - 1)
+        else:
+            end.wait()
+
+    threads = [threading.Thread(target=wait, args=(DEPTH,)) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    try:
+        one = (threads[0].ident or 0,)
+        return [
+            _compare(f"all {THREADS} threads, {DEPTH} frames each, as objects", rounds, _stacks),
+            _compare(f"all {THREADS} threads, read only", rounds, lambda read: read()),
+            _compare(
+                f"one of {THREADS} threads with its loop's variables",
+                rounds,
+                lambda read: read(one, locals_of=TURN_VARIABLES),
+            ),
+            _compare(
+                f"one of {THREADS} threads, two frames", rounds, lambda read: read(one, depth=2)
+            ),
+        ]
+    finally:
+        end.set()
+        for thread in threads:
+            thread.join()
+
+
+def _stacks(read: frames.CurrentFrames) -> object:
+    return [frames.capture(stack) for stack in read().values()]
+
+
+def _compare(what: str, rounds: int, look: Callable[[frames.CurrentFrames], object]) -> Look:
+    readers = [frames._read_frame_objects, *([native.current_frames] if native else [])]
+    times: list[list[float]] = [[] for _ in readers]
+    for _ in range(rounds):
+        for reader, seconds in zip(readers, times, strict=True):
+            start = time.perf_counter()
+            for _ in range(_LOOKS):
+                look(reader)
+            seconds.append((time.perf_counter() - start) / _LOOKS)
+    medians = [1e6 * statistics.median(each) for each in times]
+    return Look(what, medians[0], medians[1] if native else 0)
