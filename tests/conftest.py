@@ -47,18 +47,18 @@ def nothing_left_behind(request):
     """Fail any test that leaves a timer, handler, thread, patch or tracing behind."""
     for shared in {"shop", "any_shop", "pure_shop"} & set(request.fixturenames):
         request.getfixturevalue(shared)  # outlives the test: start it before looking
-    gc.collect()
     before = _left_behind()
     yield
     after = {}
-    for _ in range(50):  # a thread that has been told to end needs a moment
-        gc.collect()
+    for attempt in range(50):
         after = _left_behind()
         if after["descriptors"] < before["descriptors"]:
             after["descriptors"] = before["descriptors"]  # an earlier test's were freed
         if after == before:
             return
-        time.sleep(0.05)
+        # Garbage may hold it, or a thread that has been told to end needs a moment.
+        gc.collect()
+        time.sleep(0.05 * (attempt > 0))
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
     pytest.fail(f"left behind: {changed}")
 

@@ -42,7 +42,7 @@ class Soak:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        self.checker = Checker([work.SCRIPT])
+        self.checker = Checker([work.SCRIPT, looks.SCRIPT])
         self.deadline = time.monotonic() + options.seconds
         self.begin = threading.Event()
 

@@ -50,17 +50,24 @@ def _compile(package: Path, compiler: str) -> None:
     subprocess.run([*command, "-lm", "-lpthread", "-lrt"], check=True)
 
 
+def _find(compiler: str, library: str) -> str:
+    asked = subprocess.run(
+        [compiler, f"-print-file-name={library}"], check=True, capture_output=True, text=True
+    )
+    return asked.stdout.strip()
+
+
 def main() -> int:
     """Compile, run, and return the soak's exit code."""
     compiler = os.environ.get("CC", "gcc")
-    asked = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
-    )
+    # With libstdc++, or the first exception that C++ throws (greenlet does) ends the process:
+    # the sanitizer looks for what throws them when it is loaded, and only then.
+    libraries = [_find(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("asgi_pprof", "tests"):
             shutil.copytree(_ROOT / name, Path(folder, name))
         _compile(Path(folder, "asgi_pprof"), compiler)
-        environment = {**os.environ, **_OPTIONS, "LD_PRELOAD": asked.stdout.strip()}
+        environment = {**os.environ, **_OPTIONS, "LD_PRELOAD": " ".join(libraries)}
         command = [sys.executable, "-m", "tests.soak", *sys.argv[1:]]
         return subprocess.run(command, cwd=folder, env=environment).returncode
 

@@ -47,7 +47,7 @@ class Checker:
     Checks profiles and counts; may be used by several threads.
 
     Args:
-        scripts: Sources that sub-interpreters run, under whatever file name.
+        scripts: Sources that are run under whatever file name.
     """
 
     def __init__(self, scripts: Iterable[str] = ()) -> None:
@@ -138,6 +138,8 @@ class Checker:
             return "" if _PSEUDO.fullmatch(name) else "no such pseudo-location"
         if generated.is_generated(filename):
             return generated.fault(name, filename, first_line, location.line)
+        if filename.endswith(".pyx"):
+            return ""  # Cython's, whose source is not here
         if filename.startswith("<") and re.match(r"<(module|lambda)>|__create_fn__", name):
             return ""  # run once and gone, as in site's files, namedtuple and dataclass
         for (qualname, first), lines in self._codes_of(filename).items():

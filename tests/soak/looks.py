@@ -130,11 +130,14 @@ def collections() -> None:
     time.sleep(0.1)
 
 
+SCRIPT = "def freed(): namespace.clear()"
+
+
 def freed_code() -> None:
     """Code is freed by its own call, with a callback that waits, while the frame is there yet."""
     for _ in range(20):
         namespace: dict[str, Any] = {}
-        exec("def freed(): namespace.clear()", namespace)
+        exec(SCRIPT, namespace)
         namespace["namespace"] = namespace
         watched = weakref.ref(namespace["freed"].__code__, _let_go)
         namespace.pop("freed")()
