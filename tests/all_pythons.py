@@ -7,9 +7,10 @@ Each version has a virtual environment, .venv-3.13 for example, in which the C
 extension must compile and import. One more suite runs on the default Python
 with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 
-Suites run side by side, one per processor. Tests marked slow are left to the
+Suites run side by side, one more than processors. Tests marked slow are left to the
 end, where each suite's have the machine to themselves: they measure it. A test
-that fails is tried once more; the summary counts these.
+that fails is tried once more; the summary counts these. Tests marked once run
+on the default Python alone, those marked oldest_and_newest on these two.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -20,7 +21,7 @@ Environment variables:
     GET_PYTHONS  A command that fetches interpreters: it gets a folder and the
                  missing versions, and prints the path of each interpreter.
                  Default: `uv python install`, uv from PATH or from PyPI.
-    JOBS         How many suites run side by side (default: as many as processors).
+    JOBS         How many suites run side by side (default: one more than processors).
 """
 
 from __future__ import annotations
@@ -80,11 +81,27 @@ class Suite:
     interpreter: Interpreter
     python: Path
     native: bool
+    is_default: bool
+    is_outermost: bool
     engine: str = ""
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0
     problems: list[str] = field(default_factory=list)
     second_tries: int = 0
+
+    @property
+    def marks(self) -> str:
+        """What of the tests is to run here: "" for all, or pytest's expression with " and "."""
+        left_out = {
+            "once": not (self.is_default and self.native),
+            "oldest_and_newest": self.native and not self.is_outermost,
+        }
+        return "".join(f"not {mark} and " for mark, is_out in left_out.items() if is_out)
+
+    @property
+    def mode(self) -> tuple[str, ...]:
+        """Development mode, which watches memory and asyncio, on the outermost; as in use else."""
+        return ("-X", "dev") if self.is_outermost else ()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -101,15 +118,16 @@ def main() -> None:
     )
     parser.add_argument("-m", dest="marks", help="as pytest's; all other arguments go to pytest")
     options, arguments = parser.parse_known_args()
-    marks = f"({options.marks}) and " if options.marks else ""
+    asked = f"({options.marks}) and " if options.marks else ""
     try:
         suites = prepare(find_or_fetch(os.environ.get("EXPECT", VERSIONS).split()))
     except Failed as error:
         sys.exit(f"test-all: {error}")
-    with ThreadPoolExecutor(int(os.environ.get("JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda suite: run(suite, marks + "not slow", arguments), suites))
+    jobs = int(os.environ.get("JOBS") or (os.cpu_count() or 1) + 1)  # suites wait a lot
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(lambda suite: run(suite, f"{asked}{suite.marks}not slow", arguments), suites))
     for suite in suites:
-        run(suite, marks + "slow", arguments)
+        run(suite, f"{asked}{suite.marks}slow", arguments)
     for suite in suites:
         if not suite.counts["passed"]:
             suite.problems.append("no test has passed")
@@ -220,9 +238,10 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     for version, interpreter in interpreters.items():
         say(f"{version}: installing")
         python = install(version, interpreter)
-        suites.append(Suite(version, interpreter, python, native=True))
+        where = version == default, version in (next(iter(interpreters)), [*interpreters][-1])
+        suites.append(Suite(version, interpreter, python, True, *where))
         if version == default:
-            suites.append(Suite(f"{version} pure", interpreter, python, native=False))
+            suites.append(Suite(f"{version} pure", interpreter, python, False, *where))
     for suite in suites:
         suite.engine = _engine(suite)
     # go tool pprof compiles itself at its first use: not in two suites at once.
@@ -298,7 +317,7 @@ def pytest(suite: Suite, arguments: list[str]) -> tuple[int | None, Counter[str]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             status: int | None = subprocess.run(
-                [suite.python, "-X", "dev", "-m", "pytest", "-o", f"cache_dir={kept}", *arguments],
+                [suite.python, *suite.mode, "-m", "pytest", "-o", f"cache_dir={kept}", *arguments],
                 cwd=ROOT,
                 env=suite.environment,
                 stdout=output,

@@ -13,6 +13,8 @@ import pytest
 from tests.gotool import go_pprof
 from tests.servers import ROOT
 
+pytestmark = pytest.mark.once
+
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 

@@ -5,6 +5,8 @@ import pytest
 from asgi_pprof.errors import AccessDenied
 from asgi_pprof.guard import allow_loopback
 
+pytestmark = pytest.mark.once
+
 LOCAL = ("127.0.0.1", 50_000)
 
 

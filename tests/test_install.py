@@ -16,7 +16,7 @@ import pytest
 
 from tests.servers import ROOT
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.once]
 
 WHAT_IS_BUILT = ["asgi_pprof", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE"]
 MADE = shutil.ignore_patterns("*.so", "__pycache__")

@@ -11,6 +11,8 @@ from asgi_pprof.errors import IncompatibleProfiles
 from asgi_pprof.merge import subtract, sum_samples
 from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
 
+pytestmark = pytest.mark.once
+
 SPACE = ValueType("inuse_space", "bytes")
 OBJECTS = ValueType("inuse_objects", "count")
 

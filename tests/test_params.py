@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from asgi_pprof.errors import BadParameter
 from asgi_pprof.params import Params
 
+pytestmark = pytest.mark.once
+
 LONGEST = 9_223_372_036  # seconds whose nanoseconds fit into 63 bits
 MANY_NINES = b"9" * 10_000
 MANY_ZEROS = b"0" * 10_000

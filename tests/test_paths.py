@@ -8,6 +8,8 @@ from hypothesis import strategies as st
 
 from asgi_pprof.paths import Target, locate
 
+pytestmark = pytest.mark.once
+
 PREFIX = "/debug/pprof"
 
 

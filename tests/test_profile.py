@@ -18,6 +18,8 @@ from asgi_pprof.profile import (
     pseudo_location,
 )
 
+pytestmark = pytest.mark.once
+
 PLACES = [
     Location(Function(name, filename, 1), line)
     for name in ("", "<lambda>", "shop.Cart.total", "shop.Cart.total_é", "shop.\udcff")

@@ -10,6 +10,8 @@ from asgi_pprof import symbols
 from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
 from asgi_pprof.symbols import AddressBook
 
+pytestmark = pytest.mark.once
+
 TASKS = ValueType("goroutine", "count")
 FULL = "reading request: bufio: buffer full\n"
 

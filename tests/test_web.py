@@ -10,6 +10,8 @@ import pytest
 
 from asgi_pprof.web import index_page
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent / "golden"
 ROW = re.compile(r"<tr><td>(.*)</td><td><a href='(.*)\?debug=1'>(.*)</a></td></tr>")
 DESCRIPTION = re.compile(r"<li><div class=profile-name>(.*): </div> (.*)</li>")

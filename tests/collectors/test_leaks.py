@@ -633,13 +633,14 @@ ALIVE = [
 ]
 
 
-@pytest.mark.parametrize("alive", ALIVE, ids=lambda each: each.__name__)
-def test_a_task_that_something_can_wake_or_end_is_not_found(alive, loop_name):
-    """While a leaked one beside it is."""
+def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
+    """While a leaked one beside them is; their names tell which was taken for one."""
 
     async def main():
         await orphaned_consumer()
-        async with alive():
+        async with contextlib.AsyncExitStack() as stack:
+            for alive in ALIVE:
+                await stack.enter_async_context(alive())
             await settle()
             return await leaked()
 

@@ -16,6 +16,8 @@ from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType, c
 from tests import official
 from tests.decode import decode, fields, tables
 
+pytestmark = pytest.mark.once
+
 INT64 = st.integers(-(2**63), 2**63 - 1)
 POSITIVE = st.integers(1, 2**63 - 1)
 NOT_NEGATIVE = st.integers(0, 2**63 - 1)

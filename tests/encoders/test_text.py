@@ -17,6 +17,8 @@ from asgi_pprof.encoders.text import (
 )
 from asgi_pprof.profile import Function, Goroutine, Location, Profile, Sample, ValueType
 
+pytestmark = pytest.mark.once
+
 GOLDEN = Path(__file__).parent.parent / "golden"
 ALIGNED = sorted(path.name for path in GOLDEN.glob("*.body") if "debug2" not in path.name)
 DUMPS = sorted(path.name for path in GOLDEN.glob("*debug2*.body"))

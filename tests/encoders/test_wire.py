@@ -7,6 +7,8 @@ from hypothesis import strategies as st
 from asgi_pprof.encoders.wire import bytes_field, int_field, packed_field, varint
 from tests.decode import fields
 
+pytestmark = pytest.mark.once
+
 INT64 = st.integers(-(2**63), 2**63 - 1)
 UINT64 = st.integers(0, 2**64 - 1)
 FIELD = st.integers(1, 2**29 - 1)

@@ -17,7 +17,7 @@ import pytest
 from asgi_pprof.native import native
 from tests.servers import PROFILES, ask
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.once]
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "http"
 COMPARED = [

@@ -12,7 +12,7 @@ from tests import apps
 from tests.gotool import flat, go_pprof
 from tests.servers import ask, leaving_client, until
 
-pytestmark = [pytest.mark.server, pytest.mark.go]
+pytestmark = [pytest.mark.server, pytest.mark.go, pytest.mark.once]
 
 
 def test_cpu_profile_names_the_function_that_burns(shop, tmp_path):

@@ -12,6 +12,7 @@ from tests.bench.heap import CHURNED, HELD, HOLDERS, churn, measure
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.oldest_and_newest,
     pytest.mark.skipif(native is None, reason="needs the C core"),
 ]
 
