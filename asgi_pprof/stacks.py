@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, cast
 from asgi_pprof.profile import Function, Location, Stack, pseudo_location
 from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
 from asgi_pprof.runtime.frames import RawStack as RawStack
+from asgi_pprof.runtime.frames import awaited, generator_frame, is_generator, unwrapped
 from asgi_pprof.runtime.frames import capture as capture
 from asgi_pprof.runtime.frames import current_frames as current_frames
-from asgi_pprof.runtime.frames import generator_frame, is_generator
 
 TRUNCATED = pseudo_location("truncated: outer frames not recorded")
 UNKNOWN = pseudo_location("unknown")
@@ -131,16 +131,14 @@ def chain_stack(chain: Chain, symbols: Symbols) -> Stack:
 def _awaited(awaitable: object) -> Iterator[Awaited]:
     outermost = awaitable
     for _ in range(_MAX_CHAIN):
-        place: tuple[CodeType, int] | None
+        awaitable = unwrapped(awaitable)
         if is_generator(awaitable):
-            place, inner = generator_frame(awaitable), _inner(awaitable)
+            place, inner = generator_frame(awaitable), awaited(awaitable)
         elif (carried := _carried(awaitable)) is not None:
             awaitable = carried
             continue
-        elif hasattr(type(awaitable), "cr_await"):  # Cython's, and so uvloop's
-            coroutine = cast("CoroutineType[Any, Any, Any]", awaitable)
-            frame, inner = coroutine.cr_frame, coroutine.cr_await  # a frame of its own making
-            place = None if frame is None else (frame.f_code, frame.f_lasti)
+        elif hasattr(type(awaitable), "cr_await"):
+            place, inner = _of_cython(awaitable)
         else:
             # None has not begun or is about to run; what a future is for is another question.
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
@@ -151,13 +149,11 @@ def _awaited(awaitable: object) -> Iterator[Awaited]:
         awaitable = inner
 
 
-def _inner(generator: Any) -> object:
-    """Return what a suspended coroutine or generator waits for."""
-    if isinstance(generator, CoroutineType):
-        return generator.cr_await
-    if isinstance(generator, GeneratorType):
-        return generator.gi_yieldfrom
-    return generator.ag_await
+def _of_cython(coroutine: Any) -> tuple[tuple[CodeType, int] | None, object]:
+    """Return where a coroutine of Cython's, and so uvloop's, is, and what it awaits."""
+    frame = coroutine.cr_frame  # of its own making, and nobody else's
+    inner = None if coroutine.cr_running else coroutine.cr_await
+    return None if frame is None else (frame.f_code, frame.f_lasti), inner
 
 
 def _is_future(awaitable: object) -> bool:

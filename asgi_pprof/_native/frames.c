@@ -58,8 +58,8 @@ innermost_frame(const PyThreadState *state)
 }
 
 /*
- * The code of a frame, NULL if it has none that lives: a frame that returns is linked
- * until its code has been let go of (3.11), which may run callbacks of weak references.
+ * The code of a frame, NULL if it has none that lives: before 3.11.2 a frame that returns is
+ * linked until its code has been let go of, which may run callbacks of weak references.
  */
 static PyCodeObject *
 living_code(const Frame *frame)
@@ -85,12 +85,12 @@ is_incomplete(const Frame *frame, const PyCodeObject *code)
 }
 
 /*
- * Whether a thread's frame has its variables. 3.11 lets go of them one by one when a frame
- * returns, which may run finalizers, while the frame is still linked and its slots still
+ * Whether a thread's frame has its variables. Before 3.11.2 a frame that returns lets go of
+ * them one by one, which may run finalizers, while it is still linked and its slots still
  * have the old addresses. Its stack pointer is stored then, which that of a running
  * frame is only where it waits for a call within the same evaluation loop.
  *
- * Source: Python/ceval.c, 3.11, pop_frame and CALL; Python/frame.c, _PyFrame_Clear.
+ * Source: gh-99729; Python/ceval.c, 3.11, pop_frame and CALL; Python/frame.c, _PyFrame_Clear.
  */
 static bool
 has_locals(const Frame *frame, const Frame *called)
@@ -371,13 +371,14 @@ frames_current(PyObject *idents, Py_ssize_t depth, PyObject *locals_of)
 
 /* --- what was read, as objects ---------------------------------------------------- */
 
+/* The place's own memory is not held over the making of a tuple, which may collect garbage. */
 static PyObject *
-pair_of(const Place *place)
+pair_of(Place place)
 {
-    return Py_BuildValue("(Oi)", place->code, place->offset);
+    return Py_BuildValue("(Ni)", Py_NewRef(place.code), place.offset);
 }
 
-/* A new tuple of a thread's places; nothing is held over the making of a pair. */
+/* A new tuple of a thread's places. */
 static PyObject *
 places_of(const ThreadStacks *stacks, size_t index)
 {
@@ -386,7 +387,7 @@ places_of(const ThreadStacks *stacks, size_t index)
     for (size_t i = 0; tuple != NULL && i < count; i++) {
         /* Cleared meanwhile, by a finalizer. */
         PyObject *pair = index < stacks->thread_count
-                             ? pair_of(&stacks->places[stacks->threads[index].first + i])
+                             ? pair_of(stacks->places[stacks->threads[index].first + i])
                              : PyTuple_New(0);
         if (pair == NULL) {
             Py_CLEAR(tuple);
@@ -632,7 +633,7 @@ PyTypeObject ThreadStacks_Type = {
 static const Frame *
 generator_frame(PyObject *object)
 {
-    if (!PyGen_Check(object) && !PyCoro_CheckExact(object) && !PyAsyncGen_CheckExact(object)) {
+    if (!PyGen_CheckExact(object) && !PyCoro_CheckExact(object) && !PyAsyncGen_CheckExact(object)) {
         PyErr_SetString(PyExc_TypeError, "no generator or coroutine");
         return NULL;
     }
@@ -649,10 +650,38 @@ frames_of_generator(PyObject *generator)
     if (code == NULL) {
         return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
     }
-    Place place = {(PyCodeObject *)Py_NewRef(code), offset_in(frame, code)};
-    PyObject *pair = pair_of(&place);
-    Py_DECREF(place.code);
-    return pair;
+    return pair_of((Place){code, offset_in(frame, code)});
+}
+
+/*
+ * Whether a suspended frame has what it awaits on its stack. The attribute itself does not
+ * look: up to 3.12 it goes by the next instruction alone, and reads what is below the stack
+ * of one that runs, or that is just letting go of what it awaited (Objects/genobject.c,
+ * _PyGen_yf and _gen_throw).
+ */
+static bool
+holds_awaited(const PyGenObject *generator, const Frame *frame)
+{
+#if PY_VERSION_HEX >= 0x030d0000
+    (void)frame;
+    return FRAME_STATE_SUSPENDED(generator->gi_frame_state);
+#else
+    const PyCodeObject *code = living_code(frame);
+    return generator->gi_frame_state == FRAME_SUSPENDED && code != NULL &&
+           frame->stacktop > code->co_nlocalsplus;
+#endif
+}
+
+PyObject *
+frames_awaited(PyObject *generator)
+{
+    const Frame *frame = generator_frame(generator);
+    if (frame == NULL || !holds_awaited((PyGenObject *)generator, frame)) {
+        return PyErr_Occurred() ? NULL : Py_NewRef(Py_None);
+    }
+    return PyObject_GetAttrString(generator, PyCoro_CheckExact(generator)  ? "cr_await"
+                                             : PyGen_CheckExact(generator) ? "gi_yieldfrom"
+                                                                           : "ag_await");
 }
 
 PyObject *

@@ -37,6 +37,9 @@ PyObject *frames_running(PyObject *coroutine, Py_ssize_t depth);
 /* (code, offset) of a generator or coroutine; None if it has ended. */
 PyObject *frames_of_generator(PyObject *generator);
 
+/* A new reference to what a suspended generator or coroutine awaits; None if it does not. */
+PyObject *frames_awaited(PyObject *generator);
+
 /* The value of a variable of a generator or coroutine; None if it is unset or there is none. */
 PyObject *frames_generator_local(PyObject *generator, PyObject *name);
 

@@ -250,6 +250,12 @@ native_generator_frame(PyObject *Py_UNUSED(module), PyObject *generator)
 }
 
 static PyObject *
+native_awaited(PyObject *Py_UNUSED(module), PyObject *generator)
+{
+    return frames_awaited(generator);
+}
+
+static PyObject *
 native_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
 {
     PyObject *generator, *name;
@@ -322,6 +328,8 @@ static PyMethodDef methods[] = {
                " to the coroutine's own; () if it does not run")},
     {"generator_frame", native_generator_frame, METH_O,
      PyDoc_STR("generator_frame(generator) -> (code, offset), None if it has ended")},
+    {"awaited", native_awaited, METH_O,
+     PyDoc_STR("awaited(generator) -> what it awaits, None if it is not suspended at that")},
     {"generator_local", native_generator_local, METH_VARARGS,
      PyDoc_STR("generator_local(generator, name) -> its value, None if it has none")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},

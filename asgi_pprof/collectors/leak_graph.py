@@ -32,6 +32,8 @@ from types import (
 )
 from typing import Any
 
+from asgi_pprof.runtime.frames import awaited, is_generator
+
 Task = asyncio.Task[Any]
 Awaited = Callable[[Task], Iterable[Task]]
 
@@ -518,7 +520,7 @@ def _referents(value: Any) -> list[Any]:
         if _is_running(value):
             return []
         referents = gc.get_referents(value)
-        if _BORROWS and _inner(value) is None:
+        if _BORROWS and awaited(value) is None:
             return list({id(each): each for each in referents}.values())
         return referents
     while of is not object:
@@ -538,15 +540,6 @@ def _is_running(value: Any) -> bool:
     return bool(value.ag_running) and value.ag_await is None
 
 
-def _inner(value: Any) -> object | None:
-    """Return what a suspended coroutine or generator waits for."""
-    if type(value) is CoroutineType:
-        return value.cr_await
-    if type(value) is GeneratorType:
-        return value.gi_yieldfrom
-    return value.ag_await  # type: ignore[no-any-return]
-
-
 def suspended_chain(task: Task) -> Iterator[Any]:
     """Yield the coroutines and generators of a task that is suspended, outermost first."""
     awaitable: object = task.get_coro()
@@ -555,10 +548,10 @@ def suspended_chain(task: Task) -> Iterator[Any]:
             awaitable = next(
                 (each for each in gc.get_referents(awaitable) if _is_driven(each)), None
             )
-        if id(type(awaitable)) not in _CHAINED:
+        if not is_generator(awaitable):
             return
         yield awaitable
-        awaitable = _inner(awaitable)
+        awaitable = awaited(awaitable)
 
 
 def _own_dict(value: object) -> object | None:

@@ -57,8 +57,11 @@ class RunningLoop(NamedTuple):
 def running_loops() -> list[RunningLoop]:
     """Return the loop each thread runs now, the calling thread's included."""
     own = asyncio._get_running_loop()
-    rows = native.running_loops(own) if native else None
-    if rows is None:
+    if native:
+        rows = native.running_loops(own)
+        if rows is None:  # it cannot be told; frame objects are for where there is no C core
+            rows = [] if own is None else [(threading.get_ident(), own, None)]
+    else:
         with frame_objects() as frames:
             rows = [(*each, None) for each in _seen_in_frames(own, frames)]
     # What a row does not say asyncio does, up to 3.13 from a dict of its module.

@@ -63,6 +63,7 @@ from asgi_pprof.collectors.loop_pulse import (
 )
 from asgi_pprof.collectors.loop_threads import TURN_VARIABLES, LoopThread
 from asgi_pprof.merge import sum_samples
+from asgi_pprof.native import native
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.frames import RawStack, current_frames
 from asgi_pprof.stacks import UNKNOWN, Symbols
@@ -89,12 +90,17 @@ def _why_not() -> str:
     """Return why nothing can be watched here, "" if it can."""
     if not getattr(sys, "_is_gil_enabled", lambda: True)():
         return "off: frames of running threads cannot be read safely on a free-threaded build"
+    if native:
+        return ""  # which is only in the main interpreter
     for name in ("_interpreters", "_xxsubinterpreters"):
+        was_loaded = name in sys.modules
         with suppress(ImportError, AttributeError):
             interpreters = importlib.import_module(name)
             if interpreters.get_current() != interpreters.get_main():
                 # Before 3.14 one that ends while a thread of its does ends the process.
                 return "off: this is not the main interpreter"
+        if not was_loaded:
+            sys.modules.pop(name, None)  # who loads it may make interpreters (runtime.frames)
     return ""
 
 

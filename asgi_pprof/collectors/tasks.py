@@ -51,7 +51,13 @@ from asgi_pprof.profile import (
     ValueType,
     pseudo_location,
 )
-from asgi_pprof.runtime.frames import capture, current_frames, is_generator, running_frames
+from asgi_pprof.runtime.frames import (
+    capture,
+    current_frames,
+    is_generator,
+    running_frames,
+    unwrapped,
+)
 from asgi_pprof.stacks import (
     MAX_DEPTH,
     TRUNCATED,
@@ -335,7 +341,7 @@ def _running_tasks() -> list[Task]:
 
 def _running_stack(task: Task, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
-    coroutine = task.get_coro()
+    coroutine = unwrapped(task.get_coro())
     return symbols.stack(running_frames(coroutine)) if is_generator(coroutine) else ()
 
 

@@ -8,7 +8,7 @@ does (right after), and the event loop and the task it runs. Threads that Python
 does not know (a C library's) have one pseudo-frame with the system's name for
 them. It costs nothing until somebody asks. It misses what a thread does in C,
 and who had the GIL: whoever looks has it. Threads of other interpreters are not
-looked at; without the C core no other thread is, while there are any.
+looked at; without the C core no thread is, once there may be any.
 
 threadcreate: the stack that called `threading.Thread.start`, counted and never
 forgotten, as Go counts threads ever created. `Thread.start` is wrapped while a

@@ -197,7 +197,7 @@ def _work(thread_stack: ThreadStack, thread: str) -> Work | None:
         return None
     stack = thread_stack.places()[: thread_stack.found]
     item = thread_stack.local("self")
-    if type(item) is _WorkItem:
+    if item is not None:
         future = getattr(item, "future", None)
         # 3.14 keeps function and arguments together.
         task = getattr(item, "task", None) or (getattr(item, "fn", None), ())

@@ -5,27 +5,31 @@ Other threads go on as soon as they can, so everything of one moment is read in 
 call. The C core reads the interpreter's own frames; it makes no frame object and
 runs nobody's code meanwhile, and looks at threads of this interpreter only.
 
-Without it frame objects have to do, with two dangers. On CPython 3.11 making one
+Without it frame objects have to do, with these dangers. On CPython 3.11 making one
 may collect garbage, whose finalizers let other threads run: a frame that is being
-read may be freed. So no garbage is collected from the first frame to the last. From
-3.12 on `sys._current_frames` looks at the threads of all interpreters, without the
-GIL that guards them: while there is another interpreter, no thread is read.
+read may be freed. So no garbage is collected from the first frame to the last.
+Before 3.11.2 frames that return can be seen while they are let go of, so no other
+thread is read. From 3.12 on `sys._current_frames` looks at the threads of all
+interpreters, without the GIL that guards them: no other thread is read once a
+module that makes interpreters is loaded. What a coroutine in another thread awaits
+is asked of CPython, which up to 3.12 may crash if that thread is just about to let
+go of it, in an exception that was thrown in, and runs a finalizer meanwhile.
 
 Source: CPython, Python/pystate.c, _PyThread_CurrentFrames; Objects/frameobject.c,
-Objects/genobject.c; gh-106883.
+Objects/genobject.c; gh-106883, gh-99729.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib
 import inspect
 import itertools
 import operator
+import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
 from typing import Any, Protocol, TypeAlias, TypeGuard, cast
 
@@ -161,10 +165,10 @@ def frame_objects() -> Iterator[dict[int, FrameType]]:
     Give the innermost frame of each thread, by the thread's number, for as long as it is entered.
 
     Only for what the C core does not read. Nothing to be kept: it holds the
-    caller's own frame, and so itself. Empty while there are other interpreters.
+    caller's own frame, and so itself. Empty where `why_not` says why.
     """
     with no_collections():
-        frames = _frames_if_alone()
+        frames = _frames_if_safe()
         try:
             yield frames
         finally:
@@ -176,45 +180,101 @@ def no_collections() -> AbstractContextManager[None]:
     return nullcontext() if sys.version_info >= (3, 12) else _collecting_off()
 
 
+class _Collecting:
+    """Whether garbage is collected: not while anybody reads frames; and what it was before."""
+
+    def __init__(self) -> None:
+        self._begin()
+        self._renewed_by_fork = False
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may read frames in the middle of anything
+        self._readers = 0
+        self._was_enabled = False
+
+    def _renew(self) -> None:
+        if self._readers and self._was_enabled:
+            gc.enable()  # who read does not exist in the child
+        self._begin()
+
+    def off(self) -> None:
+        if not self._renewed_by_fork and hasattr(os, "register_at_fork"):
+            self._renewed_by_fork = True
+            os.register_at_fork(after_in_child=self._renew)
+        with self._lock:
+            if self._readers == 0:
+                self._was_enabled = gc.isenabled()
+                gc.disable()
+            self._readers += 1
+
+    def on(self) -> None:
+        with self._lock:
+            self._readers -= 1
+            if self._readers == 0 and self._was_enabled:
+                gc.enable()
+
+
+_collecting = _Collecting()
+
+
 @contextmanager
 def _collecting_off() -> Iterator[None]:
-    was_enabled = gc.isenabled()
-    gc.disable()
+    _collecting.off()
     try:
         yield
     finally:
-        if was_enabled:
-            gc.enable()
+        _collecting.on()
 
 
-def _frames_if_alone() -> dict[int, FrameType]:
-    if _list_interpreters is None:
+_FRAMES_SEEN_DYING = sys.version_info < (3, 11, 2)
+_SEES_ALL_INTERPRETERS = sys.version_info >= (3, 12)  # before, they share one GIL
+_MAKE_INTERPRETERS = (
+    "_xxsubinterpreters",
+    "concurrent.interpreters",
+    "concurrent.futures.interpreter",
+    "anyio.to_interpreter",
+    # From 3.14 on it is always loaded, by concurrent.futures.
+    *(["_interpreters"] if sys.version_info < (3, 14) else []),
+)
+
+
+def _other_interpreters() -> Iterator[object]:
+    """
+    Return an iterator, all in C, that gives anything if there may be other interpreters.
+
+    To list them is no safe way to find out: one that ends meanwhile is read after it is
+    freed. So it is the last, for who uses the private module on 3.14 and later.
+    """
+    loaded = filter(sys.modules.__contains__, _MAKE_INTERPRETERS)
+    if sys.version_info < (3, 14):
+        return loaded
+    module: Any = sys.modules.get("_interpreters")
+    if module is None:
+        return loaded
+    main = module.get_main()
+    return itertools.chain(loaded, iter(module.list_all, [main]))
+
+
+def _frames_if_safe() -> dict[int, FrameType]:
+    if _FRAMES_SEEN_DYING:
+        return {}
+    if not _SEES_ALL_INTERPRETERS:
         return sys._current_frames()
     # All of it in one call: between two, another thread could make an interpreter.
-    others = iter(_list_interpreters, _ALONE)
-    found = next(itertools.chain(others, map(operator.call, (sys._current_frames,))))
-    return cast("dict[int, FrameType]", found) if type(found) is dict else {}
+    frames = map(operator.call, (sys._current_frames,))
+    found = next(itertools.chain(_other_interpreters(), frames))
+    return found if isinstance(found, dict) else {}
 
 
 def why_not() -> str:
-    """Return why other threads cannot be read just now, "" if they can."""
-    if native or _list_interpreters is None or _list_interpreters() == _ALONE:
+    """Return why other threads are not read, "" if they are."""
+    if native:
         return ""
-    return "without the C core threads cannot be read while there are other interpreters"
-
-
-def _find_interpreters() -> tuple[Callable[[], list[object]] | None, list[object]]:
-    """Return what lists all interpreters, and what that gives when there is only the main one."""
-    if sys.version_info >= (3, 12):  # before, all of them share one GIL
-        for name in ("_interpreters", "_xxsubinterpreters"):
-            with suppress(ImportError, AttributeError):
-                module: Any = importlib.import_module(name)
-                main = module.get_main()
-                return module.list_all, [each for each in module.list_all() if each == main]
-    return None, []
-
-
-_list_interpreters, _ALONE = _find_interpreters()
+    if _FRAMES_SEEN_DYING:
+        return "threads are not read without the C core before CPython 3.11.2"
+    if _SEES_ALL_INTERPRETERS and next(_other_interpreters(), None) is not None:
+        return "threads are not read without the C core where there may be sub-interpreters"
+    return ""
 
 
 def frame_local(frame: FrameType, name: str, default: object = None) -> object:
@@ -286,9 +346,21 @@ Generator: TypeAlias = (
 )
 
 
+_GENERATORS = frozenset(map(id, (CoroutineType, GeneratorType, AsyncGeneratorType)))
+
+
 def is_generator(value: object) -> TypeGuard[Generator]:
-    """Tell whether something has a frame of its own that can be suspended."""
-    return isinstance(value, CoroutineType | GeneratorType | AsyncGeneratorType)
+    """Tell whether something has a frame of its own that can be suspended; no proxy has."""
+    return id(type(value)) in _GENERATORS  # a metaclass may define __eq__
+
+
+def unwrapped(value: object) -> object:
+    """Return the generator or coroutine that a proxy stands for, as wrapt's; else the value."""
+    try:
+        wrapped = value if is_generator(value) else getattr(value, "__wrapped__", None)
+    except Exception:  # a proxy's own
+        return value
+    return wrapped if is_generator(wrapped) else value
 
 
 def _frame_object(generator: Generator) -> FrameType | None:
@@ -301,6 +373,15 @@ def _generator_frame(generator: Generator) -> tuple[CodeType, int] | None:
     with no_collections():
         frame = _frame_object(generator)
         return None if frame is None else (frame.f_code, frame.f_lasti)
+
+
+def _awaited(generator: Generator) -> object:
+    # One that runs has nothing on its stack where CPython looks.
+    if isinstance(generator, CoroutineType):
+        return None if generator.cr_running else generator.cr_await
+    if isinstance(generator, GeneratorType):
+        return None if generator.gi_running else generator.gi_yieldfrom
+    return generator.ag_await
 
 
 def _generator_local(generator: Generator, name: str) -> Any:
@@ -327,6 +408,9 @@ generator_frame: Callable[[Generator], tuple[CodeType, int] | None] = (
     native.generator_frame if native else _generator_frame
 )
 """Return code and bytecode offset of a generator or coroutine; None if it has ended."""
+
+awaited: Callable[[Generator], object] = native.awaited if native else _awaited
+"""Return what a suspended one awaits; None if it is not suspended at that."""
 
 generator_local: Callable[[Generator, str], Any] = (
     native.generator_local if native else _generator_local

@@ -14,6 +14,7 @@ import uvloop
 from asgi_pprof.collectors import loops
 from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.native import native
+from asgi_pprof.runtime import frames
 from tests.programs import run_program
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -27,6 +28,8 @@ def core(request, monkeypatch) -> str:
     """With the C core and without."""
     if request.param == "pure":
         monkeypatch.setattr(loops, "native", None)
+        for name in frames._MAKE_INTERPRETERS:  # which another test may have loaded
+            monkeypatch.delitem(sys.modules, name, raising=False)
     elif not native:
         pytest.skip("needs the C core")
     return request.param

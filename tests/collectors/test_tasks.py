@@ -21,6 +21,7 @@ import pytest
 import uvloop
 
 from asgi_pprof import labels
+from asgi_pprof.collectors.goroutineleak import LeakCollector
 from asgi_pprof.collectors.task_notes import waits_for
 from asgi_pprof.collectors.tasks import TaskCollector
 from asgi_pprof.collectors.waits import WAITING_FOR_A_THREAD
@@ -117,6 +118,50 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
     assert names(sample.stack) == ["asyncio.locks.Event.wait", "innermost", "middle", "outermost"]
     assert dict(sample.labels)["state"] == "Event.wait"
     assert [location.function.filename for location in sample.stack][1:] == [__file__] * 3
+
+
+class Proxy:
+    """Stands for a coroutine, and says that it is of its class, as wrapt's ObjectProxy does."""
+
+    def __init__(self, wrapped):
+        self.__wrapped__ = wrapped
+
+    @property
+    def __class__(self):
+        return type(self.__wrapped__)
+
+    def __getattr__(self, name):
+        return getattr(self.__wrapped__, name)
+
+    def __await__(self):
+        return self.__wrapped__.__await__()
+
+    def __next__(self):
+        return self.__wrapped__.send(None)
+
+    def send(self, value):
+        return self.__wrapped__.send(value)
+
+
+@pytest.mark.parametrize("collector", [TaskCollector, lambda: LeakCollector(TaskCollector())])
+def test_a_task_of_a_proxied_coroutine_has_its_stack(collector, loop_name):
+    """Tools that trace applications wrap coroutines; no other task's place is lost by it."""
+
+    async def main():
+        event = asyncio.Event()
+
+        async def await_proxy():
+            await Proxy(innermost(event))
+
+        async with waiting(proxied=Proxy(outermost(event)), awaits=await_proxy()):
+            await profile_of(collector())
+            found = await tasks_of()
+            return names(found["proxied"].stack), names(found["awaits"].stack)
+
+    proxied, awaits = run(main(), loop_name)
+    assert proxied[-3:] == ["innermost", "middle", "outermost"]
+    assert awaits[-2].endswith("innermost")
+    assert awaits[-1].endswith("await_proxy")
 
 
 async def turn_until(event):

@@ -11,6 +11,7 @@ import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import thread as thread_pool
 from contextvars import copy_context
 
 import anyio
@@ -210,6 +211,22 @@ def test_frames_of_threads_that_have_ended_are_left_aside():
         workers = Workers(current_frames=lambda **_: frames)
         assert workers.working_for(future) is None
         assert [each for each in workers.pools if each.name == "shop"] == [Pool("shop", 0, 1, 0)]
+
+
+def test_work_of_an_applications_own_kind_is_work():
+    """A class derived from the executor's runs by the same function."""
+
+    class Item(thread_pool._WorkItem):
+        pass
+
+    original = thread_pool._WorkItem
+    thread_pool._WorkItem = Item
+    try:
+        with holding(1, 1) as (_, _, (future,)):
+            assert Workers().working_for(future)
+            assert pools() == [Pool("shop", 1, 1, 0)]
+    finally:
+        thread_pool._WorkItem = original
 
 
 def test_nothing_is_kept():

@@ -110,7 +110,9 @@ def another_thread_counts():
     sys.setswitchinterval(1e-6)
     thread = threading.Thread(target=count)
     thread.start()
+    gc.disable()  # or other callbacks in Python would be called
     yield
+    gc.enable()
     sys.setswitchinterval(interval)
     end.set()
     thread.join()
