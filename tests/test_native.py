@@ -184,3 +184,79 @@ def test_only_the_main_interpreter_has_it():
     interpreters.destroy(other)
     """
     run_program(program, options=("-X", "dev"))
+
+
+@needs_native
+@pytest.mark.parametrize("ends", ["heap_stop", "heap_stop_and_start", "cpu_free", "drop_labels"])
+def test_samples_are_read_while_finalizers_end_the_sampling(ends):
+    """On 3.11 each object that is made may collect garbage; what is read must be there still."""
+    run_program(
+        """
+        import gc, struct, sys, time
+        from asgi_pprof.labels import labels
+        from asgi_pprof.native import native
+
+        def deep(depth):
+            return deep(depth - 1) if depth else [bytes(100) for _ in range(5)]
+
+        class Garbage:
+            def __init__(self):
+                self.me = self
+
+            def __del__(self):
+                global left
+                left -= 1
+                if left > 0:
+                    Garbage()
+                if ends.startswith("heap_stop"):
+                    native.heap_stop()
+                    if ends.endswith("start"):
+                        native.heap_start(1)
+                elif ends == "cpu_free":
+                    native.cpu_free()
+                elif held:
+                    held.pop()
+                time.sleep(0)
+
+        def sample():
+            native.heap_stop()
+            native.heap_start(1)
+            native.cpu_start(1000)
+            end = time.process_time() + 0.05
+            while time.process_time() < end:
+                with labels(number=len(held)):
+                    held.append(deep(len(held) % 60))
+            native.cpu_stop()
+            rows = struct.iter_unpack("=7Q", native.heap_read())
+            return max((row[0] for row in rows), key=lambda stack: len(native.heap_stack(stack)))
+
+        def read(function, *arguments):
+            # Nothing is made between the threshold and the call.
+            global left
+            left = 5
+            gc.collect()
+            Garbage()
+            gc.set_threshold(1, 1, 1)
+            gc.enable()
+            function(*arguments)
+            gc.disable()
+            gc.set_threshold(700, 10, 10)
+            left = 0
+            gc.collect()
+
+        ends, held, left = sys.argv[1], [], 0
+        gc.disable()
+        for number in range(5):
+            stack = sample()
+            read(native.heap_stack, stack)
+            sample()
+            read(native.cpu_read, number % 2, 1000)
+            sample()
+            read(native.heap_pending)
+            read(native.marked_labels)
+            read(native.heap_read)
+        native.heap_stop()
+        native.cpu_free()
+        """,
+        ends,
+    )
