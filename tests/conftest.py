@@ -15,6 +15,7 @@ import uvloop
 from hypothesis import settings
 
 from asgi_pprof.collectors.custom import custom_profiles
+from asgi_pprof.collectors.loops import TaskList, alive
 from asgi_pprof.memstats import read_mem_stats
 from tests.servers import ServerProcess, serve_process
 from tests.state import clock_timers, process_state
@@ -34,6 +35,7 @@ def _left_behind() -> dict[str, object]:
         "callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],
         "descriptors": len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").exists() else 0,
         "custom profiles": set(custom_profiles()),
+        "tasks": {id(task) for task in alive(TaskList().tasks())},
     }
 
 
