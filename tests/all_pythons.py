@@ -7,7 +7,7 @@ Each version has a virtual environment, .venv-3.13 for example, in which the C
 extension must compile and import. One more suite runs on the default Python
 with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 
-Suites run side by side, one more than processors. Tests marked slow are left to the
+Suites run side by side, one per processor. Tests marked slow are left to the
 end, where each suite's have the machine to themselves: they measure it. A test
 that fails is tried once more; the summary counts these. Tests marked once run
 on the default Python alone, those marked oldest_and_newest on these two.
@@ -21,7 +21,7 @@ Environment variables:
     GET_PYTHONS  A command that fetches interpreters: it gets a folder and the
                  missing versions, and prints the path of each interpreter.
                  Default: `uv python install`, uv from PATH or from PyPI.
-    JOBS         How many suites run side by side (default: one more than processors).
+    JOBS         How many suites run side by side (default: as many as processors).
 """
 
 from __future__ import annotations
@@ -123,8 +123,7 @@ def main() -> None:
         suites = prepare(find_or_fetch(os.environ.get("EXPECT", VERSIONS).split()))
     except Failed as error:
         sys.exit(f"test-all: {error}")
-    jobs = int(os.environ.get("JOBS") or (os.cpu_count() or 1) + 1)  # suites wait a lot
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(int(os.environ.get("JOBS") or os.cpu_count() or 1)) as pool:
         list(pool.map(lambda suite: run(suite, f"{asked}{suite.marks}not slow", arguments), suites))
     for suite in suites:
         run(suite, f"{asked}{suite.marks}slow", arguments)
