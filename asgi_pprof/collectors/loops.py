@@ -62,7 +62,7 @@ def running_loops() -> list[RunningLoop]:
         if rows is None:  # it cannot be told; frame objects are for where there is no C core
             rows = [] if own is None else [(threading.get_ident(), own, None)]
     else:
-        with frame_objects() as frames:
+        with frame_objects(sys._getframe()) as frames:
             rows = [(*each, None) for each in _seen_in_frames(own, frames)]
     # What a row does not say asyncio does, up to 3.13 from a dict of its module.
     return [RunningLoop(ident, loop, task or _current_task(loop)) for ident, loop, task in rows]

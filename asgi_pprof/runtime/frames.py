@@ -147,9 +147,7 @@ def _read_frame_objects(
     idents: Sequence[int] | None = None, depth: int = MAX_DEPTH + 1, locals_of: LocalsOf = ()
 ) -> ThreadStacks:
     stacks: dict[int, _Stack] = {}
-    with frame_objects() as frames:
-        if (own := threading.get_ident()) in frames:
-            frames[own] = sys._getframe(1)  # without this very function
+    with frame_objects(sys._getframe(1)) as frames:
         for ident, frame in frames.items():
             if idents is None or ident in idents:
                 stacks[ident] = _Stack(frame, depth, locals_of)
@@ -160,15 +158,19 @@ current_frames: CurrentFrames = native.current_frames if native else _read_frame
 
 
 @contextmanager
-def frame_objects() -> Iterator[dict[int, FrameType]]:
+def frame_objects(own: FrameType) -> Iterator[dict[int, FrameType]]:
     """
     Give the innermost frame of each thread, by the thread's number, for as long as it is entered.
 
     Only for what the C core does not read. Nothing to be kept: it holds the
-    caller's own frame, and so itself. Empty where `why_not` says why.
+    caller's own frame, and so itself. The calling thread alone where `why_not`
+    says why.
+
+    Args:
+        own: The calling thread's; as it is found it would end in this very function.
     """
     with no_collections():
-        frames = _frames_if_safe()
+        frames = _frames_if_safe() | {threading.get_ident(): own}
         try:
             yield frames
         finally:
@@ -391,7 +393,7 @@ def _generator_local(generator: Generator, name: str) -> Any:
 
 
 def _running_frames(generator: Generator) -> RawStack:
-    with frame_objects() as frames:
+    with frame_objects(sys._getframe(1)) as frames:
         outermost = _frame_object(generator)
         for frame in frames.values():
             places = []

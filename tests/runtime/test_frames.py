@@ -412,6 +412,21 @@ def test_frames_down_to_a_running_coroutine(core):
     waiting.close()
 
 
+def test_frames_down_to_the_coroutine_that_asks(core):
+    """Without those of what reads."""
+
+    def inner():
+        return core.running_frames(asyncio.current_task().get_coro())
+
+    async def outer():
+        return inner()
+
+    async def main():
+        return await outer()
+
+    assert names(asyncio.run(main())) == ["inner", "outer", "main"]
+
+
 @needs_native
 def test_what_has_no_frame_is_refused():
     """These read memory, so they look first at what it is."""
@@ -699,9 +714,13 @@ def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
                 code.co_name for stack in current_frames().values() for code, _ in stack.places()
             }
             assert "only_in_another_interpreter" not in names
-            return threading.get_ident() in current_frames(), why_not()
+            assert threading.get_ident() in current_frames()
+            return waiting.ident in current_frames(), why_not()
 
         started, end = sys.argv[1:]
+        stop = threading.Event()
+        waiting = threading.Thread(target=stop.wait)
+        waiting.start()
         thread = threading.Thread(target=run)
         thread.start()
         while not os.path.exists(started):
@@ -710,6 +729,7 @@ def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
         open(end, "w").close()
         thread.join()
         print(*look())
+        stop.set()
         """,
         str(tmp_path / "started"),
         str(tmp_path / "end"),
@@ -786,15 +806,15 @@ def test_a_traced_frame_keeps_its_variables(install):
 def test_garbage_is_not_collected_while_frame_objects_are_made():
     """On 3.11; and it is collected again afterwards, unless the application has switched it off."""
     off = sys.version_info < (3, 12)
-    with frames.frame_objects():
+    with frames.frame_objects(sys._getframe()):
         assert gc.isenabled() is not off
     assert gc.isenabled()
-    with pytest.raises(KeyError), frames.frame_objects():
+    with pytest.raises(KeyError), frames.frame_objects(sys._getframe()):
         raise KeyError
     assert gc.isenabled()
     gc.disable()
     try:
-        with frames.frame_objects():
+        with frames.frame_objects(sys._getframe()):
             pass
         assert not gc.isenabled()
     finally:
