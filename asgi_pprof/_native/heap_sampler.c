@@ -342,7 +342,6 @@ heap_start(uint64_t rate)
     }
     if (!hooks_install(rate)) {
         heap_stop();
-        PyErr_SetString(PyExc_OSError, "no thread-specific storage left");
         return false;
     }
     return true;

@@ -6,6 +6,7 @@
 
 #include "blocks.h"
 #include "heap_sampler.h"
+#include "threads.h"
 
 #define NEVER (INT64_MAX / 2)
 #define HOOKS 2
@@ -279,15 +280,23 @@ is_called(const Hook *hook)
     return counters.mallocs != before;
 }
 
-static void
+/*
+ * Put a hook into the chain; false where that cannot be done now. CPython changes an
+ * allocator in steps, and pointers in halves: nobody may be calling it.
+ */
+static bool
 install(Hook *hook)
 {
     if (!hook->installed || !is_called(hook)) {
+        if (!threads_share_our_gil()) {
+            return false;
+        }
         PyMem_GetAllocator(hook->domain, &hook->original);
         hook->ours.ctx = hook->original.ctx;
         PyMem_SetAllocator(hook->domain, &hook->ours);
         hook->installed = true;
     }
+    return true;
 }
 
 static void
@@ -295,8 +304,9 @@ uninstall(Hook *hook)
 {
     PyMemAllocatorEx current;
     PyMem_GetAllocator(hook->domain, &current);
-    /* Under somebody else's hooks ours must stay, and pass everything on. */
-    if (is_ours(&current, hook)) {
+    /* Under somebody else's hooks ours must stay, and pass everything on; and where other
+       interpreters may be calling them. */
+    if (is_ours(&current, hook) && threads_share_our_gil()) {
         PyMem_SetAllocator(hook->domain, &hook->original);
         hook->installed = false;
     }
@@ -307,6 +317,7 @@ hooks_install(uint64_t rate)
 {
     static bool has_key;
     if (!has_key && pthread_key_create(&key, end_thread) != 0) {
+        PyErr_SetString(PyExc_OSError, "no thread-specific storage left");
         return false;
     }
     has_key = true;
@@ -319,7 +330,10 @@ hooks_install(uint64_t rate)
     }
     pthread_mutex_unlock(&mutex);
     for (int i = 0; i < HOOKS; i++) {
-        install(&hooks[i]);
+        if (!install(&hooks[i])) {
+            PyErr_SetString(PyExc_RuntimeError, "interpreters with a GIL of their own run");
+            return false;
+        }
     }
     return true;
 }

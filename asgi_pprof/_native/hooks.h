@@ -13,9 +13,15 @@ typedef struct {
     uint64_t mallocs, frees, bytes;
 } HookTotals;
 
-/* Count from 0, and draw one allocation in `rate` bytes (0: none) in all threads. With the GIL. */
+/*
+ * Count from 0, and draw one allocation in `rate` bytes (0: none) in all threads. With the
+ * GIL. False with an exception set: RuntimeError while interpreters with another GIL run.
+ */
 bool hooks_install(uint64_t rate);
-/* Draw none, and take the hooks out, or let them pass on where others stand on them. */
+/*
+ * Draw none, and take the hooks out, or let them pass on where others stand on them or
+ * interpreters with another GIL run.
+ */
 void hooks_uninstall(void);
 /* Whether the hooks are called: another tool may have removed them. */
 bool hooks_are_called(void);

@@ -42,6 +42,24 @@ threads_unlock(void)
 #endif
 }
 
+bool
+threads_share_our_gil(void)
+{
+    bool shared = true;
+#if PY_VERSION_HEX >= 0x030c0000
+    if (!threads_lock()) {
+        return false;
+    }
+    /* One that is just being made has no GIL at all. */
+    const void *ours = PyInterpreterState_Main()->ceval.gil;
+    for (PyInterpreterState *each = PyInterpreterState_Head(); each != NULL; each = each->next) {
+        shared = shared && each->ceval.gil == ours;
+    }
+    threads_unlock();
+#endif
+    return shared;
+}
+
 PyThreadState *
 threads_first(void)
 {

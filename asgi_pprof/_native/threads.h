@@ -14,6 +14,12 @@
 bool threads_lock(void);
 void threads_unlock(void);
 
+/*
+ * Whether all Python code of the process runs under the GIL that the caller holds, and so
+ * none does now; while the caller holds it no interpreter with another one can begin.
+ */
+bool threads_share_our_gil(void);
+
 /* The first state of the list; go on with its `next`. Needs the lock. */
 PyThreadState *threads_first(void);
 

@@ -874,27 +874,45 @@ heap_sampler.disable()
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
 def test_switching_on_and_off_beside_interpreters_with_their_own_gil():
-    """Their threads are in the allocators when these change."""
+    """
+    Hooks that are there stay, passing on, and none is put there: CPython changes allocators
+    in steps, and a thread that calls one meanwhile has half a pointer.
+    """
     program = (
         INTERPRETERS
         + """
-others = [create(True) for _ in range(2)]
+def toggle():
+    heap_sampler.enable(1 + count % 2 * 4096)
+    is_on = heap_sampler.is_on()
+    heap_sampler.disable()
+    return is_on
+
+count, others = 0, [create(True) for _ in range(2)]
+if sys.argv[1] == "installed before":
+    for other in others:
+        interpreters.destroy(other)
+    heap_sampler.enable(512)
+    others = [create(True) for _ in range(2)]
+    heap_sampler.disable()
 threads = [threading.Thread(target=run, args=(other,)) for other in others]
 for thread in threads:
     thread.start()
-count = 0
+were_on = set()
 while any(thread.is_alive() for thread in threads):
     count += 1
-    heap_sampler.enable(1 + count % 2 * 4096)
-    heap_sampler.disable()
+    were_on.add(toggle())
+    assert sys.argv[1] == "installed before" or "GIL" in heap_sampler.why_off()
 for thread in threads:
     thread.join()
 for other in others:
     interpreters.destroy(other)
+assert were_on == {sys.argv[1] == "installed before"}, were_on
+assert toggle()
 """
     )
-    for options in (("-X", "dev"), ("-X", "faulthandler")):
-        run_program(program, options=options)
+    for when in ("installed before", "not installed"):
+        for options in (("-X", "dev"), ("-X", "faulthandler")):
+            run_program(program, when, options=options)
 
 
 # --- fork -------------------------------------------------------------------------
