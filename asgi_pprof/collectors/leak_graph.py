@@ -563,7 +563,7 @@ def _own_dict(value: object) -> object | None:
 
 
 def _is_driven(value: object) -> bool:
-    return id(type(value)) in _CHAINED or type(value).__name__ in _CARRIERS
+    return is_generator(value) or type(value).__name__ in _CARRIERS
 
 
 def _is_done(future: Any) -> bool:

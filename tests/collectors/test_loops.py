@@ -16,6 +16,7 @@ from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.native import native
 from asgi_pprof.runtime import frames
 from tests.programs import run_program
+from tests.threads import in_a_thread
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 LINKED = sys.version_info >= (3, 14)  # tasks are in lists, not in sets
@@ -47,20 +48,6 @@ def names(tasks=None):
 
 async def names_now(tasks=None):
     return names(tasks)
-
-
-@contextlib.contextmanager
-def in_a_thread(function):
-    """Run function(ready, end) in a thread, inside the block it is ready."""
-    ready, end = threading.Event(), threading.Event()
-    thread = threading.Thread(target=function, args=(ready, end))
-    thread.start()
-    assert ready.wait(30)
-    try:
-        yield thread
-    finally:
-        end.set()
-        thread.join(30)
 
 
 async def hold(ready, end, name):

@@ -22,6 +22,7 @@ from asgi_pprof.native import native
 from asgi_pprof.runtime import frames
 from asgi_pprof.runtime.frames import MAX_DEPTH, frame_local
 from tests.programs import run_program
+from tests.threads import in_a_thread
 
 needs_native = pytest.mark.skipif(native is None, reason="needs the C core")
 CORES = {
@@ -44,20 +45,6 @@ def core(request, monkeypatch):
     if CORES[request.param] is None:
         pytest.skip("needs the C core")
     return CORES[request.param]
-
-
-@contextlib.contextmanager
-def in_a_thread(function):
-    """Run function(ready, end) in a thread; inside the block it is ready."""
-    ready, end = threading.Event(), threading.Event()
-    thread = threading.Thread(target=function, args=(ready, end))
-    thread.start()
-    assert ready.wait(30)
-    try:
-        yield thread
-    finally:
-        end.set()
-        thread.join()
 
 
 def code_in(code, name):
@@ -292,8 +279,10 @@ def test_references_are_given_back():
     with in_a_thread(wait_in_here):
         counted = [code, recurse.__code__, wanted, wanted[0], look]
         recurse(3, look)
+        gc.collect()  # a traceback of `pytest.raises` has its frames until then
         before = list(map(sys.getrefcount, counted))
         recurse(3, look)
+        gc.collect()
         assert list(map(sys.getrefcount, counted)) == before
 
 

@@ -1,0 +1,23 @@
+"""Threads that are somewhere while a test looks at them."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+
+
+@contextlib.contextmanager
+def in_a_thread(
+    function: Callable[[threading.Event, threading.Event], object],
+) -> Iterator[threading.Thread]:
+    """Run function(ready, end) in a thread; inside the block it is ready."""
+    ready, end = threading.Event(), threading.Event()
+    thread = threading.Thread(target=function, args=(ready, end))
+    thread.start()
+    assert ready.wait(30)
+    try:
+        yield thread
+    finally:
+        end.set()
+        thread.join(30)
