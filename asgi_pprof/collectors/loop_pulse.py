@@ -227,9 +227,9 @@ class LoopPulse:
 
     def has_news(self) -> bool:
         """Tell whether a stretch over the threshold has ended and is not counted yet."""
-        sign = self._sign
-        if sign is None:
-            return False
+        sign, found = self._sign, self._found
+        if sign is None:  # the watching thread lets the GIL go between looking and asking
+            return found is not None and self._pace.is_stall(_clock_ns() - found.turn_ns)
         if sign.given_ns:
             return self._is_long(sign, sign.given_ns)
         # One that is about to be given, as this loop turns again; others may hang for ever.

@@ -73,6 +73,7 @@ OFF = "off: stalls of the event loop are not recorded"
 FURTHER = pseudo_location("stalls of further stacks")
 
 _QUICK_LOOKS = 10  # before one that finds out more
+_SETTLING_MS = 100  # at most, for the thread to count what has ended
 _MAX_STACKS = 1024  # different stacks, labels and causes
 
 _RUSAGE_THREAD: int | None = None  # what Linux has
@@ -330,7 +331,7 @@ class StallWatch:
 
     async def settle(self) -> None:
         """Give the thread a moment to count what has just ended."""
-        for _ in range(20):
+        for _ in range(_SETTLING_MS):
             if not any(pulse.has_news() for pulse in list(self._pulses.values())):
                 return
             await asyncio.sleep(0.001)

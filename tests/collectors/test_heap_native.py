@@ -33,7 +33,12 @@ HEADER = sys.getsizeof(b"")  # of a bytes object, which is one block
 @pytest.fixture
 def every_block():
     """Sample every block during the test."""
-    keep_blocks(25, 2)  # code that runs for the first times has blocks of its own
+    # Code that runs for the first time has blocks of its own: caches, and what
+    # sys.monitoring notes of it once anything in the process has used that.
+    keep_blocks(25, 2)
+    grow([], 2)
+    grow_a_little(bytearray())
+    double(bytearray())
     gc.disable()  # others' callbacks have blocks too, hypothesis's for one
     heap_sampler.enable(1)
     yield
@@ -43,6 +48,20 @@ def every_block():
 
 def keep_blocks(count, size):
     return [bytes(size) for _ in range(count)]
+
+
+def grow(into, count):
+    for _ in range(count):
+        into.append(None)
+
+
+def grow_a_little(array):
+    for _ in range(1000):
+        array += b"0123456789"
+
+
+def double(array):
+    array += bytes(len(array) * 2)
 
 
 def snapshot(collector=None):
@@ -95,11 +114,6 @@ def test_freed_blocks_are_not_in_use_but_stay_allocated():
 @pytest.mark.usefixtures("every_block")
 def test_a_list_that_grows_is_seen_in_full_where_it_grows():
     """Its storage moves many times; what it is now counts, at the line that appends."""
-
-    def grow(into, count):
-        for _ in range(count):
-            into.append(None)
-
     into = []
     grow(into, 100_000)
     storage = sys.getsizeof(into) - sys.getsizeof([])
@@ -125,14 +139,6 @@ def test_a_list_that_grows_is_seen_in_full_where_it_grows():
 @pytest.mark.usefixtures("every_block")
 def test_a_bytearray_that_grows_is_seen_in_full():
     """By a little at a time, and by what doubles it somewhere else."""
-
-    def grow_a_little(array):
-        for _ in range(1000):
-            array += b"0123456789"
-
-    def double(array):
-        array += bytes(len(array) * 2)
-
     array = bytearray()
     grow_a_little(array)
     assert of(snapshot(), "grow_a_little")[2:] == (1, array.__alloc__())
