@@ -7,7 +7,7 @@ Importing this package changes nothing: no thread, no patch, no hook.
 """
 
 from asgi_pprof.app import PprofApp
-from asgi_pprof.collectors.contention import (
+from asgi_pprof.collectors.contention.collector import (
     set_block_profile_rate,
     set_mutex_profile_fraction,
 )

@@ -26,10 +26,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from asgi_pprof.collectors.cpu import CpuCollector
-from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
-from asgi_pprof.collectors.stalls import DEFAULT_THRESHOLD_MS
-from asgi_pprof.collectors.tasks import Rank
+from asgi_pprof.collectors.cpu.collector import CpuCollector
+from asgi_pprof.collectors.goroutine.collector import Rank
+from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
+from asgi_pprof.collectors.stats import stats_text
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (
     contention_text,
@@ -39,7 +41,6 @@ from asgi_pprof.encoders.text import (
 )
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
 from asgi_pprof.guard import Guard, allow_loopback
-from asgi_pprof.memstats import mem_stats_text, read_mem_stats
 from asgi_pprof.merge import subtract
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
@@ -47,7 +48,6 @@ from asgi_pprof.paths import locate
 from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
 from asgi_pprof.runtime.gc_pauses import gc_pauses
-from asgi_pprof.stats import stats_text
 from asgi_pprof.switches import HeapEngine, Switches
 from asgi_pprof.symbols import AddressBook
 from asgi_pprof.web import index_page

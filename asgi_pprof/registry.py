@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Literal
 
 from asgi_pprof.collectors import SnapshotCollector
-from asgi_pprof.collectors.contention import ContentionCollector
+from asgi_pprof.collectors.contention.collector import ContentionCollector
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.collectors.goroutineleak import LeakCollector
-from asgi_pprof.collectors.heap import HeapCollector
-from asgi_pprof.collectors.heap_tracemalloc import Peaks
-from asgi_pprof.collectors.stalls import StallCollector
-from asgi_pprof.collectors.tasks import TaskCollector
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
+from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.sizes import scale_sampled
+from asgi_pprof.collectors.heap.tracing import Peaks
+from asgi_pprof.collectors.stall.stalls import StallCollector
 from asgi_pprof.collectors.threads import ThreadCollector, ThreadCreateCollector
 from asgi_pprof.errors import UnknownProfile
-from asgi_pprof.heap_sizes import scale_sampled
 from asgi_pprof.profile import Profile
 
 TextForm = Literal["count", "heap", "contention"]

@@ -14,7 +14,8 @@ needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 REPORT = """
 from asgi_pprof import labels, PprofApp
 from asgi_pprof.native import LabelNode, native, reason
-from asgi_pprof.collectors import cpu_native, heap_native
+from asgi_pprof.collectors.cpu import native_engine as cpu_native
+from asgi_pprof.collectors.heap import sampler as heap_native
 from asgi_pprof.labels import current
 with labels(tenant="acme"):
     pass

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 
-from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
 
 TURN_S = 0.01
 

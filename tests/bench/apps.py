@@ -15,7 +15,7 @@ from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_pprof import PprofMiddleware
-from asgi_pprof.collectors.heap_native import DEFAULT_RATE
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 
 service = FastAPI()
 

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import repeat
 
-from asgi_pprof.collectors.heap import HeapCollector
-from asgi_pprof.collectors.heap_native import DEFAULT_RATE, heap_sampler
-from asgi_pprof.collectors.heap_tracemalloc import Peaks
-from asgi_pprof.heap_sizes import scale_sampled
+from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.heap.sizes import scale_sampled
+from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.profile import Stack
 
 HELD = 64 << 20

@@ -13,7 +13,7 @@ import time
 from collections.abc import Awaitable, Callable
 
 from asgi_pprof import PprofMiddleware, labels
-from asgi_pprof.collectors.cpu import CpuCollector
+from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.params import DEFAULT_HZ
 from tests.bench.overhead import SampleCost, sample_cost

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 import uvloop
 
-from asgi_pprof.collectors.goroutineleak import LeakCollector
-from asgi_pprof.collectors.task_notes import TaskTracking, task_tracking
-from asgi_pprof.collectors.tasks import TaskCollector
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
+from asgi_pprof.collectors.goroutine.task_notes import TaskTracking, task_tracking
+from asgi_pprof.collectors.stats import stats_text
 from asgi_pprof.encoders.text import goroutine_text
-from asgi_pprof.stats import stats_text
 
 BATCH = 1000
 MANY = 100_000

@@ -19,7 +19,7 @@ import anyio.to_thread
 import pytest
 import uvloop
 
-from asgi_pprof.collectors.task_notes import waits_for
+from asgi_pprof.collectors.goroutine.task_notes import waits_for
 from asgi_pprof.collectors.workers import Pool, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.frames import current_frames
 

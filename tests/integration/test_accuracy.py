@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from asgi_pprof.collectors import cpu_native
+from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from tests.bench.accuracy import measure
 
 pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.oldest_and_newest]

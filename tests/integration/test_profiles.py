@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from asgi_pprof.collectors import cpu_native
+from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from tests import apps, official
 from tests.servers import ask, leaving_client, serve, serve_process, until
 

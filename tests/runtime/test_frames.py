@@ -568,7 +568,7 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_is_let_go_of():
     said = run_program(
         """
         import asyncio, threading, weakref
-        from asgi_pprof.collectors.tasks import TaskCollector
+        from asgi_pprof.collectors.goroutine.collector import TaskCollector
 
         ending, read, references = threading.Event(), threading.Event(), []
 

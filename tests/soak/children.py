@@ -21,8 +21,8 @@ import time
 import warnings
 from collections.abc import Callable
 
-from asgi_pprof.collectors import cpu_native
-from asgi_pprof.collectors.heap_native import heap_sampler
+from asgi_pprof.collectors.cpu import native_engine as cpu_native
+from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.native import native
 from tests.soak import work
 from tests.soak.checks import Checker

@@ -20,14 +20,14 @@ from typing import Any
 
 import greenlet
 
-from asgi_pprof.collectors.contention import Contention
-from asgi_pprof.collectors.goroutineleak import LeakCollector
-from asgi_pprof.collectors.stalls import StallCollector, stall_watch
-from asgi_pprof.collectors.tasks import TaskCollector
+from asgi_pprof.collectors.contention.collector import Contention
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
+from asgi_pprof.collectors.stall.stalls import StallCollector, stall_watch
+from asgi_pprof.collectors.stats import stats_text
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.runtime.frames import capture, current_frames
 from asgi_pprof.runtime.gc_pauses import gc_pauses
-from asgi_pprof.stats import stats_text
 from tests.soak import generated, work
 from tests.soak.checks import Checker
 

@@ -1,0 +1,1 @@
+"""block and mutex: waits for locks, queues and threads, and who caused them."""

@@ -1,0 +1,412 @@
+"""
+goroutine: every asyncio task, what it waits for, since when, and who made it.
+
+What is measured: one count per task that is not done, of every event loop in
+the process, with its whole await chain as the stack (leaf first), the labels of
+its context, its name, and its state: running, runnable, or what it waits for.
+Of a task that waits for a worker thread, the thread's frames are the inner part
+of the stack. The dump (debug=2) adds numbers: the task's own, of the tasks it
+waits for, of those that wait for it, and of the one that made it.
+
+How: the coroutine's chain of awaits is followed from outside, when somebody
+asks. Collecting runs on the serving loop in slices of 4 ms, with the loop's
+other work in between. Another loop that does not answer within a second is
+read all the same, and marked; what holds it comes first.
+
+What it costs: about 20 us a task, on request only; see task_notes for what is
+noted of tasks while nobody asks.
+
+What it misses: tasks change between two slices, so the profile is not one
+moment. Tasks of loops in other threads are read while these run: one that moves
+while it is read is read again.
+
+Source: runtime/pprof, writeGoroutine; CPython, Lib/asyncio/tasks.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import itertools
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from contextvars import Context
+from typing import Any, NamedTuple, cast
+
+from asgi_pprof.collectors.goroutine.task_notes import note_of, waits_for
+from asgi_pprof.collectors.goroutine.waits import Task, Wait, Waits
+from asgi_pprof.collectors.loops import RunningLoop, TaskList, alive, running_loops
+from asgi_pprof.collectors.workers import Work
+from asgi_pprof.labels import current, resolve
+from asgi_pprof.merge import SampleKey
+from asgi_pprof.profile import (
+    Goroutine,
+    Profile,
+    Sample,
+    Stack,
+    ValueType,
+    pseudo_location,
+)
+from asgi_pprof.runtime.frames import (
+    capture,
+    current_frames,
+    is_generator,
+    running_frames,
+    unwrapped,
+)
+from asgi_pprof.stacks import (
+    MAX_DEPTH,
+    TRUNCATED,
+    UNKNOWN,
+    Symbols,
+    await_chain,
+    chain_stack,
+)
+
+ANSWER_S = 1.0
+"""How long a loop may take to turn before it counts as stuck."""
+
+_SLICE_S = 0.004
+_COUNT_EXACTLY = 5_000
+_MOST_NAMED = 10  # tasks that one waits for, or that wait for one
+_MINUTE_NS = 60_000_000_000
+_DEFAULT_NAME = re.compile(r"Task-\d+")
+_WORKER = pseudo_location("worker thread")
+_STUCK = ("loop", "does not answer")
+
+Rank = tuple[int, int]
+"""A sort key: what holds a loop, the task that asks, then the others by age."""
+
+
+class TaskCollector:
+    """
+    The asyncio tasks of this process.
+
+    Args:
+        clock: Test seam for `time.perf_counter`, which bounds the slices.
+        answer_s: How long other loops may take to answer.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, answer_s: float = ANSWER_S
+    ) -> None:
+        self._clock = clock
+        self._answer_s = answer_s
+        self._list = TaskList()
+
+    def count(self) -> int:
+        """Return the number of tasks that are not done; of very many, those there are at all."""
+        entries = self._list.tasks()
+        if len(entries) > _COUNT_EXACTLY:
+            return len(entries)  # to look at each would hold the loop
+        return sum(1 for _ in alive(entries))
+
+    def note(self) -> str:
+        """Return nothing: it is always on."""
+        return ""
+
+    def window(self) -> AbstractContextManager[None]:
+        """Return a manager that does nothing."""
+        return nullcontext()
+
+    async def snapshot(self) -> Callable[[], Profile]:
+        """Give goroutine/count: one sample per stack, labels, name and state."""
+        # Counted here and now, in the slices: 100,000 samples kept until the end
+        # would set off collections of garbage that take longer than any slice.
+        look = await self.look()
+        counts: Counter[SampleKey] = Counter()
+        async for task in self.tasks(look):
+            counts[look.sample_key(task)] += 1
+        profile = count_profile("goroutine", counts, look.comments())
+        return lambda: profile
+
+    async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
+        """Yield every task with its place in the dump, and what holds a loop outside tasks."""
+        look = await self.look()
+        edges = Edges()
+        async for task in self.tasks(look):
+            for number, awaited in enumerate(look.awaited(task)):
+                edges.add(note_of(task).id, note_of(awaited).id)
+                if number % 100 == 99:
+                    await self.give_way(look)
+        for running in look.stuck:
+            if running.task is None:
+                yield (0, 0), look.callback(running)
+        async for task in self.tasks(look):
+            yield look.rank(task), look.goroutine(task, edges)
+
+    async def tasks(self, look: Look) -> AsyncIterator[Task]:
+        """Yield all tasks that are not done when their turn comes."""
+        for task in alive(self._list.tasks()):
+            if not task.done():
+                yield task
+            await self.give_way(look)
+
+    async def look(self) -> Look:
+        """Begin a collection: see which loops answer, and what threads do."""
+        loops = [each for each in running_loops() if each.loop is not asyncio.get_running_loop()]
+        stuck = await _not_answering(loops, self._answer_s) if loops else []
+        return Look(stuck, self._clock() + _SLICE_S)
+
+    async def give_way(self, look: Look) -> None:
+        """Let the loop turn, if this collection has had its slice."""
+        if self._clock() > look.slice_end:
+            await asyncio.sleep(0)
+            look.refresh(self._clock() + _SLICE_S)
+
+
+class Edges:
+    """Which task waits for which, by their numbers; of many, the first few and how many."""
+
+    def __init__(self) -> None:
+        self._awaits: dict[int, list[int]] = {}
+        self._awaited_by: dict[int, list[int]] = {}
+        self._left_out: Counter[tuple[str, int]] = Counter()
+
+    def add(self, waiter: int, awaited: int) -> None:
+        """Note that one waits for the other."""
+        self._add("awaits", self._awaits.setdefault(waiter, []), waiter, awaited)
+        self._add("awaited_by", self._awaited_by.setdefault(awaited, []), awaited, waiter)
+
+    def _add(self, kind: str, numbers: list[int], whose: int, number: int) -> None:
+        if len(numbers) < _MOST_NAMED:
+            numbers.append(number)
+        else:
+            self._left_out[kind, whose] += 1
+
+    def labels(self, number: int) -> dict[str, str]:
+        """Return a task's edges as labels."""
+        edges = {"awaits": self._awaits, "awaited_by": self._awaited_by}
+        return {
+            kind: ", ".join(map(str, sorted(known[number]))) + self._more(kind, number)
+            for kind, known in edges.items()
+            if number in known
+        }
+
+    def _more(self, kind: str, number: int) -> str:
+        left_out = self._left_out[kind, number]
+        return f" and {left_out} more" if left_out else ""
+
+
+class _Reading(NamedTuple):
+    """A task as it is read: what it waits for (None if it can run), and its stack."""
+
+    state: str
+    stack: Stack
+    wait: Wait | None
+    waited_ns: int
+
+
+class Look:
+    """
+    One collection: names, reasons and threads, known for its length.
+
+    Args:
+        stuck: Loops that do not answer.
+        slice_end: When this collection should let the loop turn.
+    """
+
+    def __init__(self, stuck: Sequence[RunningLoop], slice_end: float) -> None:
+        self.stuck = stuck
+        self.slice_end = slice_end
+        self._stuck_loops = [each.loop for each in stuck]
+        self._asking = asyncio.current_task()
+        self._symbols = Symbols()
+        self._waits = Waits()
+        self._running = _running_tasks()
+        self._queued: Counter[str] = Counter()
+
+    def refresh(self, slice_end: float) -> None:
+        """Begin another slice: see anew which tasks run, and what threads do."""
+        self.slice_end = slice_end
+        self._waits.look_at_threads()
+        self._running = _running_tasks()
+
+    def goroutine(self, task: Task, edges: Edges) -> Goroutine:
+        """Return a task as dumps show it."""
+        reading = self._read(task)
+        note = note_of(task)
+        labels = {**self._labels(task), **edges.labels(note.id)}
+        if reading.wait is not None:
+            if reading.wait.workers:
+                labels["workers"] = reading.wait.workers
+            if reading.wait.work is not None:
+                labels["thread"] = reading.wait.work.thread
+        return Goroutine(
+            note.id,
+            reading.state,
+            reading.stack,
+            tuple(sorted(labels.items())),
+            # As in Go, what is leaked says nothing of time.
+            minutes=0 if note.leaked else reading.waited_ns // _MINUTE_NS,
+            leaked=note.leaked,
+            created_by=self._symbols.instruction(note.code, note.lasti) if note.code else None,
+            creator=note.creator,
+        )
+
+    def sample_key(self, task: Task) -> SampleKey:
+        """
+        Return what equal tasks have in common: stack and labels.
+
+        Labels with few values only: no numbers of tasks, nor those in default names.
+        """
+        reading = self._read(task)
+        labels = self._labels(task)
+        fold_default_name(labels)
+        labels["state"] = reading.state
+        if reading.wait is not None:
+            if awaited := _names(reading.wait.tasks):
+                labels["awaits"] = awaited
+            if reading.wait.workers:
+                self._queued[reading.wait.workers] += 1
+        return reading.stack, tuple(sorted(labels.items()))
+
+    def callback(self, running: RunningLoop) -> Goroutine:
+        """Return what holds a loop outside any task."""
+        ident = running.thread_ident
+        stack = self._symbols.stack(capture(current_frames((ident,)).get(ident))) or (UNKNOWN,)
+        return Goroutine(0, "running", stack, (_STUCK, ("task", "none: a callback")))
+
+    def awaited(self, task: Task) -> Iterable[Task]:
+        """Return the tasks that a task waits for, nothing named."""
+        future = waits_for(task)
+        if future is None or task in self._running:
+            return ()
+        return self._waits.wait(future, await_chain(task.get_coro())).tasks
+
+    def rank(self, task: Task) -> Rank:
+        """Return where a task comes in a dump."""
+        if task is self._asking:
+            return 1, 0
+        holds = task in self._running and task.get_loop() in self._stuck_loops
+        return 0 if holds else 2, note_of(task).id
+
+    def comments(self) -> tuple[str, ...]:
+        """Return what is to say of the tasks seen so far."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stuck = (
+            f"the loop of thread {names.get(ident, ident)} does not answer: read from outside"
+            for ident, _, _ in self.stuck
+        )
+        queued = (
+            f"{count} {'tasks wait' if count > 1 else 'task waits'} for a thread: {workers}"
+            for workers, count in self._queued.items()
+        )
+        return *stuck, *queued
+
+    def _read(self, task: Task) -> _Reading:
+        for _ in range(3):
+            future = waits_for(task)
+            reading = self._read_once(task, future)
+            if waits_for(task) is future:
+                break  # else it has moved, on a loop in another thread
+        return reading
+
+    def _read_once(self, task: Task, future: Any) -> _Reading:
+        if task in self._running:
+            stack = _running_stack(task, self._symbols)
+            if stack:
+                return _Reading("running", stack, None, 0)
+        waited_ns = note_of(task).look(future, time.monotonic_ns())
+        chain = await_chain(task.get_coro())
+        stack = chain_stack(chain, self._symbols)
+        if future is None:
+            return _Reading("runnable", stack or (UNKNOWN,), None, 0)
+        wait = self._waits.wait(future, chain)
+        if wait.work is not None:
+            stack = (*self._worker_stack(wait.work), _WORKER, *stack)
+            if len(stack) > MAX_DEPTH:
+                stack = (*stack[:MAX_DEPTH], TRUNCATED)
+        return _Reading(wait.reason, stack or (UNKNOWN,), wait, waited_ns)
+
+    def _worker_stack(self, work: Work) -> Stack:
+        if work.stack or not work.function:
+            return self._symbols.stack(work.stack)
+        return (pseudo_location(work.function),)
+
+    def _labels(self, task: Task) -> dict[str, str]:
+        labels = task_labels(task)
+        if self._stuck_loops and task.get_loop() in self._stuck_loops:
+            labels.update((_STUCK,))
+        return labels
+
+
+def _running_tasks() -> list[Task]:
+    return [running.task for running in running_loops() if running.task is not None]
+
+
+def _running_stack(task: Task, symbols: Symbols) -> Stack:
+    """Return the live frames of a running task, down to its outermost coroutine."""
+    coroutine = unwrapped(task.get_coro())
+    return symbols.stack(running_frames(coroutine)) if is_generator(coroutine) else ()
+
+
+def _names(tasks: Iterable[Task]) -> str:
+    """Return what the first few of these tasks are, each named once."""
+    names = set()
+    for task in itertools.islice(tasks, _MOST_NAMED):
+        name = task.get_name()
+        if _DEFAULT_NAME.fullmatch(name):
+            name = getattr(task.get_coro(), "__qualname__", "Task")
+        names.add(name)
+    return ", ".join(sorted(names))
+
+
+async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[RunningLoop]:
+    """Return those of some loops in other threads that do not turn within that time."""
+    here = asyncio.get_running_loop()
+    answers = {each: here.create_future() for each in loops}
+
+    def note(answer: asyncio.Future[None]) -> None:
+        if not answer.done():
+            answer.set_result(None)
+
+    def answer(future: asyncio.Future[None]) -> None:
+        with suppress(RuntimeError):  # closed: nobody asks any more
+            here.call_soon_threadsafe(note, future)
+
+    for running, future in answers.items():
+        try:
+            running.loop.call_soon_threadsafe(answer, future)
+        except RuntimeError:
+            note(future)  # closed meanwhile
+    await asyncio.wait(answers.values(), timeout=answer_s)
+    return [running for running, future in answers.items() if not future.done()]
+
+
+def task_labels(task: Task) -> dict[str, str]:
+    """Return the labels of a task's context, and its name as `task`."""
+    return {**dict(resolve(_context_labels(task))), "task": task.get_name() or "?"}
+
+
+def fold_default_name(labels: dict[str, str]) -> None:
+    """Leave the number out of a default name, so that tasks alike have labels alike."""
+    if _DEFAULT_NAME.fullmatch(labels["task"]):
+        labels["task"] = "Task"
+
+
+def _context_labels(task: Task) -> Any:
+    context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
+    return context.get(current) if context is not None else None
+
+
+def _context_311(task: Task) -> Context | None:
+    # Task.get_context came with 3.12. The C task shows its context only to the
+    # garbage collector, before the contexts of its callbacks (_asynciomodule.c,
+    # TaskObj_traverse); Python's own keeps it in an attribute.
+    context = getattr(task, "_context", None)
+    if context is None:
+        referents = gc.get_referents(task)
+        context = next((each for each in referents if isinstance(each, Context)), None)
+    return cast("Context | None", context)
+
+
+def count_profile(name: str, counts: Counter[SampleKey], comments: tuple[str, ...] = ()) -> Profile:
+    """Return NAME/count with a sample for each stack and labels."""
+    kind = ValueType(name, "count")
+    samples = tuple(Sample(stack, (count,), labels) for (stack, labels), count in counts.items())
+    return Profile((kind,), samples, kind, period=1, time_ns=time.time_ns(), comments=comments)

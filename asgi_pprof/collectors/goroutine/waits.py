@@ -1,0 +1,276 @@
+"""
+What a waiting task waits for: the reason in asyncio's terms, the tasks, the thread.
+
+The reason is read off the innermost frames of the chain of awaits, by the names
+of asyncio's and anyio's own coroutines; where there is none of these, off the
+future. Other tasks are found where such a coroutine has them: a future's
+children, a group's tasks, what a callback refers to. Local variables of
+suspended coroutines are read through the garbage collector's view, which
+changes nothing; about 5 us a task.
+
+Names of other libraries' coroutines are not known: their tasks wait for what
+these wait for in the end, a future if nothing better.
+
+Source: CPython, Lib/asyncio/{tasks,locks,queues,streams,taskgroups}.py; anyio,
+_backends/_asyncio.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import gc
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import FunctionType, GeneratorType
+from typing import Any, NamedTuple
+
+from asgi_pprof.collectors.workers import Work, Workers
+from asgi_pprof.runtime.frames import generator_local
+from asgi_pprof.stacks import Chain
+
+Task = asyncio.Task[Any]
+
+WAITING_FOR_A_THREAD = "waiting for a thread"
+
+_ANYIO = "anyio._backends._asyncio"
+# Module, names in it, and the reason; "" is the name itself.
+_REASONS: tuple[tuple[str, str, str], ...] = (
+    ("asyncio.tasks", "sleep", ""),
+    ("asyncio.tasks", "wait _wait", "wait"),
+    ("asyncio.tasks", "wait_for _cancel_and_wait", "wait_for"),
+    ("asyncio.tasks", "as_completed.<locals>._wait_for_one", "as_completed"),
+    ("asyncio.tasks", "_AsCompletedIterator._wait_for_one", "as_completed"),
+    ("asyncio.taskgroups", "TaskGroup.__aexit__ TaskGroup._aexit", "TaskGroup"),
+    ("asyncio.locks", "Lock.acquire Event.wait Condition.wait Semaphore.acquire", ""),
+    ("asyncio.locks", "Condition.wait_for", "Condition.wait"),
+    ("asyncio.locks", "Barrier.wait Barrier._wait Barrier._block", "Barrier.wait"),
+    ("asyncio.queues", "Queue.get Queue.put Queue.join", ""),
+    ("asyncio.streams", "StreamReader._wait_for_data StreamReader.read", "IO wait"),
+    ("asyncio.streams", "StreamReader.readline StreamReader.readuntil", "IO wait"),
+    ("asyncio.streams", "StreamReader.readexactly StreamReader.__anext__", "IO wait"),
+    ("asyncio.streams", "FlowControlMixin._drain_helper StreamWriter.drain", "IO wait"),
+    ("asyncio.streams", "StreamWriter.wait_closed", "IO wait"),
+    ("asyncio.base_events", "Server.serve_forever Server.wait_closed", "IO wait"),
+    *(
+        ("asyncio.selector_events", f"BaseSelectorEventLoop.sock_{name}", "IO wait")
+        for name in "recv recv_into recvfrom recvfrom_into sendall sendto connect accept".split()
+    ),
+    (
+        "uvloop/loop.pyx",
+        "sock_recv sock_recv_into sock_sendall sock_sendto sock_recvfrom sock_recvfrom_into"
+        " sock_connect sock_accept create_connection",
+        "IO wait",
+    ),
+    ("asyncio.base_subprocess", "BaseSubprocessTransport._wait", "subprocess"),
+    ("asyncio.subprocess", "Process.wait Process.communicate", "subprocess"),
+    (_ANYIO, "TaskGroup.__aexit__", "TaskGroup"),
+    (_ANYIO, "Event.wait Lock.acquire Semaphore.acquire CapacityLimiter.acquire", ""),
+    (_ANYIO, "CapacityLimiter.acquire_on_behalf_of", "CapacityLimiter.acquire"),
+    (_ANYIO, "CapacityLimiter.__aenter__", "CapacityLimiter.acquire"),
+    *(
+        (_ANYIO, f"{name}.{method}", "IO wait")
+        for name in (
+            "SocketStream UNIXSocketStream TCPSocketListener UNIXSocketListener UDPSocket"
+            " ConnectedUDPSocket UNIXDatagramSocket ConnectedUNIXDatagramSocket"
+        ).split()
+        for method in ("receive", "send", "accept", "receive_fds", "send_fds")
+    ),
+    (_ANYIO, "AsyncIOBackend.wait_readable AsyncIOBackend.wait_writable", "IO wait"),
+    (_ANYIO, "Process.wait", "subprocess"),
+    (_ANYIO, "AsyncIOBackend.run_sync_in_worker_thread", "executor"),
+    ("anyio._core._synchronization", "Condition.wait", ""),
+    ("anyio._core._synchronization", "Condition.wait_for", "Condition.wait"),
+    ("anyio.streams.memory", "MemoryObjectReceiveStream.receive", ""),
+    ("anyio.streams.memory", "MemoryObjectSendStream.send", ""),
+)
+# Awake again, and waiting for what they released meanwhile.
+_REACQUIRING = {("Lock.acquire", "Condition.wait")}
+_OWN_FILES = str(Path(__file__).parents[1])
+
+
+class Wait(NamedTuple):
+    """
+    What a task waits for.
+
+    Args:
+        reason: In asyncio's terms, such as "Lock.acquire", "gather" or "Future".
+        tasks: The tasks it waits for that are not done.
+        work: What a worker thread does for it, if one does.
+        workers: How busy those are it waits for, such as "40 of 40 busy".
+    """
+
+    reason: str
+    tasks: Iterable[Task] = ()
+    work: Work | None = None
+    workers: str = ""
+
+
+class Waits:
+    """Reasons and what else is known of waiting tasks, for the length of one collection."""
+
+    def __init__(self) -> None:
+        self.workers = Workers()
+        self._reasons: dict[tuple[str, str], str] = {}
+        for module, names, reason in _REASONS:
+            # Loaded perhaps since the last time. Cython's code has the file it was made from.
+            loaded = sys.modules.get(module)
+            filename = module if "/" in module else getattr(loaded, "__file__", None)
+            if filename is not None:
+                for name in names.split():
+                    self._reasons[filename, name] = reason or name
+
+    def look_at_threads(self) -> None:
+        """See anew what the worker threads do."""
+        self.workers = Workers()
+
+    def wait(self, future: Any, chain: Chain) -> Wait:
+        """
+        Return what a task waits for.
+
+        Args:
+            future: What would wake it.
+            chain: Its awaitables, outermost first.
+        """
+        library = list(self._library(chain))
+        reason = library[-1][0] if library else ""
+        if reason == "executor":
+            return self._thread(future, library)
+        if reason == "as_completed":
+            # Up to 3.12 a generator, which the coroutine around has on its stack.
+            innermost = [each.awaitable for each in chain][-len(library) - 1 :]
+            return Wait(reason, _tasks_held(innermost))
+        if reason in ("wait", "TaskGroup"):
+            return Wait(reason, _tasks_held(awaitable for _, awaitable in library))
+        if reason == "wait_for":
+            return self._future(_waited_for(library[-1][1], future))
+        return Wait(reason) if reason else self._future(future)
+
+    def _library(self, chain: Chain) -> Iterator[tuple[str, object]]:
+        """Yield reason and awaitable of the innermost frames that are asyncio's or anyio's."""
+        last = ""
+        for awaitable, code, _ in reversed(chain):
+            if code is None:
+                continue
+            reason = self._reasons.get((code.co_filename, code.co_qualname))
+            if reason is None and code.co_filename.startswith(_OWN_FILES):
+                continue  # around a method of asyncio's while contention is recorded
+            if reason is None or (last, reason) in _REACQUIRING:
+                return
+            yield reason, awaitable
+            last = reason
+
+    def _thread(self, future: object, library: list[tuple[str, object]]) -> Wait:
+        reasons = [reason for reason, _ in library]
+        if "CapacityLimiter.acquire" in reasons:
+            limiter = _self(library[reasons.index("CapacityLimiter.acquire")][1])
+            return Wait(WAITING_FOR_A_THREAD, workers=_borrowed(limiter))
+        if reasons != ["executor"]:
+            return Wait(reasons[0])
+        return Wait("executor", work=self.workers.working_for(future))
+
+    def _future(self, future: Any) -> Wait:
+        if isinstance(future, asyncio.Task):
+            return Wait("Task", (future,))
+        if type(future) is asyncio.tasks._GatheringFuture:  # type: ignore[attr-defined]
+            return Wait("gather", _each_once(_children(future)))
+        if (shielded := _from_callback(future, "_outer_done_callback", "inner")) is not None:
+            return Wait("shield", _pending(shielded))
+        source = _from_callback(future, "_call_check_cancel", "source")
+        if isinstance(source, concurrent.futures.Future):
+            return self._concurrent(source)
+        return Wait("Future")
+
+    def _concurrent(self, future: concurrent.futures.Future[Any]) -> Wait:
+        for callback in list(getattr(future, "_done_callbacks", ())):
+            task = _closed_over(callback, "_call_check_cancel", "source")
+            if isinstance(task, asyncio.Future):  # run_coroutine_threadsafe: of another loop
+                return Wait("Task", _pending(task))
+        pool = self.workers.queued_in(future)
+        if pool is not None:
+            return Wait(WAITING_FOR_A_THREAD, workers=f"{pool.busy} of {pool.size} busy")
+        return Wait("executor", work=self.workers.working_for(future))
+
+
+def _tasks_held(coroutines: Iterable[object]) -> Iterator[Task]:
+    """Return the tasks that asyncio's and anyio's own coroutines wait for, as locals have them."""
+    held = (each for coroutine in coroutines for each in gc.get_referents(coroutine))
+    return _each_once(task for each in held for task in _members(each))
+
+
+def _members(held: Any) -> Iterator[Task]:
+    name = type(held).__name__
+    members: Any = ()
+    if type(held) is set:
+        members = held  # of asyncio.wait
+    elif name in ("TaskGroup", "_AsCompletedIterator"):
+        members = getattr(held, "_tasks", None) or getattr(held, "_todo", ())
+    elif type(held) is GeneratorType and held.gi_code.co_name == "as_completed":
+        members = _closed_over_by(held, "todo")
+    for member in list(members):
+        yield from _pending(member)
+
+
+def _each_once(tasks: Iterable[Task]) -> Iterator[Task]:
+    seen: set[int] = set()
+    for task in tasks:
+        if id(task) not in seen:
+            seen.add(id(task))
+            yield task
+
+
+def _waited_for(wait_for: object, future: Any) -> Any:
+    # Up to 3.11 wait_for makes a future of its own, for the first of the one
+    # it waits for and the time.
+    others = (each for each in gc.get_referents(wait_for) if isinstance(each, asyncio.Future))
+    return next((each for each in others if each is not future), future)
+
+
+def _pending(future: object) -> Iterator[Task]:
+    if type(future) is asyncio.tasks._GatheringFuture:  # type: ignore[attr-defined]
+        yield from _children(future)
+    elif isinstance(future, asyncio.Task) and not future.done():
+        yield future
+
+
+def _children(gathering: Any) -> Iterator[Task]:
+    for child in gathering._children:
+        yield from _pending(child)
+
+
+def _from_callback(future: Any, function: str, variable: str) -> object:
+    for callback in getattr(future, "_callbacks", None) or ():
+        found = _closed_over(callback[0], function, variable)
+        if found is not None:
+            return found
+    return None
+
+
+def _closed_over(callback: object, function: str, variable: str) -> object:
+    """Return a variable of the function a callback was made in, by the callback's name."""
+    if type(callback) is not FunctionType or callback.__code__.co_name != function:
+        return None
+    names = callback.__code__.co_freevars
+    if variable not in names or callback.__closure__ is None:
+        return None
+    return callback.__closure__[names.index(variable)].cell_contents
+
+
+def _closed_over_by(generator: GeneratorType[Any, Any, Any], variable: str) -> Any:
+    if variable not in generator.gi_code.co_cellvars:
+        return ()
+    return generator_local(generator, variable) or ()
+
+
+def _self(coroutine: object) -> object:
+    for held in gc.get_referents(coroutine):
+        if hasattr(type(held), "total_tokens"):
+            return held
+    return None
+
+
+def _borrowed(limiter: Any) -> str:
+    if limiter is None:
+        return ""
+    return f"{limiter.borrowed_tokens} of {limiter.total_tokens} busy"

@@ -1,0 +1,1 @@
+"""stall: what kept an event loop from running, and for how long."""

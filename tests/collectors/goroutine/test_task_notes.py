@@ -1,0 +1,945 @@
+"""What is noted of tasks: who made them, and since when they wait; loops are left as they were."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import gc
+import inspect
+import sys
+import threading
+import time
+import weakref
+
+import anyio
+import pytest
+import uvloop
+
+from asgi_pprof.collectors.goroutine import task_notes
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.task_notes import Note, TaskTracking, note_of, waits_for
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+MINUTE_NS = 60_000_000_000
+
+# uvloop 0.22 and later pass an argument that factories take from 3.13.3 on.
+EAGER_WORKS = {"asyncio": True, "uvloop": not (3, 13) <= sys.version_info < (3, 13, 3)}
+
+
+def skip_unless_eager(loop_name):
+    if sys.version_info < (3, 12) or not EAGER_WORKS[loop_name]:
+        pytest.skip("there are no eager tasks")
+
+
+def run(main, loop_name="asyncio", debug=None):
+    with asyncio.Runner(loop_factory=LOOPS[loop_name], debug=debug) as runner:
+        return runner.run(main)
+
+
+@contextlib.contextmanager
+def tracked(tracking=None):
+    """Note on the running loop."""
+    tracking = tracking or TaskTracking()
+    loop = asyncio.get_running_loop()
+    tracking.attach(loop)
+    try:
+        yield tracking
+    finally:
+        tracking.detach(loop)
+
+
+async def dump_of():
+    """Return the tasks by name."""
+    return {dict(each.labels)["task"]: each async for _, each in TaskCollector().goroutines()}
+
+
+async def turns(count=5):
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def until(condition):
+    """Let the loop turn until it is so."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.002)
+
+
+async def end(*tasks):
+    for each in tasks:
+        each.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
+held = set()
+
+
+async def wait():
+    event = asyncio.Event()
+    held.add(event)  # else nothing has the task, and a collection of garbage would take it
+    try:
+        await event.wait()
+    finally:
+        held.discard(event)
+
+
+# Who made a task
+
+
+async def by_create_task():
+    asyncio.create_task(wait(), name="made")
+    await wait()
+
+
+async def by_ensure_future():
+    asyncio.ensure_future(wait()).set_name("made")
+    await wait()
+
+
+async def by_the_loop():
+    asyncio.get_running_loop().create_task(wait(), name="made")
+    await wait()
+
+
+async def named():
+    await asyncio.sleep(0)  # an eager task gets its first name after it has begun
+    asyncio.current_task().set_name("made")
+    await wait()
+
+
+async def by_gather():
+    await asyncio.gather(named())
+
+
+async def by_a_group():
+    async with asyncio.TaskGroup() as group:
+        group.create_task(wait(), name="made")
+
+
+async def by_a_group_of_anyio():
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait, name="made")
+
+
+async def by_a_group_of_anyio_that_starts():
+    async def start(*, task_status):
+        task_status.started()
+        await wait()
+
+    async with anyio.create_task_group() as group:
+        await group.start(start, name="made")
+        await wait()
+
+
+async def by_as_completed():
+    for each in asyncio.as_completed([named()]):
+        await each
+
+
+def make():
+    return asyncio.create_task(wait(), name="made")
+
+
+async def by_a_function():
+    make()
+    await wait()
+
+
+MAKERS = {
+    by_create_task: ("by_create_task", 1),
+    by_ensure_future: ("by_ensure_future", 1),
+    by_the_loop: ("by_the_loop", 1),
+    by_gather: ("by_gather", 1),
+    by_a_group: ("by_a_group", 2),
+    by_a_group_of_anyio: ("by_a_group_of_anyio", 2),
+    by_a_group_of_anyio_that_starts: ("by_a_group_of_anyio_that_starts", 6),
+    by_as_completed: ("by_as_completed", 1),
+    by_a_function: ("make", 1),
+}
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
+def test_who_made_a_task_is_noted(maker, eager, loop_name):
+    """The application's function and line, past asyncio's and anyio's, and the task's number."""
+    if eager:
+        skip_unless_eager(loop_name)
+
+    async def main():
+        if eager:
+            asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        with tracked():
+            task = asyncio.create_task(maker(), name="maker")
+            await turns()
+            dump = await dump_of()
+            await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
+            assert task.done()
+            return dump
+
+    dump = run(main(), loop_name)
+    function, line = MAKERS[maker]
+    made = dump["made"]
+    assert made.created_by.function.name == f"{__name__}.{function}"
+    assert made.created_by.function.filename == __file__
+    source = globals()[function]
+    assert made.created_by.line - inspect.getsourcelines(source)[1] == line
+    assert made.creator == dump["maker"].id
+    main_name = f"{__name__}.test_who_made_a_task_is_noted.<locals>.main"
+    assert dump["maker"].created_by.function.name == main_name
+
+
+def test_a_callback_makes_tasks_that_no_task_made(loop_name):
+    """The place is known all the same."""
+
+    async def main():
+        with tracked():
+            asyncio.get_running_loop().call_soon(make)
+            await turns()
+            dump = await dump_of()
+            await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
+        return dump
+
+    made = run(main(), loop_name)["made"]
+    assert made.created_by.function.name == f"{__name__}.make"
+    assert made.creator == 0
+
+
+def test_nothing_is_known_of_tasks_made_before(loop_name):
+    """Nor of those made after."""
+
+    async def main():
+        before = asyncio.create_task(wait(), name="before")
+        with tracked():
+            pass
+        after = asyncio.create_task(wait(), name="after")
+        await turns()
+        dump = await dump_of()
+        await end(before, after)
+        return dump
+
+    dump = run(main(), loop_name)
+    for name in ("before", "after"):
+        assert (dump[name].created_by, dump[name].creator) == (None, 0)
+
+
+def test_a_task_run_from_another_thread(loop_name):
+    """`run_coroutine_threadsafe` makes it in a callback of asyncio's: nobody's line."""
+
+    async def main():
+        with tracked():
+            loop = asyncio.get_running_loop()
+            future = await asyncio.to_thread(asyncio.run_coroutine_threadsafe, named(), loop)
+            await turns()
+            dump = await dump_of()
+            future.cancel()
+            await turns()
+        return dump
+
+    assert run(main(), loop_name)["made"].creator == 0
+
+
+# Task factories
+
+
+def test_the_applications_factory_is_still_called(loop_name):
+    """With what it was called with before, and what it raises passes through."""
+    calls = []
+
+    def factory(loop, coro, **kwargs):
+        calls.append(kwargs)
+        if coro.__name__ == "refused":
+            coro.close()
+            raise ZeroDivisionError
+        return asyncio.Task(coro, loop=loop, **kwargs)
+
+    async def refused():
+        pass
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(factory)
+        with tracked():
+            made = make()
+            with pytest.raises(ZeroDivisionError):
+                asyncio.create_task(refused())
+            await turns()
+            dump = await dump_of()
+        assert loop.get_task_factory() is factory
+        await end(made)
+        return dump, list(calls)
+
+    dump, seen = run(main(), loop_name)
+    assert len(seen) >= 2
+    assert dump["made"].created_by.function.name == f"{__name__}.make"
+
+
+def test_factories_get_the_arguments_they_would_get_without_us(loop_name):
+    """Whatever this version of asyncio or uvloop passes."""
+
+    async def main(attach):
+        calls = []
+        loop = asyncio.get_running_loop()
+
+        def factory(loop, coro, **kwargs):
+            calls.append(sorted(kwargs))
+            return asyncio.Task(coro, loop=loop, **kwargs)
+
+        loop.set_task_factory(factory)
+        with tracked() if attach else contextlib.nullcontext():
+            context = contextvars.copy_context()
+            tasks = [asyncio.create_task(wait()), asyncio.create_task(wait(), name="a")]
+            tasks.append(asyncio.create_task(wait(), context=context))
+            await end(*tasks)
+        return calls
+
+    assert run(main(True), loop_name) == run(main(False), loop_name)
+
+
+class PlainFuture(asyncio.Future):
+    """What some factories give in place of a task; asyncio needs no more than a name."""
+
+    def set_name(self, name):
+        pass
+
+
+def plain_future(loop, coro, **kwargs):
+    coro.close()
+    return PlainFuture(loop=loop)
+
+
+def slotted(loop, coro, **kwargs):
+    coro.close()
+    return Bare()
+
+
+class Bare:
+    """No task at all, with no room for a note."""
+
+    __slots__ = ()
+
+    def set_name(self, name):
+        pass
+
+
+@pytest.mark.parametrize("factory", [plain_future, slotted], ids=lambda each: each.__name__)
+def test_a_factory_may_return_anything(factory, loop_name, caplog):
+    """The application gets it as it is."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(factory)
+        expected = type(factory(loop, wait()))
+        try:
+            with tracked():
+                made = loop.create_task(wait())
+            assert loop.get_task_factory() is factory
+        finally:
+            loop.set_task_factory(None)
+        return type(made), expected
+
+    made, expected = run(main(), loop_name)
+    assert made is expected
+
+
+def test_an_eager_constructor_may_return_anything(loop_name):
+    """As long as asyncio takes it."""
+    skip_unless_eager(loop_name)
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        bare = Bare()
+
+        def construct(coro, **kwargs):
+            coro.close()
+            return bare
+
+        loop.set_task_factory(asyncio.create_eager_task_factory(construct))
+        try:
+            with tracked():
+                made = loop.create_task(wait())
+        finally:
+            loop.set_task_factory(None)
+        return made is bare
+
+    assert run(main(), loop_name)
+
+
+class TaskWithSlots(asyncio.tasks._PyTask):
+    """A task whose class admits no more attributes."""
+
+    def __setattr__(self, name, value):
+        if name == "_asgi_pprof_note":
+            raise AttributeError(name)
+        super().__setattr__(name, value)
+
+
+def test_tasks_without_room_are_noted_elsewhere(loop_name):
+    """And forgotten when they go."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(lambda loop, coro, **kwargs: TaskWithSlots(coro, loop=loop, **kwargs))
+        with tracked():
+            made = make()
+            await turns()
+            found = (await dump_of())["made"]
+            same = note_of(made) is note_of(made)
+            await end(made)
+        loop.set_task_factory(None)
+        reference = weakref.ref(made)
+        del made
+        await turns()
+        gc.collect()
+        return found, same, reference() is None
+
+    found, same, gone = run(main(), loop_name)
+    assert found.created_by.function.name == f"{__name__}.make"
+    assert same
+    assert gone
+
+
+def test_default_names_stay(loop_name):
+    """They count on as without us; given names are kept."""
+
+    async def main():
+        with tracked():
+            tasks = [asyncio.create_task(wait()) for _ in range(2)]
+            tasks.append(asyncio.create_task(wait(), name="given"))
+            tasks.append(asyncio.get_running_loop().create_task(wait()))
+            tasks.append(asyncio.ensure_future(wait()))
+            names = [each.get_name() for each in tasks]
+            await end(*tasks)
+        return names
+
+    names = run(main(), loop_name)
+    assert names[2] == "given"
+    numbers = [int(each.removeprefix("Task-")) for each in names if each != "given"]
+    first = numbers[0]
+    assert numbers[1] == first + 1
+    assert numbers == sorted(numbers)
+
+
+@pytest.mark.parametrize("attach", [False, True])
+def test_default_names_stay_with_an_eager_factory(attach, loop_name):
+    """As they are without us: 3.13.0 to 3.13.2 take those away."""
+    skip_unless_eager(loop_name)
+
+    async def main(attach):
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        with tracked() if attach else contextlib.nullcontext():
+            tasks = [asyncio.create_task(wait()), asyncio.create_task(wait(), name="given")]
+            names = [each.get_name() for each in tasks]
+            await end(*tasks)
+        return [each.rstrip("0123456789") for each in names]
+
+    assert run(main(attach), loop_name) == run(main(False), loop_name)
+
+
+def test_eager_tasks_begin_at_once(loop_name):
+    """What they do before their first wait is done when `create_task` returns."""
+    skip_unless_eager(loop_name)
+
+    async def at_once(seen):
+        seen.append("begun")
+        return 7
+
+    async def main(attach):
+        loop = asyncio.get_running_loop()
+        loop.set_task_factory(asyncio.eager_task_factory)
+        seen = []
+        with tracked() if attach else contextlib.nullcontext():
+            assert loop.get_task_factory().__code__ is asyncio.eager_task_factory.__code__
+            done = asyncio.create_task(at_once(seen), name="eager")
+            found = list(seen), done.done()
+            made = make()
+            found += (waits_for(made) is not None,)
+            await end(made)
+            assert await done == 7
+        assert loop.get_task_factory() is asyncio.eager_task_factory
+        return found
+
+    with_us, without = run(main(True), loop_name), run(main(False), loop_name)
+    assert with_us == without
+    if loop_name == "asyncio":  # uvloop starts them in the usual way, from 3.13.3 on
+        assert with_us == (["begun"], True, True)
+
+
+def test_what_an_eager_task_makes_at_once_names_it(loop_name):
+    """It has its number before its maker is noted."""
+    skip_unless_eager(loop_name)
+
+    async def makes():
+        make()
+        await wait()
+
+    async def main():
+        asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+        with tracked():
+            maker = asyncio.create_task(makes(), name="maker")
+            await turns()
+            dump = await dump_of()
+            await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
+            assert maker.done()
+        return dump
+
+    dump = run(main(), loop_name)
+    assert dump["made"].creator == dump["maker"].id
+    assert dump["maker"].created_by.function.name.endswith("main")
+    (asks,) = [each for each in dump.values() if each.state == "running"]
+    assert dump["maker"].creator == asks.id
+
+
+@pytest.mark.parametrize("custom", [False, True])
+def test_anyio_knows_the_eager_factory(custom, loop_name):
+    """Its tasks begin when they begin without us: not before `start_soon` returns."""
+    skip_unless_eager(loop_name)
+
+    class Custom(asyncio.Task):
+        pass
+
+    async def begin(order):
+        order.append(type(asyncio.current_task()).__name__)
+
+    async def main(attach):
+        loop = asyncio.get_running_loop()
+        factory = (
+            asyncio.create_eager_task_factory(Custom) if custom else asyncio.eager_task_factory
+        )
+        loop.set_task_factory(factory)
+        order = []
+        with tracked() if attach else contextlib.nullcontext():
+            async with anyio.create_task_group() as group:
+                group.start_soon(begin, order)
+                order.append("start_soon has returned")
+        return order
+
+    assert run(main(True), loop_name) == run(main(False), loop_name)
+
+
+@pytest.mark.parametrize("way", ["create_task", "loop", "eager"])
+def test_debug_mode_shows_where_a_task_was_made(way, loop_name):
+    """The end of the traceback is what it is without us."""
+    if way == "eager":
+        skip_unless_eager(loop_name)
+
+    async def main(attach):
+        loop = asyncio.get_running_loop()
+        if way == "eager":
+            loop.set_task_factory(asyncio.eager_task_factory)
+        with tracked() if attach else contextlib.nullcontext():
+            if way == "loop":
+                task = loop.create_task(wait())
+            else:
+                task = asyncio.create_task(wait())
+            made = [(each.filename, each.name) for each in task._source_traceback]
+            await end(task)
+        return made
+
+    with_us, without = run(main(True), loop_name, True), run(main(False), loop_name, True)
+    assert (__file__, "main") in with_us
+    assert with_us[-1] == without[-1]
+
+
+def test_detach_puts_the_factory_back(loop_name):
+    """The very same, or none."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        for before in (None, lambda loop, coro, **kwargs: asyncio.Task(coro, loop=loop, **kwargs)):
+            loop.set_task_factory(before)
+            with tracked():
+                assert loop.get_task_factory() is not before
+            assert loop.get_task_factory() is before
+
+    run(main(), loop_name)
+
+
+def test_a_factory_around_ours_is_left_alone(loop_name):
+    """It is the application's; ours, inside of it, then only passes on."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        tracking = TaskTracking()
+        tracking.attach(loop)
+        ours = loop.get_task_factory()
+
+        def around(loop, coro, **kwargs):
+            return ours(loop, coro, **kwargs)
+
+        loop.set_task_factory(around)
+        inside = asyncio.create_task(wait(), name="inside")
+        tracking.detach(loop)
+        assert loop.get_task_factory() is around
+        after = asyncio.create_task(wait(), name="after")
+        await turns()
+        dump = await dump_of()
+        await end(inside, after)
+        loop.set_task_factory(None)
+        return dump
+
+    dump = run(main(), loop_name)
+    assert dump["inside"].created_by is not None
+    assert dump["after"].created_by is None
+
+
+def test_a_factory_in_place_of_ours_is_left_alone(loop_name):
+    """Whoever set it has no need of the one before."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+
+        def another(loop, coro, **kwargs):
+            return asyncio.Task(coro, loop=loop, **kwargs)
+
+        with tracked():
+            loop.set_task_factory(another)
+        assert loop.get_task_factory() is another
+        loop.set_task_factory(None)
+
+    run(main(), loop_name)
+
+
+def test_two_users_of_one_loop(loop_name):
+    """The second to leave puts the factory back; one detach too many does nothing."""
+
+    async def main():
+        loop, tracking = asyncio.get_running_loop(), TaskTracking()
+        tracking.attach(loop)
+        ours = loop.get_task_factory()
+        tracking.attach(loop)
+        assert loop.get_task_factory() is ours
+        tracking.detach(loop)
+        assert loop.get_task_factory() is ours
+        tracking.detach(loop)
+        assert loop.get_task_factory() is None
+        tracking.detach(loop)
+        assert loop.get_task_factory() is None
+
+    run(main(), loop_name)
+
+
+def test_detach_from_another_thread(loop_name):
+    """Of a loop that runs: the factory is back, and no look is left."""
+
+    async def main():
+        loop, tracking = asyncio.get_running_loop(), TaskTracking(look_s=3600)
+        tracking.attach(loop)
+        thread = threading.Thread(target=tracking.detach, args=(loop,))
+        thread.start()
+        await until(lambda: not thread.is_alive())
+        await turns()
+        assert loop.get_task_factory() is None
+        assert scheduled(loop) == []
+
+    run(main(), loop_name)
+
+
+def scheduled(loop):
+    """Return the timers of asyncio's loop that are still to come; uvloop does not show them."""
+    handles = getattr(loop, "_scheduled", [])
+    return [each for each in handles if not each.cancelled()]
+
+
+def test_detach_when_the_loop_does_not_run_any_more(loop_name):
+    """Nor when it is closed."""
+    for is_closed in (False, True):
+        loop, tracking = LOOPS[loop_name](), TaskTracking(look_s=3600)
+
+        async def attach(tracking=tracking):
+            tracking.attach(asyncio.get_running_loop())
+
+        loop.run_until_complete(attach())
+        if is_closed:
+            loop.close()
+        tracking.detach(loop)
+        assert loop.get_task_factory() is None
+        assert scheduled(loop) == []
+        loop.close()
+
+
+@pytest.mark.parametrize("detached", [True, False])
+def test_no_loop_is_kept_alive(detached, loop_name):
+    """By tracking, whether it was ended or not."""
+    tracking = TaskTracking(look_s=3600)
+    loop = LOOPS[loop_name]()
+
+    async def attach():
+        tracking.attach(asyncio.get_running_loop())
+        await asyncio.create_task(asyncio.sleep(0))
+
+    loop.run_until_complete(attach())
+    if detached:
+        tracking.detach(loop)
+    loop.close()
+    reference = weakref.ref(loop)
+    del loop
+    gc.collect()
+    assert reference() is None
+
+
+def test_a_task_is_let_go_with_its_note(loop_name):
+    """Without help of the garbage collector, as without us."""
+
+    async def main():
+        with tracked():
+            task = make()
+            await turns()
+            await end(task)
+            reference = weakref.ref(task)
+            gc.disable()
+            try:
+                del task
+                await turns()
+                return reference() is None
+            finally:
+                gc.enable()
+
+    assert run(main(), loop_name)
+
+
+def test_a_note_that_fails_switches_itself_off(loop_name, monkeypatch, caplog):
+    """The task is made all the same; it is said once."""
+
+    async def main():
+        def fail(*_):
+            raise ZeroDivisionError
+
+        with tracked():
+            monkeypatch.setattr(task_notes, "Note", fail)
+            tasks = [make(), make()]
+            monkeypatch.undo()
+            await end(*tasks)
+        assert asyncio.get_running_loop().get_task_factory() is None
+
+    run(main(), loop_name)
+    ours = [each for each in caplog.records if each.name == "asgi_pprof"]
+    assert len(ours) == 1
+
+
+# Since when a task waits
+
+
+class Awaited:
+    """Something to wait for."""
+
+
+def test_a_note_tells_how_long_the_same_is_waited_for():
+    """From the first look at it to the latest."""
+    note, first, second = Note(), Awaited(), Awaited()
+    assert [note.look(first, now) for now in (100, 103, 110)] == [0, 3, 10]
+    assert [note.look(second, now) for now in (120, 125)] == [0, 5]
+    assert note.look(None, 130) == 0
+    assert [note.look(second, now) for now in (140, 141)] == [0, 1]
+
+
+def test_what_took_the_place_of_something_gone_is_something_else():
+    """Even at its address."""
+    note = Note()
+    for now in range(100):
+        assert note.look(Awaited(), now) == 0
+
+
+def test_what_cannot_be_referenced_weakly_has_no_time():
+    """It could be another at the same address; too short, then, rather than too long."""
+    note = Note()
+    assert [note.look((1, 2), now) for now in (0, 10, 20)] == [0, 0, 0]
+
+
+class Clock:
+    """The monotonic clock of some minutes ago, which counts who asks."""
+
+    def __init__(self, minutes=0):
+        self.behind_ns = minutes * MINUTE_NS
+        self.asked = 0
+
+    def __call__(self):
+        self.asked += 1
+        return time.monotonic_ns() - self.behind_ns
+
+
+async def looks(clock, times=2):
+    """Wait until that many looks have begun."""
+    goal = clock.asked + times
+    await until(lambda: clock.asked >= goal)
+
+
+def test_minutes_are_told_after_a_look(loop_name):
+    """What a look saw three minutes ago waits for three minutes, if it still waits for the same."""
+
+    async def main():
+        clock, moves = Clock(minutes=3), asyncio.Event()
+
+        async def move_on():
+            await moves.wait()
+            await wait()
+
+        with tracked(TaskTracking(look_s=0.01, clock=clock)):
+            tasks = [asyncio.create_task(wait(), name="stays")]
+            tasks.append(asyncio.create_task(move_on(), name="moves on"))
+            await looks(clock)
+            before = await dump_of()
+        moves.set()
+        await turns()
+        after = await dump_of()
+        await end(*tasks)
+        return before, after
+
+    before, after = run(main(), loop_name)
+    assert (before["stays"].minutes, before["moves on"].minutes) == (3, 3)
+    assert (after["stays"].minutes, after["moves on"].minutes) == (3, 0)
+
+
+def test_a_look_finds_out_that_something_else_is_waited_for(loop_name):
+    """Two events, one after the other: the second wait is as old as the first look at it."""
+
+    async def main():
+        clock, moves = Clock(minutes=9), asyncio.Event()
+
+        async def move_on():
+            await moves.wait()
+            await wait()
+
+        with tracked(TaskTracking(look_s=0.01, clock=clock)):
+            task = asyncio.create_task(move_on(), name="moves on")
+            await looks(clock)
+            moves.set()
+            await turns()
+            clock.behind_ns = 2 * MINUTE_NS
+            await looks(clock)
+            dump = await dump_of()
+            await end(task)
+        return dump
+
+    assert run(main(), loop_name)["moves on"].minutes == 2
+
+
+def test_dumps_are_looks_as_well(loop_name):
+    """No time has passed since the first of two."""
+
+    async def main():
+        task = asyncio.create_task(wait(), name="waits")
+        await turns()
+        await dump_of()
+        since = note_of(task).since_ns
+        found = (await dump_of())["waits"]
+        await end(task)
+        return since, note_of(task).since_ns, found.minutes
+
+    first, second, minutes = run(main(), loop_name)
+    assert first == second > 0
+    assert minutes == 0
+
+
+def test_looks_end_with_the_last_user(loop_name):
+    """No timer of ours is left, and nobody looks any more."""
+
+    async def main():
+        loop, clock = asyncio.get_running_loop(), Clock()
+        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+            await looks(clock)
+        assert scheduled(loop) == []
+        asked = clock.asked
+        await asyncio.sleep(0.05)
+        return clock.asked - asked
+
+    assert run(main(), loop_name) == 0
+
+
+def test_looks_end_in_the_middle_of_one(loop_name, monkeypatch):
+    """A look that was to be continued is not."""
+    monkeypatch.setattr(task_notes, "_SLICE_S", 0.0)
+
+    async def main():
+        clock = Clock()
+        tasks = [asyncio.create_task(wait()) for _ in range(50)]
+        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+            while not clock.asked:  # noqa: ASYNC110 (a turn, and so a slice, at a time)
+                await asyncio.sleep(0)
+        asked = clock.asked
+        await turns(100)
+        await end(*tasks)
+        return asked, clock.asked
+
+    asked, later = run(main(), loop_name)
+    assert asked == later < 50
+
+
+def test_the_loop_turns_between_the_slices_of_a_look(loop_name, monkeypatch):
+    """A slice that is over at once: one task each, and the loop's other work in between."""
+    monkeypatch.setattr(task_notes, "_SLICE_S", 0.0)
+
+    async def main():
+        clock = Clock()
+        tasks = [asyncio.create_task(wait()) for _ in range(50)]
+        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+            await until(lambda: clock.asked)
+            begun, turned = clock.asked, 0
+            while clock.asked < 50:
+                await asyncio.sleep(0)
+                turned += 1
+        await end(*tasks)
+        return begun, turned
+
+    begun, turned = run(main(), loop_name)
+    assert turned >= 50 - begun - 1
+
+
+def test_very_many_tasks_are_looked_at_in_slices(loop_name):
+    """20,000: all of them, and in several turns of the loop."""
+
+    async def main():
+        clock, event = Clock(), asyncio.Event()
+        tasks = [asyncio.create_task(event.wait()) for _ in range(20_000)]
+        await turns(2)
+        turned = 0
+        with tracked(TaskTracking(look_s=0.001, clock=clock)):
+            while note_of(tasks[0]).waited is None or not all(
+                note_of(each).waited for each in tasks[:: len(tasks) // 50]
+            ):
+                turned += 1
+                await asyncio.sleep(0)
+            await until(lambda: all(note_of(each).waited for each in tasks))
+            slices = clock.asked
+        event.set()
+        await asyncio.gather(*tasks)
+        return slices
+
+    assert run(main(), loop_name, debug=False) > 3
+
+
+def test_looks_go_on_after_one_that_failed(loop_name, caplog):
+    """A task of the application's own class that raises when asked does not end them for ever."""
+
+    class Odd(asyncio.tasks._PyTask):
+        raises = False
+
+        def done(self):
+            if self.raises:
+                raise ZeroDivisionError
+            return super().done()
+
+    async def main():
+        loop, clock, failed = asyncio.get_running_loop(), Clock(), []
+        loop.set_exception_handler(lambda loop, context: failed.append(context))
+        odd = Odd(wait(), loop=loop)
+        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+            await looks(clock)
+            odd.raises = True
+            for _ in range(10):
+                await asyncio.sleep(0.005)
+            odd.raises = False
+            before = clock.asked
+            for _ in range(100):
+                await asyncio.sleep(0.005)
+                if clock.asked > before:
+                    break
+            goes_on = clock.asked > before
+        await end(odd)
+        return failed, goes_on
+
+    failed, goes_on = run(main(), loop_name)
+    assert failed == []  # the handler is the application's
+    assert goes_on
+    assert [each.name for each in caplog.records if each.exc_info] == ["asgi_pprof"]

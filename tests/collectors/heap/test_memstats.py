@@ -1,0 +1,259 @@
+"""runtime.MemStats: every field of Go's, and the pauses of the garbage collector."""
+
+import gc
+import re
+import sys
+import time
+import tracemalloc
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from asgi_pprof.collectors.heap import memstats
+from asgi_pprof.collectors.heap.memstats import (
+    AllocationCounters,
+    MemStats,
+    mem_stats_text,
+    read_mem_stats,
+)
+from asgi_pprof.runtime.gc_pauses import GcPauses
+
+GOLDEN = Path(__file__).parent / "golden" / "heap_debug1.body"
+
+GO_FIELDS = (
+    "Alloc TotalAlloc Sys Lookups Mallocs Frees HeapAlloc HeapSys HeapIdle HeapInuse HeapReleased"
+    " HeapObjects StackInuse StackSys MSpanInuse MSpanSys MCacheInuse MCacheSys BuckHashSys GCSys"
+    " OtherSys NextGC LastGC PauseTotalNs PauseNs PauseEnd NumGC NumForcedGC GCCPUFraction BySize"
+).split()
+IN_A_PAIR = {"StackInuse", "StackSys", "MSpanInuse", "MSpanSys", "MCacheInuse", "MCacheSys"}
+
+
+def trailer(text):
+    """Return the trailer's lines as (name, value)."""
+    lines = text[text.index("# runtime.MemStats\n") :].splitlines()
+    return [re.fullmatch(r"# (\w+) = (.*)", line).groups() for line in lines[1:]]
+
+
+def values(**changes):
+    """Return numbers that are all different, so that none can stand in for another."""
+    numbers = {field.name: 1_000 + index for index, field in enumerate(fields(MemStats))}
+    numbers |= {"PauseNs": tuple(range(256)), "PauseEnd": tuple(range(256, 512)), "BySize": ()}
+    return MemStats(**{**numbers, "GCCPUFraction": 0.25, "DebugGC": False, **changes})
+
+
+@pytest.fixture(autouse=True, scope="module")
+def ctypes_in_use():
+    """Call it once before anybody counts descriptors: some builds of libffi keep one."""
+    read_mem_stats()
+
+
+@pytest.fixture
+def pauses():
+    """A GcPauses that is switched on."""
+    timed = GcPauses()
+    timed.enable()
+    yield timed
+    timed.disable()
+
+
+@pytest.fixture
+def collected(monkeypatch):
+    """The GcPauses that `read_mem_stats` reads, fresh, switched on."""
+    timed = GcPauses()
+    monkeypatch.setattr(memstats, "gc_pauses", timed)
+    timed.enable()
+    yield timed
+    timed.disable()
+
+
+class TestFields:
+    def test_every_field_of_gos_struct_is_there_in_gos_order(self):
+        """Then come DebugGC and MaxRSS, which Go prints, and RSS, which is ours."""
+        names = [field.name for field in fields(MemStats)]
+        assert names == [*GO_FIELDS, "DebugGC", "MaxRSS", "RSS"]
+
+    def test_every_field_is_printed_once(self):
+        """Six of them in pairs, as Go prints them."""
+        names = [name for name, _ in trailer(mem_stats_text(values()))]
+        assert sorted(names) == sorted(
+            {*GO_FIELDS, "DebugGC", "MaxRSS", "RSS", "Stack", "MSpan", "MCache"} - IN_A_PAIR
+        )
+
+    def test_gos_lines_come_first_and_in_gos_order(self):
+        """So that a reader of Go's text reads ours."""
+        go = [name for name, _ in trailer(GOLDEN.read_text())]
+        ours = [name for name, _ in trailer(mem_stats_text(values()))]
+        assert len(go) == 27
+        assert ours[: len(go)] == go
+        assert ours[len(go) :] == ["PauseTotalNs", "BySize", "RSS"]
+
+    def test_every_line_has_the_form_of_gos(self):
+        """Digits where Go has digits, brackets where Go has brackets."""
+
+        def form(value):
+            return re.sub(r"\d+( \d+)*", "N", re.sub(r"\d+\.\d+", "F", value))
+
+        go = [(name, form(value)) for name, value in trailer(GOLDEN.read_text())]
+        ours = [(name, form(value)) for name, value in trailer(mem_stats_text(values()))]
+        assert ours[: len(go)] == go
+
+    def test_every_value_stands_beside_its_own_name(self):
+        """Also in the pairs: in use first, then what the system gave."""
+        stats = values()
+        printed = dict(trailer(mem_stats_text(stats)))
+        for name in GO_FIELDS:
+            if name not in IN_A_PAIR and isinstance(value := getattr(stats, name), int):
+                assert printed[name] == str(value)
+        assert printed["MSpan"] == f"{stats.MSpanInuse} / {stats.MSpanSys}"
+        assert printed["MCache"] == f"{stats.MCacheInuse} / {stats.MCacheSys}"
+        assert printed["Stack"] == f"{stats.StackInuse} / {stats.StackSys}"
+        assert printed["PauseNs"] == "[" + " ".join(map(str, range(256))) + "]"
+        assert printed["PauseEnd"] == "[" + " ".join(map(str, range(256, 512))) + "]"
+        assert printed["GCCPUFraction"] == "0.25"
+        assert printed["BySize"] == "[]"
+
+    @pytest.mark.parametrize(("debug", "text"), [(True, "true"), (False, "false")])
+    def test_truth_is_written_as_in_go(self, debug, text):
+        """In lower case."""
+        assert dict(trailer(mem_stats_text(values(DebugGC=debug))))["DebugGC"] == text
+
+    def test_every_line_is_a_comment_to_parsers(self):
+        """And the last one ends like the others."""
+        text = mem_stats_text(read_mem_stats())
+        assert text.endswith("\n")
+        assert all(line.startswith("# ") for line in text.splitlines())
+
+
+class TestReading:
+    def test_rings_have_256_places(self):
+        """As in Go, before anything has been timed."""
+        stats = read_mem_stats()
+        assert (len(stats.PauseNs), len(stats.PauseEnd)) == (256, 256)
+
+    def test_no_number_is_negative(self):
+        """Wherever this runs."""
+        stats = read_mem_stats()
+        numbers = [getattr(stats, field.name) for field in fields(MemStats)]
+        assert all(number >= 0 for number in numbers if not isinstance(number, tuple))
+
+    def test_the_heap_has_objects(self):
+        """A new list is one of them."""
+        before = read_mem_stats().HeapObjects
+        hold_lists = [[number] for number in range(100_000)]
+        assert read_mem_stats().HeapObjects >= before + len(hold_lists)
+
+    @pytest.mark.skipif(sys.platform != "linux", reason="/proc and mallinfo2 are Linux's")
+    def test_linux_knows_the_sizes_of_the_process(self):
+        """In bytes, not in kB, and in a sensible relation."""
+        stats = read_mem_stats()
+        assert 2**20 < stats.RSS < 2**40
+        assert stats.MaxRSS >= stats.RSS * 0.9
+        assert stats.Sys > stats.StackSys > 0
+        assert stats.StackInuse <= stats.StackSys
+
+    def test_allocations_are_those_that_were_counted(self):
+        """Of the heap profile and the sampler's counters; 0 without them."""
+        assert read_mem_stats().HeapAlloc == read_mem_stats().Mallocs == 0
+        stats = read_mem_stats(2**20, AllocationCounters(mallocs=5, frees=3, total_bytes=2**21))
+        assert stats.Alloc == stats.HeapAlloc == 2**20
+        assert (stats.Mallocs, stats.Frees, stats.TotalAlloc) == (5, 3, 2**21)
+
+    def test_tables_of_tracemalloc_are_known_while_it_traces(self):
+        """They are what Go calls bucket hash tables."""
+        assert read_mem_stats().BuckHashSys == 0
+        tracemalloc.start()
+        try:
+            stats = read_mem_stats()
+        finally:
+            tracemalloc.stop()
+        assert stats.BuckHashSys > 0
+
+    def test_debug_flags_of_the_collector_are_told(self):
+        """DebugGC is true while any is set."""
+        assert read_mem_stats().DebugGC is False
+        gc.set_debug(gc.DEBUG_UNCOLLECTABLE)
+        try:
+            assert read_mem_stats().DebugGC is True
+        finally:
+            gc.set_debug(0)
+
+
+class TestPauses:
+    def test_the_latest_pause_is_where_go_has_it(self, collected):
+        """At PauseNs[(NumGC+255)%256], after every single collection."""
+        for generation in (0, 1, 2, 0, 2):
+            gc.collect(generation)
+            gc.disable()  # no collection between the two
+            try:
+                before = collected.total_ns
+                gc.collect(generation)
+                stats = read_mem_stats()
+            finally:
+                gc.enable()
+            latest = (stats.NumGC + 255) % 256
+            assert stats.PauseNs[latest] == stats.PauseTotalNs - before > 0
+            assert stats.PauseEnd[latest] == stats.LastGC == max(stats.PauseEnd)
+
+    def test_pauses_fill_the_ring_and_go_round(self, collected):
+        """After 256 collections every place has a pause, the oldest first to go."""
+        gc.disable()
+        try:
+            for _ in range(300):
+                gc.collect(0)
+            stats = read_mem_stats()
+        finally:
+            gc.enable()
+        latest = (stats.NumGC + 255) % 256
+        in_order = stats.PauseEnd[latest + 1 :] + stats.PauseEnd[: latest + 1]
+        assert all(in_order)
+        assert list(in_order) == sorted(in_order)
+
+    def test_the_end_of_a_pause_is_the_time_of_day(self, collected):
+        """In nanoseconds since 1970, UTC."""
+        start = time.time_ns()
+        gc.collect()
+        assert start <= read_mem_stats().LastGC <= time.time_ns()
+
+    def test_a_pause_is_no_longer_than_the_collection(self, pauses):
+        """And the total is the sum of all."""
+        start, before = time.perf_counter_ns(), pauses.total_ns
+        gc.collect()
+        assert 0 < pauses.total_ns - before < time.perf_counter_ns() - start
+
+    def test_all_collections_are_counted_also_those_before(self, collected):
+        """NumGC is the interpreter's own count."""
+        before = read_mem_stats().NumGC
+        gc.collect()
+        gc.collect()
+        assert read_mem_stats().NumGC >= before + 2
+
+    def test_collections_that_were_asked_for_are_counted_apart(self, collected):
+        """`?gc=1` is one, gc.collect() elsewhere is not."""
+        gc.collect()
+        assert read_mem_stats().NumForcedGC == 0
+        collected.collect()
+        stats = read_mem_stats()
+        assert stats.NumForcedGC == 1
+        assert stats.PauseTotalNs > 0
+
+    def test_the_share_of_cpu_time_is_a_fraction(self, collected):
+        """0 before anything was timed, then above 0."""
+        assert GcPauses().cpu_fraction() == 0.0
+        gc.collect()
+        assert read_mem_stats().GCCPUFraction > 0.0
+
+    def test_the_share_of_cpu_time_is_never_above_1(self, collected, monkeypatch):
+        """Also if the machine was suspended in the middle of a collection for a month."""
+        month_ns = 30 * 86_400 * 10**9
+        monkeypatch.setattr(GcPauses, "total_ns", property(lambda self: month_ns))
+        assert read_mem_stats().GCCPUFraction <= 1.0
+
+
+class TestElsewhere:
+    def test_a_system_without_proc_and_glibc_has_zeros(self, monkeypatch):
+        """macOS, Windows, musl: numbers that nobody knows are 0, and nothing raises."""
+        monkeypatch.setattr(memstats, "Path", lambda path: Path("/nonexistent"))
+        monkeypatch.setattr("ctypes.CDLL", lambda name: object())
+        stats = read_mem_stats()
+        assert (stats.Sys, stats.RSS, stats.HeapSys, stats.HeapInuse, stats.StackSys) == (0,) * 5

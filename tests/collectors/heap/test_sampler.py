@@ -1,0 +1,999 @@
+"""The native heap engine: at rate 1 it sees every block, and it shares the process with anybody."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import itertools
+import math
+import sys
+import textwrap
+import threading
+import tracemalloc
+
+import pytest
+
+from asgi_pprof import PprofApp, labels
+from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.sampler import HeapSwitch, heap_sampler
+from asgi_pprof.collectors.heap.sizes import scale_sampled, size_class
+from asgi_pprof.collectors.heap.tracing import Peaks
+from asgi_pprof.labels import RequestLabels, current
+from asgi_pprof.merge import subtract
+from asgi_pprof.native import native
+from asgi_pprof.profile import check_valid
+from tests.programs import QUIET, run_program
+
+pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
+
+HEADER = sys.getsizeof(b"")  # of a bytes object, which is one block
+
+
+@pytest.fixture
+def every_block():
+    """Sample every block during the test."""
+    # Code that runs for the first time has blocks of its own: caches, and what
+    # sys.monitoring notes of it once anything in the process has used that.
+    keep_blocks(25, 2)
+    grow([], 2)
+    grow_a_little(bytearray())
+    double(bytearray())
+    gc.disable()  # others' callbacks have blocks too, hypothesis's for one
+    heap_sampler.enable(1)
+    yield
+    heap_sampler.disable()
+    gc.enable()
+
+
+def keep_blocks(count, size):
+    return [bytes(size) for _ in range(count)]
+
+
+def grow(into, count):
+    for _ in range(count):
+        into.append(None)
+
+
+def grow_a_little(array):
+    for _ in range(1000):
+        array += b"0123456789"
+
+
+def double(array):
+    array += bytes(len(array) * 2)
+
+
+def snapshot(collector=None):
+    profile = asyncio.run((collector or HeapCollector(Peaks())).snapshot())()
+    check_valid(profile)
+    return profile
+
+
+def of(profile, function, size=None, **having):
+    """Return the summed values of samples whose leaf is in a function, or in one inside it."""
+    values = [
+        sample.values
+        for sample in profile.samples
+        if f".{function}" in sample.stack[0].function.name
+        and (size is None or dict(sample.labels)["bytes"] == size_class(size))
+        and having.items() <= dict(sample.labels).items()
+    ]
+    return tuple(map(sum, zip(*values, strict=True))) or (0, 0, 0, 0)
+
+
+# --- every block ----------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("every_block")
+@pytest.mark.parametrize("size", [100, 479, 480, 900, 5_000, 100_000, 2_000_000])
+def test_every_block_is_counted_with_its_size(size):
+    """Objects and bytes are exact, below what pymalloc serves and beyond."""
+    kept = keep_blocks(25, size)
+    counted = of(snapshot(), "keep_blocks", size + HEADER)
+    whole = 25 * (size + HEADER)
+    assert counted[2:] == (25, whole)
+    if size > 400:  # smaller blocks have others of their class beside them
+        assert counted[:2] == (25, whole)
+    del kept
+
+
+@pytest.mark.usefixtures("every_block")
+def test_freed_blocks_are_not_in_use_but_stay_allocated():
+    """inuse falls to nothing, alloc never falls."""
+    kept = keep_blocks(10, 900)
+    before = snapshot()
+    del kept
+    after = snapshot()
+    assert of(before, "keep_blocks", 900 + HEADER) == (10, 9000 + 10 * HEADER) * 2
+    assert of(after, "keep_blocks", 900 + HEADER) == (10, 9000 + 10 * HEADER, 0, 0)
+    assert of(subtract(after, before), "keep_blocks", 900 + HEADER)[:2] == (0, 0)
+    assert of(subtract(after, before), "keep_blocks", 900 + HEADER)[2] == -10
+
+
+@pytest.mark.usefixtures("every_block")
+def test_a_list_that_grows_is_seen_in_full_where_it_grows():
+    """Its storage moves many times; what it is now counts, at the line that appends."""
+    into = []
+    grow(into, 100_000)
+    storage = sys.getsizeof(into) - sys.getsizeof([])
+    profile = snapshot()
+    alloc_objects, alloc_bytes, live_objects, live_bytes = of(profile, "grow")
+    assert (live_objects, live_bytes) == (1, storage)
+    assert alloc_objects > 20
+    assert alloc_bytes > storage
+    (line,) = {
+        place.line
+        for sample in profile.samples
+        for place in sample.stack[:1]
+        if place.function.name.endswith(".grow") and sample.values[2]
+    }
+    assert line == grow.__code__.co_firstlineno + 2
+    del into[10:]
+    storage = sys.getsizeof(into) - sys.getsizeof([])
+    assert of(snapshot(), "grow")[2:] == (1, storage)
+    into.clear()
+    assert of(snapshot(), "grow")[2:] == (0, 0)
+
+
+@pytest.mark.usefixtures("every_block")
+def test_a_bytearray_that_grows_is_seen_in_full():
+    """By a little at a time, and by what doubles it somewhere else."""
+    array = bytearray()
+    grow_a_little(array)
+    assert of(snapshot(), "grow_a_little")[2:] == (1, array.__alloc__())
+    double(array)
+    profile = snapshot()
+    assert of(profile, "grow_a_little")[2:] == (0, 0)
+    assert of(profile, "double")[2:] == (1, array.__alloc__())
+
+
+@pytest.mark.usefixtures("every_block")
+def test_memory_that_comes_zeroed_is_seen():
+    """calloc, which bytes(n) uses, and malloc, which a copy uses, alike."""
+
+    def zeroed():
+        return [bytes(7000) for _ in range(10)]
+
+    def copied(blocks):
+        return [bytes(bytearray(block)) for block in blocks]
+
+    blocks = zeroed()
+    copies = copied(blocks)
+    profile = snapshot()
+    assert of(profile, "zeroed", 7000 + HEADER)[2:] == (10, 10 * (7000 + HEADER))
+    assert of(profile, "copied", 7000 + HEADER)[2:] == (10, 10 * (7000 + HEADER))
+    del blocks, copies
+
+
+@pytest.mark.usefixtures("every_block")
+def test_blocks_freed_by_another_thread_are_gone():
+    """Whoever frees it."""
+    kept = [keep_blocks(50, 3000)]
+    thread = threading.Thread(target=kept.clear)
+    thread.start()
+    thread.join()
+    whole = 50 * (3000 + HEADER)
+    assert of(snapshot(), "keep_blocks", 3000 + HEADER) == (50, whole, 0, 0)
+
+
+@pytest.mark.usefixtures("every_block")
+def test_many_blocks_are_told_apart():
+    """A hundred thousand at a time, the table of them grown meanwhile; then all are gone."""
+    whole = 100_000 * (200 + HEADER)
+    kept = keep_blocks(100_000, 200)
+    assert of(snapshot(), "keep_blocks", 200 + HEADER) == (100_000, whole, 100_000, whole)
+    del kept[::2]
+    assert of(snapshot(), "keep_blocks", 200 + HEADER)[2:] == (50_000, whole // 2)
+    del kept
+    profile = snapshot()
+    assert of(profile, "keep_blocks", 200 + HEADER) == (100_000, whole, 0, 0)
+    assert not any(comment.startswith("lost") for comment in profile.comments)
+
+
+def test_samples_are_scaled_to_what_they_stand_for():
+    """One in 4 KiB: the estimate is near the truth, and the more the nearer."""
+    heap_sampler.enable(4096)
+    try:
+        kept = keep_blocks(40_000, 967)
+        profile = scale_sampled(snapshot())
+        counted = of(profile, "keep_blocks", 967 + HEADER)
+        del kept
+    finally:
+        heap_sampler.disable()
+    assert profile.period == 4096
+    taken = 40_000 * (1 - math.exp(-1000 / 4096))
+    for value, truth in zip(counted, (40_000, 40_000_000) * 2, strict=True):
+        assert value == pytest.approx(truth, rel=6 / math.sqrt(taken))
+
+
+# --- counters --------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("every_block")
+def test_counters_are_exact():
+    """So many blocks more, so many bytes more, so many freed."""
+    before = heap_sampler.counters()
+    kept = list(map(bytes, itertools.repeat(1000, 10_000)))
+    between = heap_sampler.counters()
+    del kept
+    after = heap_sampler.counters()
+    assert 10_000 <= between.mallocs - before.mallocs < 10_300  # and what the list needs
+    assert between.total_bytes - before.total_bytes >= 10_000 * (1000 + HEADER)
+    assert 10_000 <= after.frees - between.frees < 10_300
+    assert after.mallocs >= after.frees
+
+
+@pytest.mark.parametrize("rate", [1, 512 * 1024])
+def test_counters_outlive_their_threads_and_never_fall(rate):
+    """Each thread counts for itself; the sum is of all there ever were."""
+    heap_sampler.enable(rate)
+    try:
+        last = heap_sampler.counters()
+        for _ in range(20):
+            thread = threading.Thread(target=keep_blocks, args=(1000, 600))
+            thread.start()
+            thread.join()
+            now = heap_sampler.counters()
+            assert now.mallocs - last.mallocs >= 1000
+            assert now.frees - last.frees >= 1000
+            assert now.total_bytes - last.total_bytes >= 600_000
+            last = now
+    finally:
+        heap_sampler.disable()
+
+
+# --- labels ----------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("every_block")
+def test_samples_carry_labels_also_when_these_have_ended():
+    """Living ones, dead ones, inherited ones, and none outside."""
+
+    async def keep_in_task():
+        return keep_blocks(3, 1000)
+
+    async def main():
+        kept = []
+        with labels(tenant="gone"):
+            kept += keep_blocks(3, 1000)
+        with labels(tenant="task"):
+            task = asyncio.create_task(keep_in_task())
+        with labels(tenant="worker"):
+            kept += await asyncio.to_thread(keep_blocks, 3, 1000)
+        with labels(tenant="thread"):
+            context = contextvars.copy_context()
+        thread = threading.Thread(target=lambda: kept.extend(context.run(keep_blocks, 3, 1000)))
+        thread.start()
+        thread.join()
+        kept += await task + keep_blocks(3, 1000)
+        with labels(tenant="alive"):
+            kept += keep_blocks(3, 1000)
+            make = await HeapCollector(Peaks()).snapshot()
+        return make(), kept
+
+    profile, kept = asyncio.run(main())
+    whole = 3 * (1000 + HEADER)
+    for tenant in ("gone", "task", "worker", "thread", "alive"):
+        counted = of(profile, "keep_blocks", 1000 + HEADER, tenant=tenant)
+        assert counted == (3, whole, 3, whole), tenant
+    assert of(profile, "keep_blocks", 1000 + HEADER)[2] == 18
+    del kept
+
+
+@pytest.mark.usefixtures("every_block")
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_route_that_becomes_known_later_labels_earlier_samples(ended):
+    """Whether the request has ended or not."""
+
+    class Route:
+        path = "/carts/{cart}"
+
+    scope = {"type": "http", "method": "PUT", "headers": []}
+    token = current.set(RequestLabels(scope))
+    kept = keep_blocks(5, 1000)
+    scope["route"] = Route()
+    if ended:
+        current.reset(token)
+    found = of(snapshot(), "keep_blocks", 1000 + HEADER, method="PUT", route="/carts/{cart}")
+    if not ended:
+        current.reset(token)
+    assert found[2] == 5
+    del kept
+
+
+def test_more_labels_than_can_be_kept_are_counted_and_said():
+    """Five thousand living tasks, each with its own: memory is bounded, and no sample is lost."""
+    program = """
+    import asyncio
+    from asgi_pprof import labels
+    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.native import native
+
+    def keep(number):
+        return bytes(1000)
+
+    async def work(number):
+        with labels(number=number):
+            kept = keep(number)
+            arrived.append(number)
+            await over.wait()
+            return kept
+
+    async def main():
+        tasks = [asyncio.create_task(work(number)) for number in range(5000)]
+        while len(arrived) < 5000:
+            await asyncio.sleep(0)
+        heap = heap_sampler.copy()
+        found = [
+            s
+            for s in heap.samples()
+            if s.stack[0].function.name.endswith("keep") and dict(s.labels)["bytes"] == 1152
+        ]
+        print(sum(s.values[2] for s in found))
+        print(len({dict(s.labels)["number"] for s in found if "number" in dict(s.labels)}))
+        print(*heap.comments, sep="|")
+        over.set()
+        await asyncio.gather(*tasks)
+
+    arrived, over = [], asyncio.Event()
+    heap_sampler.enable(1)
+    asyncio.run(main(), debug=False)
+    heap_sampler.copy().samples()
+    heap_sampler.disable()
+    """
+    blocks, labelled, comments = run_program(program).splitlines()
+    assert int(blocks) == 5000
+    assert 2000 < int(labelled) < 5000
+    assert "unlabelled: " in comments
+    assert "samples without their labels" in comments
+
+
+def test_labels_that_live_long_leave_room_for_others():
+    """A background task that churns under labels of its own takes nobody else's."""
+    program = """
+    import contextvars
+    from asgi_pprof import labels
+    from asgi_pprof.collectors.heap.sampler import heap_sampler
+
+    def churn(count):
+        for _ in range(count):
+            bytes(5000)
+
+    def keep():
+        return [bytes(1000) for _ in range(100)]
+
+    def total(function, size, **having):
+        found = [s.values for s in heap_sampler.copy().samples()
+                 if function in s.stack[0].function.name and dict(s.labels)["bytes"] == size
+                 and having.items() <= dict(s.labels).items()]
+        return tuple(sum(values[at] for values in found) for at in (0, 2))
+
+    heap_sampler.enable(1)
+    background = contextvars.copy_context()
+    background.run(labels(job="for ever").__enter__)
+    background.run(churn, 30_000)
+    with labels(tenant="acme"):
+        kept = keep()
+        print(total("keep", 1152, tenant="acme"))
+    print(total("keep", 1152, tenant="acme"))
+    print(total("churn", 5120, job="for ever"))
+    print([comment for comment in heap_sampler.copy().comments if "unlabelled" in comment])
+    heap_sampler.disable()
+    """
+    assert run_program(program).splitlines() == ["(100, 100)", "(100, 100)", "(30000, 0)", "[]"]
+
+
+def test_labels_that_live_longer_than_the_sampler_are_let_go():
+    """Ended and begun again while sets are alive: old numbers mean nothing any more."""
+    token = current.set(None)
+    with labels(tenant="acme"):
+        for _ in range(3):
+            heap_sampler.enable(1)
+            kept = keep_blocks(3, 1000)
+            counted = of(snapshot(), "keep_blocks", 1000 + HEADER, tenant="acme")
+            heap_sampler.disable()
+            assert counted[:1] == (3,)
+            del kept
+    current.reset(token)
+    assert native.heap_pending() == []
+
+
+# --- on and off -------------------------------------------------------------------
+
+
+def counted_in(work):
+    before = native.heap_stats()["mallocs"]
+    work()
+    return native.heap_stats()["mallocs"] - before
+
+
+def test_two_share_it_and_the_last_one_ends_it():
+    """The first one's rate holds; at the end the hooks are gone, and nothing counts any more."""
+    first, second = PprofApp(memory_profile_rate=1), PprofApp(memory_profile_rate=4096)
+    assert native.heap_stats()["rate"] == 1
+    first.close()
+    assert native.heap_stats()["rate"] == 1
+    assert counted_in(lambda: keep_blocks(100, 1000)) >= 100
+    second.close()
+    assert native.heap_stats()["rate"] == 0
+    assert counted_in(lambda: keep_blocks(100, 1000)) == 0
+    assert heap_sampler.counters() is None
+    second.open()
+    assert native.heap_stats()["rate"] == 4096
+    second.close()
+    second.close()
+    first.close()
+    assert native.heap_stats()["rate"] == 0
+
+
+def test_rate_0_is_off_and_says_so():
+    """No hooks, no samples, and the note has the reason."""
+    app = PprofApp(memory_profile_rate=0)
+    try:
+        assert native.heap_stats()["rate"] == 0
+        assert "memory_profile_rate is 0" in HeapCollector(Peaks()).note()
+        profile = snapshot()
+        assert profile.samples == ()
+        assert "memory_profile_rate is 0" in profile.comments[0]
+    finally:
+        app.close()
+
+
+@pytest.mark.parametrize("rate", [-1, -(10**30), 2**63])
+def test_rates_that_are_none_are_refused(rate):
+    """With the argument's name."""
+    with pytest.raises(ValueError, match="memory_profile_rate"):
+        HeapSwitch(rate)
+    with pytest.raises(ValueError, match="memory_profile_rate"):
+        PprofApp(memory_profile_rate=rate)
+
+
+def test_an_enormous_rate_samples_next_to_nothing():
+    """But counts."""
+    heap_sampler.enable(2**62)
+    try:
+        before = heap_sampler.counters()
+        keep_blocks(1000, 1000)
+        assert heap_sampler.counters().mallocs - before.mallocs >= 1000
+        assert snapshot().samples == ()
+    finally:
+        heap_sampler.disable()
+
+
+def test_what_was_known_is_forgotten_at_the_end():
+    """A copy of before cannot be mixed up with what is known now; blocks of before are unknown."""
+    heap_sampler.enable(1)
+    kept = keep_blocks(10, 900)
+    copy = heap_sampler.copy()
+    heap_sampler.disable()
+    heap_sampler.enable(1)
+    try:
+        others = [bytearray(700) for _ in range(300)]
+        for sample in copy.samples():
+            names = [place.function.name for place in sample.stack]
+            assert not any("forgotten" in name for name in names)
+        assert of(snapshot(), "keep_blocks") == (0, 0, 0, 0)
+        del kept
+        assert of(snapshot(), "keep_blocks") == (0, 0, 0, 0)
+        del others
+    finally:
+        heap_sampler.disable()
+
+
+@pytest.mark.usefixtures("every_block")
+def test_the_comment_says_since_when_and_how_often():
+    """And nothing is lost, unreadable or unlabelled in a test as small as this."""
+    (comment,) = snapshot().comments
+    assert comment.startswith("engine: native, one sample in 1 bytes since 20")
+
+
+@pytest.mark.usefixtures("every_block")
+def test_a_window_needs_nothing_more():
+    """With samples there anyhow, tracemalloc stays off."""
+    collector = HeapCollector(Peaks())
+    with collector.window():
+        assert not tracemalloc.is_tracing()
+        before = snapshot(collector)
+        kept = keep_blocks(7, 2000)
+        after = snapshot(collector)
+    whole = 7 * (2000 + HEADER)
+    grown = of(subtract(after, before), "keep_blocks", 2000 + HEADER)
+    assert grown == (7, whole, 7, whole)
+    del kept
+
+
+# --- with others ------------------------------------------------------------------
+
+COMMON = """
+import asyncio, faulthandler, gc, os, signal, sys, threading, time, tracemalloc
+from asgi_pprof import PprofApp, labels
+from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.sampler import heap_sampler
+from asgi_pprof.collectors.heap.tracing import Peaks
+from asgi_pprof.native import native
+
+def keep_blocks(count=10, size=900):
+    return [bytes(size) for _ in range(count)]
+
+def work():
+    kept = keep_blocks(200, 100)
+    text = ""
+    for number in range(200):
+        text += str(number)
+    return {number: [number] * 10 for number in range(200)}, kept
+
+def live(size=900):
+    "Return how many of keep_blocks' blocks of that size are in the profile."
+    profile = asyncio.run(HeapCollector(Peaks()).snapshot(), debug=False)()
+    return sum(
+        sample.values[2]
+        for sample in profile.samples
+        if "keep_blocks" in sample.stack[0].function.name
+        and size <= dict(sample.labels)["bytes"] < size + 100
+    )
+
+def engine():
+    return HeapCollector(Peaks()).note()
+"""
+
+SCENARIOS = {
+    "tracemalloc before": """
+        tracemalloc.start()
+        app = PprofApp(memory_profile_rate=1)
+        kept = keep_blocks()
+        assert engine() == "engine: tracemalloc"
+        assert native.heap_stats()["rate"] == 0
+        tracemalloc.stop()
+        del kept
+        assert engine() == "engine: native"
+        kept = keep_blocks(20)
+        assert live() == 20
+        app.close()
+        assert native.heap_stats()["rate"] == 0
+    """,
+    "tracemalloc meanwhile": """
+        app = PprofApp(memory_profile_rate=1)
+        kept = keep_blocks()
+        tracemalloc.start()
+        more = keep_blocks(5)
+        assert engine() == "engine: native"
+        assert live() == 15
+        snapshot = tracemalloc.take_snapshot()
+        assert sum(s.count for s in snapshot.filter_traces(
+            [tracemalloc.Filter(True, "<string>")]).statistics("filename")) >= 5
+        del kept, snapshot
+        assert live() == 5
+        tracemalloc.stop()
+        again = keep_blocks(7)
+        assert live() == 12
+        del again, more
+        assert live() == 0
+        app.close()
+        assert native.heap_stats()["rate"] == 0
+        before = native.heap_stats()["mallocs"]
+        work()
+        assert native.heap_stats()["mallocs"] == before
+    """,
+    "tracemalloc after, left on": """
+        app = PprofApp(memory_profile_rate=1)
+        kept = keep_blocks()
+        tracemalloc.start()
+        assert live() == 10
+    """,
+    "tracemalloc after, we end first": """
+        app = PprofApp(memory_profile_rate=1)
+        kept = keep_blocks()
+        tracemalloc.start(5)
+        app.close()
+        assert native.heap_stats()["rate"] == 0
+        work()
+        assert engine() == "engine: tracemalloc"
+        tracemalloc.stop()
+        work()
+        assert native.heap_stats()["rate"] == 0
+        app.open()
+        more = keep_blocks(20)
+        assert engine() == "engine: native"
+        assert live() == 20
+        app.close()
+        work()
+        before = native.heap_stats()["mallocs"]
+        work()
+        assert native.heap_stats()["mallocs"] == before
+    """,
+    "tracemalloc on and off beside us": """
+        app = PprofApp(memory_profile_rate=1)
+        for number in range(30):
+            tracemalloc.start(number + 1)
+            kept = keep_blocks(number)
+            assert live() == number
+            tracemalloc.stop()
+            del kept
+        assert live() == 0
+        app.close()
+    """,
+    "a hundred times": """
+        for number in range(100):
+            app = PprofApp(memory_profile_rate=1 + number % 3 * 1000)
+            kept = keep_blocks()
+            if number % 3 == 0:
+                assert live() == 10
+            app.close()
+            assert native.heap_stats()["rate"] == 0
+            del kept
+    """,
+    "a hundred times beside threads": """
+        def loop():
+            while not over.is_set():
+                work()
+        over = threading.Event()
+        threads = [threading.Thread(target=loop) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for number in range(100):
+            app = PprofApp(memory_profile_rate=1 + number % 2 * 10_000)
+            work()
+            heap_sampler.copy().samples()
+            app.close()
+        over.set()
+        for thread in threads:
+            thread.join()
+    """,
+    "faulthandler before": """
+        faulthandler.enable()
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        kept = keep_blocks()
+        for _ in range(50):
+            work()
+        native.cpu_stop()
+        assert live() == 10
+        app.close()
+    """,
+    "faulthandler after": """
+        faulthandler.disable()
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        faulthandler.enable()
+        faulthandler.dump_traceback_later(1000)
+        kept = keep_blocks()
+        for _ in range(50):
+            work()
+        faulthandler.cancel_dump_traceback_later()
+        native.cpu_stop()
+        assert live() == 10
+        app.close()
+    """,
+    "exit with all on": """
+        app = PprofApp(memory_profile_rate=1)
+        kept = keep_blocks()
+        native.cpu_start(1000)
+        for _ in range(50):
+            work()
+        assert live() == 10
+    """,
+    "exit beside daemon threads": """
+        def loop():
+            while True:
+                with labels(tenant="daemon"):
+                    work()
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        for _ in range(4):
+            threading.Thread(target=loop, daemon=True).start()
+        time.sleep(0.5)
+    """,
+    "exit by os._exit": """
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        threading.Thread(target=work).start()
+        work()
+        os._exit(0)
+    """,
+    "exit of a thread": """
+        def leave():
+            work()
+            sys.exit(3)
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        threads = [threading.Thread(target=leave) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        work()
+    """,
+    "exit with labels alive": """
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        labels(tenant="for ever").__enter__()
+        kept = [work() for _ in range(20)]
+        class Last:
+            def __del__(self):
+                work()
+        last = Last()
+        last.itself = last
+        sys.modules["last"] = last
+    """,
+    "garbage collected all the time": """
+        gc.set_threshold(1, 1, 1)
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        for number in range(10):
+            with labels(number=number):
+                work()
+            heap_sampler.copy().samples()
+        native.cpu_stop()
+        native.marked_labels()
+        app.close()
+    """,
+    "a reader beside threads that label and allocate": """
+        def loop():
+            while not over.is_set():
+                with labels(number=time.monotonic_ns() % 1000):
+                    work()
+        over = threading.Event()
+        app = PprofApp(memory_profile_rate=1)
+        native.cpu_start(1000)
+        threads = [threading.Thread(target=loop) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        end = time.monotonic() + 4
+        while time.monotonic() < end:
+            heap_sampler.copy().samples()
+            native.marked_labels()
+        over.set()
+        for thread in threads:
+            thread.join()
+        native.cpu_stop()
+        app.close()
+    """,
+    "memory runs out": """
+        import pathlib, resource
+        app = PprofApp(memory_profile_rate=1)
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+        used = pages * os.sysconf("SC_PAGE_SIZE")
+        resource.setrlimit(resource.RLIMIT_AS, (used + 64 * 2**20,) * 2)
+        kept = []
+        try:
+            while True:
+                kept.append(bytes(2**16))
+        except MemoryError:
+            count = len(kept)
+            del kept
+        assert count > 100
+        work()
+        assert live(2**16) == 0
+        app.close()
+    """,
+}
+
+
+def program_of(name):
+    return COMMON + textwrap.dedent(SCENARIOS[name])
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_it_shares_the_process(name):
+    """Right results, exit status 0, and nothing on stderr."""
+    run_program(program_of(name))
+
+
+@pytest.mark.parametrize(
+    "name", ["tracemalloc meanwhile", "tracemalloc after, we end first", "exit with all on"]
+)
+@pytest.mark.parametrize(
+    "allocator",
+    ["malloc", "malloc_debug", "debug", "pymalloc", "pymalloc_debug", "default"],
+)
+def test_it_goes_with_every_allocator(name, allocator):
+    """Whatever PYTHONMALLOC says."""
+    run_program(program_of(name), PYTHONMALLOC=allocator)
+    run_program(program_of(name), options=(), PYTHONMALLOC=allocator)
+
+
+def test_an_interrupt_ends_the_program_as_ever():
+    """KeyboardInterrupt in the middle of the work, both samplers on."""
+    program = (
+        COMMON
+        + """
+# What runs the tests may have begun in the background, where interrupts are ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+app = PprofApp(memory_profile_rate=1)
+native.cpu_start(1000)
+threading.Timer(0.3, signal.raise_signal, [signal.SIGINT]).start()
+while True:
+    work()
+"""
+    )
+    run_program(program, status=-2, errors="KeyboardInterrupt")
+
+
+INTERPRETERS = """
+import os, sys, threading, time
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+from asgi_pprof.collectors.heap.sampler import heap_sampler
+from asgi_pprof.native import native
+
+def create(own_gil):
+    if sys.version_info >= (3, 13):
+        return interpreters.create("isolated" if own_gil else "legacy")
+    return interpreters.create(**({"isolated": own_gil} if sys.version_info >= (3, 12) else {}))
+
+SOURCE = '''if True:
+    import contextvars, time
+    variable = contextvars.ContextVar("x")
+    end = time.monotonic() + 2
+    while time.monotonic() < end:
+        variable.set(bytes(600))
+        kept = [bytes(n) for n in range(600)], {str(n): [n] for n in range(300)}
+        exec("def f(): return [i for i in range(99)]\\\\nf()", {})
+'''
+
+def run(interpreter):
+    function = getattr(interpreters, "exec", None) or interpreters.run_string
+    failed = function(interpreter, SOURCE)
+    assert not failed, failed
+
+def keep_blocks(count, size):
+    return [bytes(size) for _ in range(count)]
+"""
+
+
+@pytest.mark.parametrize("own_gil", ["1", "0"])
+def test_other_interpreters_run_beside_both_samplers(own_gil):
+    """With their own GIL (3.12 and later) or ours; what this one keeps is counted exactly."""
+    program = (
+        INTERPRETERS
+        + """
+heap_sampler.enable(1)
+native.cpu_start(1000)
+others = [create(sys.argv[1] == "1") for _ in range(2)]
+threads = [threading.Thread(target=run, args=(other,)) for other in others]
+for thread in threads:
+    thread.start()
+kept = keep_blocks(1000, 900)
+while any(thread.is_alive() for thread in threads):
+    heap_sampler.copy().samples()
+    time.sleep(0.1)
+for thread in threads:
+    thread.join()
+for other in others:
+    interpreters.destroy(other)
+native.cpu_stop()
+found = [s for s in heap_sampler.copy().samples()
+         if "keep_blocks" in s.stack[0].function.name and dict(s.labels)["bytes"] == 960]
+assert sum(s.values[2] for s in found) == 1000, found
+rows, _ = native.cpu_read(0, 10**6)
+assert sum(row[2] for row in rows) > 0
+native.cpu_free()
+heap_sampler.disable()
+"""
+    )
+    run_program(program, own_gil, options=("-X", "dev"))
+    run_program(program, own_gil, options=())
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
+def test_switching_on_and_off_beside_interpreters_with_their_own_gil():
+    """
+    Hooks that are there stay, passing on, and none is put there: CPython changes allocators
+    in steps, and a thread that calls one meanwhile has half a pointer.
+    """
+    program = (
+        INTERPRETERS
+        + """
+def toggle():
+    heap_sampler.enable(1 + count % 2 * 4096)
+    is_on = heap_sampler.is_on()
+    heap_sampler.disable()
+    return is_on
+
+count, others = 0, [create(True) for _ in range(2)]
+if sys.argv[1] == "installed before":
+    for other in others:
+        interpreters.destroy(other)
+    heap_sampler.enable(512)
+    others = [create(True) for _ in range(2)]
+    heap_sampler.disable()
+threads = [threading.Thread(target=run, args=(other,)) for other in others]
+for thread in threads:
+    thread.start()
+were_on = set()
+while any(thread.is_alive() for thread in threads):
+    count += 1
+    were_on.add(toggle())
+    assert sys.argv[1] == "installed before" or "GIL" in heap_sampler.why_off()
+for thread in threads:
+    thread.join()
+for other in others:
+    interpreters.destroy(other)
+assert were_on == {sys.argv[1] == "installed before"}, were_on
+assert toggle()
+"""
+    )
+    for when in ("installed before", "not installed"):
+        for options in (("-X", "dev"), ("-X", "faulthandler")):
+            run_program(program, when, options=options)
+
+
+# --- fork -------------------------------------------------------------------------
+
+
+def test_a_forked_child_begins_anew_and_the_parent_goes_on():
+    """Off and empty in the child until it is asked; the parent's numbers are its own."""
+    program = (
+        COMMON
+        + """
+import traceback, warnings
+warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
+
+def in_the_child():
+    assert native.heap_stats()["rate"] == 0
+    assert native.heap_pending() == []
+    kept.clear()
+    work()
+    mine = keep_blocks(3)
+    assert engine() == "engine: native"
+    assert live() == 0
+    more = keep_blocks(5)
+    assert live() == 5
+    app.close()
+    assert native.heap_stats()["rate"] == 0
+    tracemalloc.start()
+    tracemalloc.stop()
+    work()
+
+def loop():
+    while not over.is_set():
+        with labels(number=time.monotonic_ns() % 10):
+            work()
+
+over = threading.Event()
+thread = threading.Thread(target=loop)
+thread.start()
+app = PprofApp(memory_profile_rate=1)
+native.cpu_start(1000)
+kept = keep_blocks()
+for _ in range(20):
+    child = os.fork()
+    if child == 0:
+        try:
+            in_the_child()
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+assert live() == 10
+more = keep_blocks(5)
+assert live() == 15
+over.set()
+thread.join()
+app.close()
+"""
+    )
+    run_program(program)
+
+
+def test_a_forked_child_may_exit_as_any_program():
+    """Through the interpreter's end, atexit and all."""
+    program = (
+        COMMON
+        + """
+app = PprofApp(memory_profile_rate=1)
+native.cpu_start(1000)
+kept = keep_blocks()
+child = os.fork()
+work()
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert live() == 10
+"""
+    )
+    options = (*QUIET, "-W", "ignore::DeprecationWarning")
+    run_program(program, options=options)

@@ -1,0 +1,179 @@
+"""The heap profile from tracemalloc: what is alive, by whom, and since when it counts."""
+
+from __future__ import annotations
+
+import asyncio
+import tracemalloc
+
+import pytest
+
+from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.tracing import Peaks, tracing
+from asgi_pprof.errors import PprofError
+from asgi_pprof.merge import subtract
+from asgi_pprof.profile import check_valid
+
+
+def keep_blocks(count, size):
+    return [bytearray(size) for _ in range(count)]
+
+
+def restart_tracing(frames):
+    tracemalloc.stop()
+    tracemalloc.start(frames)
+
+
+def deep_keep(depth):
+    return deep_keep(depth - 1) if depth else keep_blocks(1, 5000)
+
+
+def snapshot(collector):
+    return asyncio.run(collector.snapshot())()
+
+
+def of(profile, function):
+    """Return the values and labels of the samples whose leaf is in a function."""
+    return [
+        (sample.values, dict(sample.labels))
+        for sample in profile.samples
+        if sample.stack[0].function.name.endswith(f".{function}")
+        or f".{function}.<locals>" in sample.stack[0].function.name
+    ]
+
+
+def test_live_blocks_are_counted_with_their_size_class():
+    """Ten blocks of 900 bytes: ten objects, 9,000 bytes and a little, class 960."""
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        kept = keep_blocks(10, 900)
+        profile = snapshot(collector)
+        del kept
+    check_valid(profile)
+    large = [values for values, label in of(profile, "keep_blocks") if label["bytes"] == 960]
+    assert sum(values[2] for values in large) == 10
+    assert 9_000 <= sum(values[3] for values in large) < 10_000
+    assert profile.period == 1
+
+
+def test_freed_blocks_are_not_in_use_but_stay_allocated():
+    """inuse falls to nothing, alloc never falls."""
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        kept = keep_blocks(10, 900)
+        before = snapshot(collector)
+        del kept
+        after = snapshot(collector)
+    was = [values for values, label in of(before, "keep_blocks") if label["bytes"] == 960]
+    now = [values for values, label in of(after, "keep_blocks") if label["bytes"] == 960]
+    assert sum(values[3] for values in was) >= 9_000
+    assert sum(values[3] for values in now) == 0
+    assert sum(values[1] for values in now) == sum(values[1] for values in was)
+    shrunk = [
+        values
+        for values, label in of(subtract(after, before), "keep_blocks")
+        if label["bytes"] == 960
+    ]
+    assert sum(values[2] for values in shrunk) == -10
+
+
+def test_a_new_window_counts_from_nothing():
+    """What an earlier window saw is no part of the next one's allocations."""
+    collector = HeapCollector(Peaks())
+    for _ in range(2):
+        with tracing.on():
+            before = snapshot(collector)
+            kept = keep_blocks(4, 2000)
+            after = snapshot(collector)
+            del kept
+        grown = [values for values, _ in of(subtract(after, before), "keep_blocks")]
+        assert sum(values[1] for values in grown) >= 8000
+
+
+def test_deep_stacks_say_that_they_are_cut():
+    """Frames beyond the traceback limit are replaced by the mark."""
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        kept = deep_keep(40)
+        profile = snapshot(collector)
+        del kept
+    stacks = [
+        sample.stack for sample in profile.samples if "keep_blocks" in sample.stack[0].function.name
+    ]
+    assert stacks
+    assert all("truncated" in stack[-1].function.name for stack in stacks)
+    assert all(len(stack) == 17 for stack in stacks)
+
+
+def test_off_is_said_and_empty():
+    """No samples, a comment with the way to switch it on, count 0 and a note."""
+    collector = HeapCollector(Peaks())
+    profile = snapshot(collector)
+    check_valid(profile)
+    assert profile.samples == ()
+    assert "heap?seconds=N" in profile.comments[0]
+    assert collector.count() == 0
+    assert collector.note().startswith("off: ")
+
+
+def test_tracing_that_the_application_started_is_left_on():
+    """Our window neither restarts nor stops it."""
+    tracemalloc.start(3)
+    try:
+        with tracing.on():
+            assert tracemalloc.get_traceback_limit() == 3
+        assert tracemalloc.is_tracing()
+    finally:
+        tracemalloc.stop()
+
+
+def test_an_exception_in_a_window_stops_the_tracing():
+    """Whatever ends the window."""
+    with pytest.raises(LookupError), tracing.on():
+        raise LookupError
+    assert not tracemalloc.is_tracing()
+
+
+def test_allocs_is_the_same_data_with_another_default():
+    """Only what is shown first differs."""
+    peaks = Peaks()
+    heap, allocs = HeapCollector(peaks), HeapCollector(peaks, "alloc_space")
+    with tracing.on():
+        profiles = snapshot(heap), snapshot(allocs)
+    assert [profile.default_sample_type for profile in profiles] == ["", "alloc_space"]
+    assert profiles[0].sample_types == profiles[1].sample_types
+
+
+def test_old_sites_are_bounded(monkeypatch):
+    """When the table is full, new sites count their live blocks, and a comment says so."""
+    monkeypatch.setattr("asgi_pprof.collectors.heap.tracing._MAX_PEAKS", 1)
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        kept = keep_blocks(10, 900)
+        profile = snapshot(collector)
+        del kept
+    assert all(sample.values[0] >= sample.values[2] for sample in profile.samples)
+    assert any("beyond the first 1" in comment for comment in profile.comments)
+
+
+def test_tracing_stopped_by_the_application_fails_the_window():
+    """Not a profile in which everything seems freed; and its new tracing is left alone."""
+    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+        tracemalloc.stop()
+    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+        restart_tracing(7)
+    assert tracemalloc.get_traceback_limit() == 7
+    tracemalloc.stop()
+
+
+def test_our_own_memory_is_left_out():
+    """What the profiler allocates is not what the application is asked about."""
+    collector = HeapCollector(Peaks())
+    with tracing.on():
+        snapshot(collector)
+        profile = snapshot(collector)
+    ours = [
+        sample
+        for sample in profile.samples
+        if any("asgi_pprof.collectors" in place.function.name for place in sample.stack)
+    ]
+    assert ours == []

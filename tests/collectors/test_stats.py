@@ -1,0 +1,766 @@
+"""stats: figures of loops, pools, garbage collection and the process, one a line."""
+
+from __future__ import annotations
+
+import _thread
+import asyncio
+import contextlib
+import gc
+import itertools
+import math
+import re
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from html import unescape
+
+import anyio
+import anyio.to_thread
+import pytest
+import uvloop
+from fastapi import Depends, FastAPI
+
+from asgi_pprof import PprofMiddleware
+from asgi_pprof.collectors.goroutine.task_notes import task_tracking
+from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stats import NAMES, Figure, label, stats_lines, stats_text, unique
+from asgi_pprof.native import native
+from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
+from tests.servers import PROFILES, ask, serve, until
+
+LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+
+# Prometheus's exposition_formats.md: a metric name, labels with escaped values, a number.
+NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
+LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\\\|\\"|\\n)*"'
+LINE = re.compile(
+    rf"(({NAME})(?:\{{{LABEL}(?:,{LABEL})*\}})?) ([+-]?(?:Inf|\d+(?:\.\d+)?(?:e[+-]\d+)?))"
+)
+
+
+def parse(text):
+    """Return the values by their series, all lines being of Prometheus's grammar."""
+    values = {}
+    assert text.endswith("\n")
+    for line in text[:-1].split("\n"):
+        match = LINE.fullmatch(line)
+        assert match, line
+        assert line.split() == [match[1], match[3]]
+        assert match[1] not in values, line
+        values[match[1]] = float(match[3])
+    return values
+
+
+def names_of(text):
+    """Return the name of each line."""
+    return [LINE.fullmatch(line)[2] for line in text.splitlines()]
+
+
+def of_loop(name, values):
+    """Return what is said of one loop, by name and quantile."""
+    return {
+        key.replace(f'loop="{name}"', "").replace("{}", "").replace("{,", "{"): value
+        for key, value in values.items()
+        if f'loop="{name}"' in key
+    }
+
+
+def of_pool(name, values):
+    """Return threads, busy, queued and longest wait of one pool, None for each not known."""
+    kinds = ("threads", "busy", "queued", "longest_wait_seconds")
+    return [values.get(f'thread_pool_{kind}{{pool="{name}"}}') for kind in kinds]
+
+
+def run(loop_name, main):
+    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
+        return runner.run(main)
+
+
+async def figures():
+    return parse(await stats_text())
+
+
+class OtherLoop:
+    """A loop in a thread of its own, which can be held."""
+
+    def __init__(self, loop_name, name, tasks=0):
+        self._begun, self._free = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=run, args=(loop_name, self._main(tasks)), name=name)
+
+    async def _main(self, number):
+        self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        tasks = [asyncio.create_task(self._end.wait()) for _ in range(number)]
+        await asyncio.sleep(0)
+        self._begun.set()
+        await self._end.wait()
+        await asyncio.gather(*tasks)
+
+    def __enter__(self):
+        self._thread.start()
+        assert self._begun.wait(20)
+        return self
+
+    def __exit__(self, *_):
+        self._free.set()
+        self.soon(self._end.set)
+        self._thread.join(20)
+
+    def soon(self, function, *arguments):
+        self.loop.call_soon_threadsafe(function, *arguments)
+
+    def call(self, function, *arguments):
+        """Call a function on the loop's thread, and wait until it has returned."""
+        done = threading.Event()
+        self.soon(function, *arguments)
+        self.soon(done.set)
+        assert done.wait(20)
+
+    @contextlib.contextmanager
+    def held(self):
+        """Keep the loop from turning."""
+        holding = threading.Event()
+
+        def hold():
+            holding.set()
+            self._free.wait(60)
+
+        self.soon(hold)
+        assert holding.wait(20)
+        try:
+            yield
+        finally:
+            self._free.set()
+
+
+def nothing():
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.0, "0"),
+        (3.0, "3"),
+        (1.5, "1.5"),
+        (1e-09, "1e-09"),
+        (2**63, "9223372036854775808"),
+        (math.inf, "+Inf"),
+    ],
+)
+def test_numbers_are_as_short_as_they_can_be(value, text):
+    """Whole ones without a point, and infinity as Prometheus spells it."""
+    assert Figure("loop_tasks", (), value).line() == f"loop_tasks {text}"
+
+
+def test_label_values_are_escaped():
+    """As the format asks: quotes and backslashes."""
+    line = Figure("loop_tasks", (("loop", 'a"b\\c'), ("quantile", "1")), 2).line()
+    assert line == 'loop_tasks{loop="a\\"b\\\\c",quantile="1"} 2'
+    assert LINE.fullmatch(line)
+
+
+@pytest.mark.parametrize("odd", [" ", "\t", "\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\x00"])
+def test_no_label_breaks_a_line_or_a_word(odd):
+    """Thread names may hold anything."""
+    assert label(f"a{odd}b") == "a_b"
+
+
+def test_lone_surrogates_are_no_label():
+    """They would become an escape that the format does not know."""
+    assert label("a\udcffb") == "a?b"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], []),
+        (["a", "b"], ["a", "b"]),
+        (["a", "a", "a"], ["a", "a#2", "a#3"]),
+        (["a", "a#2", "a"], ["a", "a#2", "a#3"]),
+        (["a#2", "a", "a"], ["a#2", "a", "a#3"]),
+    ],
+)
+def test_names_are_told_apart(names, expected):
+    """No series is there twice, whatever threads are called."""
+    assert unique(names) == expected
+
+
+def test_lines_have_one_order():
+    """By name as listed, then by label; not by how they were found."""
+    made = [
+        Figure("process_threads", (), 1),
+        Figure("loop_ready", (("loop", "b"),), 2),
+        Figure("loop_ready", (("loop", "a"),), 3),
+        Figure("loop_tasks", (("loop", "b"),), 4),
+    ]
+    expected = 'loop_tasks{loop="b"} 4\nloop_ready{loop="a"} 3\nloop_ready{loop="b"} 2\n'
+    for order in itertools.permutations(made):
+        assert stats_lines(order) == f"{expected}process_threads 1\n"
+
+
+def test_counters_are_named_so():
+    """What only grows ends in _total, as the convention has it, and nothing else does."""
+    growing = {"collections", "collected", "uncollectable", "stalls", "stall_seconds"}
+    totals = {name.removesuffix("_total") for name in NAMES if name.endswith("_total")}
+    assert {
+        re.sub(r"^(loop|python_gc_objects|python_gc|process)_", "", each) for each in totals
+    } == {
+        *growing,
+        "pause_seconds",
+        "cpu_seconds",
+    }
+
+
+def test_tasks_are_those_of_asyncio(loop_name):
+    """As many as `asyncio.all_tasks` gives, the asking one with them, done ones not."""
+
+    async def main():
+        event = asyncio.Event()
+        tasks = [asyncio.create_task(event.wait()) for _ in range(17)]
+        done = asyncio.create_task(asyncio.sleep(0))
+        await done
+        found, all_tasks = await figures(), len(asyncio.all_tasks())
+        event.set()
+        await asyncio.gather(*tasks)
+        return found, all_tasks
+
+    found, all_tasks = run(loop_name, main())
+    assert found['loop_tasks{loop="MainThread"}'] == all_tasks == 18
+
+
+def test_ready_callbacks_are_counted(loop_name):
+    """Those that wait for their turn just when stats is asked."""
+
+    async def main():
+        await asyncio.sleep(0)
+        before = await figures()
+        for _ in range(5):
+            asyncio.get_running_loop().call_soon(nothing)
+        return before, await figures()
+
+    before, after = run(loop_name, main())
+    ready = 'loop_ready{loop="MainThread"}'
+    assert after[ready] - before[ready] == 5
+
+
+def test_loops_of_other_threads_have_their_own_figures(loop_name):
+    """By the names of their threads, in which white space is replaced."""
+    with OtherLoop(loop_name, "second loop", tasks=4):
+        found = run(loop_name, figures())
+    assert found['loop_tasks{loop="second_loop"}'] == 5
+    assert found['loop_tasks{loop="MainThread"}'] == 1
+    assert found['loop_ready{loop="second_loop"}'] == 0
+
+
+def test_threads_of_one_name_are_told_apart_by_age(loop_name):
+    """The younger one gets a number."""
+    with OtherLoop(loop_name, "twin", tasks=1), OtherLoop(loop_name, "twin", tasks=2):
+        found = run(loop_name, figures())
+    assert found['loop_tasks{loop="twin"}'] == 2
+    assert found['loop_tasks{loop="twin#2"}'] == 3
+
+
+def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name):
+    """Such as one that was started by a library in C."""
+    begun, end, ended = threading.Event(), threading.Event(), threading.Event()
+
+    async def wait():
+        begun.set()
+        while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+            await asyncio.sleep(0.002)
+
+    def run_loop():
+        loop = LOOPS[loop_name]()
+        loop.run_until_complete(wait())
+        loop.close()
+        ended.set()
+
+    ident = _thread.start_new_thread(run_loop, ())
+    assert begun.wait(20)
+    try:
+        found = run(loop_name, figures())
+    finally:
+        end.set()
+        assert ended.wait(20)
+    assert found[f'loop_tasks{{loop="{ident}"}}'] == 1
+    assert found['loop_tasks{loop="MainThread"}'] == 1
+
+
+def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
+    """It is read from outside: what is ready in it, and its tasks."""
+    ready = 'loop_ready{loop="held"}'
+    with OtherLoop(loop_name, "held", tasks=2) as other, other.held():
+        before = run(loop_name, figures())
+        for _ in range(3):
+            other.soon(nothing)
+        found = run(loop_name, figures())
+    assert found[ready] - before[ready] == 3
+    assert found['loop_tasks{loop="held"}'] == 3
+
+
+def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
+    """While a loop is held its lateness grows, and afterwards it is one stall."""
+
+    def ask_for():
+        return of_loop("watched", run("asyncio", figures()))
+
+    with OtherLoop(loop_name, "watched") as other:
+        assert "loop_stalls_total" not in ask_for()
+        other.call(lambda: stall_watch.attach(other.loop))
+        try:
+            assert ask_for()["loop_stalls_total"] == 0
+            before = time.monotonic()
+            with other.held():
+                until(lambda: ask_for()['loop_lag_seconds{quantile="1"}'] > 0.15)
+            until(lambda: ask_for()["loop_stalls_total"] == 1)
+            found = ask_for()
+            assert 0.15 < found["loop_stall_seconds_total"] < time.monotonic() - before
+            late = [found[f'loop_lag_seconds{{quantile="{each}"}}'] for each in (0.5, 0.9, 0.99, 1)]
+            assert late == sorted(late)
+            assert late[-1] > 0.15
+        finally:
+            other.call(lambda: stall_watch.detach(other.loop))
+        assert set(ask_for()) == {"loop_tasks", "loop_ready"}
+
+
+def test_what_is_not_watched_has_no_line(loop_name):
+    """Never a 0: a threshold of 0 records nothing."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        stall_watch.attach(loop)
+        threshold_ms = stall_watch.threshold_ms
+        try:
+            stall_watch.set_threshold(0)
+            return await figures()
+        finally:
+            stall_watch.set_threshold(threshold_ms)
+            stall_watch.detach(loop)
+
+    assert set(of_loop("MainThread", run(loop_name, main()))) == {"loop_tasks", "loop_ready"}
+
+
+@pytest.mark.skipif(
+    native is None and sys.version_info >= (3, 14),
+    reason="without the C core such loops are not found",
+)
+def test_tasks_of_a_loop_that_nobody_runs(loop_name):
+    """They are in no thread, and still there."""
+    stopped = asyncio.Runner(loop_factory=LOOPS[loop_name])
+    with stopped:
+        event = asyncio.Event()
+
+        async def start():
+            return [asyncio.create_task(event.wait()) for _ in range(3)]
+
+        tasks = stopped.run(start())
+        with ThreadPoolExecutor(1, thread_name_prefix="asking") as thread:
+            found = thread.submit(run, loop_name, _asked_with(stopped.get_loop())).result()
+        assert found['loop_tasks{loop="asking_0"}'] == 1
+        assert found['loop_tasks{loop="not_running"}'] == len(tasks)
+
+
+async def _asked_with(_loop):
+    return await figures()
+
+
+class Lane:
+    """A queue of callbacks that is not asyncio's."""
+
+    def __init__(self):
+        self._handles = []
+
+    def __len__(self):
+        return len(self._handles)
+
+    def append(self, handle):
+        self._handles.append(handle)
+
+    def popleft(self):
+        return self._handles.pop(0)
+
+    def clear(self):
+        self._handles.clear()
+
+
+def test_a_foreign_loop_without_a_known_queue_has_no_such_line():
+    """What is ready in it is not to be seen."""
+
+    class Foreign(asyncio.SelectorEventLoop):
+        def __init__(self):
+            super().__init__()
+            self._ready = Lane()
+
+    with asyncio.Runner(loop_factory=Foreign) as runner:
+        found = of_loop("MainThread", runner.run(figures()))
+    assert set(found) == {"loop_tasks"}
+
+
+def test_reading_many_tasks_lets_the_loop_turn(loop_name):
+    """With every slice used up by one task, others run in between each two."""
+
+    async def main():
+        event = asyncio.Event()
+        tasks = [asyncio.create_task(event.wait()) for _ in range(50)]
+        turns = 0
+
+        def turn():
+            nonlocal turns
+            turns += 1
+            if not event.is_set():
+                loop.call_soon(turn)
+
+        turns_at_looks = []
+
+        def clock():
+            turns_at_looks.append(turns)
+            return len(turns_at_looks)
+
+        loop = asyncio.get_running_loop()
+        loop.call_soon(turn)
+        found = parse(await stats_text(clock))
+        event.set()
+        await asyncio.gather(*tasks)
+        return found, turns_at_looks
+
+    found, turns_at_looks = run(loop_name, main())
+    assert found['loop_tasks{loop="MainThread"}'] == 51
+    assert len(set(turns_at_looks)) > 50
+
+
+def test_an_executor_is_busy_and_has_a_queue(loop_name):
+    """Threads there may be, those at work, work that waits, and for how long at least."""
+
+    async def main():
+        loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Semaphore(0)
+
+        def work():
+            begun.release()
+            end.wait(60)
+
+        started = time.monotonic()
+        with ThreadPoolExecutor(2, thread_name_prefix="my pool") as pool:
+            try:
+                jobs = [
+                    asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
+                    for _ in range(5)
+                ]
+                await asyncio.sleep(0)
+                for _ in range(2):
+                    assert begun.acquire(timeout=20)
+                first, seen = await figures(), time.monotonic()
+                await asyncio.sleep(0.05)
+                asked = time.monotonic()
+                second = await figures()
+                times = asked - seen, time.monotonic() - started
+            finally:
+                end.set()
+            await asyncio.gather(*jobs)
+            return first, second, await figures(), times
+
+    first, second, last, (least, most) = run(loop_name, main())
+    assert of_pool("my_pool", first)[:3] == [2, 2, 3]
+    *known, waited = of_pool("my_pool", second)
+    assert known == [2, 2, 3]
+    assert least <= waited <= most
+    assert of_pool("my_pool", last)[2:] == [0, 0]
+
+
+async def _awaited(future):
+    return await future
+
+
+def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
+    """There is no line then, and no 0."""
+    end, begun = threading.Event(), threading.Event()
+
+    def work():
+        begun.set()
+        end.wait(60)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="plain") as pool:
+        try:
+            pool.submit(work)
+            pool.submit(nothing)
+            assert begun.wait(20)
+            found = run("asyncio", figures())
+        finally:
+            end.set()
+    assert of_pool("plain", found) == [1, 1, 1, None]
+
+
+def test_pools_of_one_name_are_told_apart():
+    """As loops are."""
+    with contextlib.ExitStack() as stack:
+        for size in (2, 3):
+            pool = stack.enter_context(ThreadPoolExecutor(size, thread_name_prefix="same"))
+            pool.submit(nothing).result()
+        found = run("asyncio", figures())
+    assert [of_pool(name, found)[0] for name in ("same", "same#2")] == [2, 3]
+
+
+class Shop:
+    """A service with anyio's threads, which work until they are told to end."""
+
+    def __init__(self):
+        self.end, self.begun = threading.Event(), threading.Semaphore(0)
+        self.app = FastAPI()
+        self.app.add_middleware(PprofMiddleware)
+        self.app.get("/hold")(self.hold)
+        self.app.get("/limit/{number}")(self.limit)
+        self.app.get("/own/{number}")(self.own)
+        self.app.get("/leave")(self.leave)
+        self.app.get("/spawn/{number}")(self.spawn)
+        self.limiter = anyio.CapacityLimiter(1)
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def work(self):
+        self.begun.release()
+        self.end.wait(60)
+
+    def hold(self) -> int:
+        self.work()
+        return 0
+
+    async def limit(self, number: int) -> int:
+        anyio.to_thread.current_default_thread_limiter().total_tokens = number
+        return number
+
+    async def own(self, number: int) -> int:
+        async with anyio.create_task_group() as group:
+            for _ in range(number):
+                group.start_soon(self.work_limited)
+        return number
+
+    async def work_limited(self):
+        await anyio.to_thread.run_sync(self.work, limiter=self.limiter)
+
+    def dependency(self):
+        yield 1
+        self.work()  # FastAPI runs this with a limiter of its own
+
+    async def leave(self) -> int:
+        return 0
+
+    async def spawn(self, number: int) -> int:
+        event = asyncio.Event()
+        self.tasks += [asyncio.create_task(event.wait()) for _ in range(number)]
+        return number
+
+    @contextlib.contextmanager
+    def asked(self, port, *paths):
+        """Keep clients waiting for these paths, until the threads are told to end."""
+        clients = [threading.Thread(target=ask, args=(port, path)) for path in paths]
+        for client in clients:
+            client.start()
+        try:
+            yield
+        finally:
+            self.end.set()
+            for client in clients:
+                client.join(20)
+
+
+def stats(port):
+    answer = ask(port, f"{PROFILES}/stats")
+    assert answer.status == 200
+    return parse(answer.text)
+
+
+@pytest.mark.server
+def test_a_saturated_pool_shows(loop_name):
+    """Three threads at work and two requests that wait, since they were first seen at least."""
+    shop = Shop()
+    with serve(shop.app, loop_name) as port:
+        ask(port, "/limit/3")
+        assert of_pool("anyio:test_server", stats(port)) == [3, 0, 0, 0]
+        started = time.monotonic()
+        with shop.asked(port, *["/hold"] * 5):
+            until(lambda: of_pool("anyio:test_server", stats(port))[:3] == [3, 3, 2])
+            seen = time.monotonic()
+            time.sleep(0.05)
+            asked = time.monotonic()
+            waited = of_pool("anyio:test_server", stats(port))[3]
+            assert asked - seen <= waited <= time.monotonic() - started
+        until(lambda: of_pool("anyio:test_server", stats(port)) == [3, 0, 0, 0])
+
+
+@pytest.mark.server
+def test_a_limiter_of_its_own_shows_while_tasks_wait_for_it(loop_name):
+    """Whoever holds it need not be the one who waits."""
+    shop = Shop()
+    with serve(shop.app, loop_name) as port:
+        with shop.asked(port, "/own/4"):
+            until(lambda: of_pool("limiter:test_server", stats(port))[:3] == [1, 1, 3])
+            assert of_pool("limiter:test_server", stats(port))[3] > 0
+        until(lambda: of_pool("limiter:test_server", stats(port)) == [None] * 4)
+
+
+@pytest.mark.server
+def test_limiters_that_nobody_waits_for_do_not_show(loop_name):
+    """FastAPI makes one for each dependency it leaves."""
+    shop = Shop()
+    shop.app.get("/depend")(_depending(shop.dependency))
+    with serve(shop.app, loop_name) as port, shop.asked(port, "/depend", "/depend"):
+        for _ in range(2):
+            assert shop.begun.acquire(timeout=20)
+        found = stats(port)
+    assert [key for key in found if "limiter" in key] == []
+
+
+def _depending(dependency):
+    async def depend(value: int = Depends(dependency)) -> int:
+        return value
+
+    return depend
+
+
+def test_collections_and_pauses_are_those_of_the_collector():
+    """By generation, and the pauses as they were timed."""
+    gc_pauses.enable()
+    try:
+        gc.collect()
+        gc.disable()
+        found = run("asyncio", figures())
+        counted = gc.get_stats()
+    finally:
+        gc.enable()
+        gc_pauses.disable()
+    for generation, counts in enumerate(counted):
+        for name, key in (
+            ("collections", "collections"),
+            ("objects_collected", "collected"),
+            ("objects_uncollectable", "uncollectable"),
+        ):
+            assert found[f'python_gc_{name}_total{{generation="{generation}"}}'] == counts[key]
+    pauses = [
+        found[f'python_gc_pause_seconds{{quantile="{each}"}}'] for each in (0.5, 0.9, 0.99, 1)
+    ]
+    assert pauses == sorted(pauses)
+    assert pauses[-1] == max(gc_pauses.pauses())[0] / 1e9
+    assert found["python_gc_pause_seconds_total"] == gc_pauses.total_ns / 1e9 > 0
+
+
+def test_pauses_that_were_never_timed_have_no_lines(monkeypatch):
+    """Before there was a middleware in the process."""
+    monkeypatch.setattr(gc_pauses, "_timer", PythonTimer())
+    assert [key for key in run("asyncio", figures()) if "pause" in key] == []
+
+
+def test_the_process_is_as_the_system_sees_it():
+    """CPU time grows with what is used; memory and threads are /proc's."""
+    before, cpu_s = run("asyncio", figures()), time.process_time()
+    ballast = bytearray(64 * 2**20)
+    for index in range(0, len(ballast), 4096):
+        ballast[index] = 1
+    with OtherLoop("asyncio", "one more"):
+        after = run("asyncio", figures())
+    assert before["process_cpu_seconds_total"] < cpu_s < after["process_cpu_seconds_total"]
+    grown = after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]
+    assert grown > 48 * 2**20
+    assert after["process_virtual_memory_bytes"] > after["process_resident_memory_bytes"]
+    assert after["process_threads"] >= 2
+
+
+@pytest.mark.server
+def test_all_lines_are_of_the_grammar_and_in_order(loop_name):
+    """Every name there is, in the order they are listed."""
+    shop = Shop()
+    with serve(shop.app, loop_name) as port:
+        ask(port, "/limit/3")
+        text = ask(port, f"{PROFILES}/stats").text
+        parse(text)
+        names = names_of(text)
+    assert [name for name, _ in itertools.groupby(names)] == [
+        name for name in NAMES if name in names
+    ]
+    assert set(NAMES) - set(names) <= {"python_gc_pause_seconds", "python_gc_pause_seconds_total"}
+
+
+@pytest.mark.server
+def test_a_known_number_of_tasks_in_a_service(loop_name):
+    """So many more than before."""
+    shop = Shop()
+    tasks = 'loop_tasks{loop="test_server"}'
+    with serve(shop.app, loop_name) as port:
+        before = stats(port)[tasks]
+        ask(port, "/spawn/23")
+        until(lambda: stats(port)[tasks] == before + 23)
+
+
+@pytest.mark.server
+def test_awk_finds_a_value(any_shop):
+    """One line of shell gives one number, also of a thread with an odd name."""
+    text = any_shop.get("stats").text
+    program = '$1 == "loop_tasks{loop=\\"MainThread\\"}" { print $2 }'
+    done = subprocess.run(["awk", program], input=text, capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 1
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("query", ["", "?debug=1", "?seconds=x", "?%zz&;", "?gc=1&debug=99"])
+def test_parameters_change_nothing(any_shop, query):
+    """It is plain text whatever is asked for."""
+    answer = any_shop.get(f"stats{query}")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert 'loop_tasks{loop="MainThread"}' in parse(answer.text)
+
+
+@pytest.mark.server
+def test_methods(any_shop):
+    """GET and HEAD only, as everywhere but at symbol."""
+    head = any_shop.get("stats", method="HEAD")
+    assert (head.status, head.body) == (200, b"")
+    assert head.headers["content-type"] == "text/plain; charset=utf-8"
+    post = any_shop.get("stats", method="POST", body=b"x")
+    assert (post.status, post.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.server
+def test_the_index_shows_the_same_lines(any_shop):
+    """At its end, and links to where they are alone."""
+    page, text = any_shop.get("").text, any_shop.get("stats").text
+    shown = re.search(r"(?s)<p><a href='stats'>stats</a>:</p>\n<pre>\n(.*)</pre>\n</body>\n", page)
+    assert shown is not None
+    assert list(parse(unescape(shown[1]))) == list(parse(text))
+
+
+def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
+    """Tracking has looked before stats was asked for the first time."""
+
+    async def main():
+        loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Event()
+
+        def work():
+            begun.set()
+            end.wait(60)
+
+        task_tracking.attach(loop)
+        with ThreadPoolExecutor(1, thread_name_prefix="looked") as pool:
+            try:
+                jobs = [
+                    asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
+                    for _ in range(2)
+                ]
+                await asyncio.sleep(0)
+                assert begun.wait(20)
+                task_tracking.look(loop)
+                while task_tracking.is_looking(loop):  # noqa: ASYNC110
+                    await asyncio.sleep(0)
+                seen = time.monotonic()
+                await asyncio.sleep(0.05)
+                asked = time.monotonic()
+                found = await figures()
+            finally:
+                end.set()
+                task_tracking.detach(loop)
+            await asyncio.gather(*jobs)
+        return of_pool("looked", found)[3], asked - seen
+
+    waited, least = run(loop_name, main())
+    assert waited >= least
