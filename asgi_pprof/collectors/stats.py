@@ -44,11 +44,11 @@ from typing import Any, NamedTuple
 
 from asgi_pprof.collectors.goroutine.task_notes import note_of, waits_for
 from asgi_pprof.collectors.heap.memstats import proc_status
-from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.collectors.stall.stalls import stall_watch
-from asgi_pprof.collectors.workers import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.offload import give_way, run_in_thread
 from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.loops import TaskList, alive, running_loops
+from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 
 NAMES = (
     "loop_tasks",

@@ -31,11 +31,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from asgi_pprof.collectors.cpu_clocks import native_thread_ids
-from asgi_pprof.collectors.loops import RunningLoop, running_loops
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, Stack, ValueType, pseudo_location
 from asgi_pprof.runtime.frames import CurrentFrames, RawStack, capture, current_frames, why_not
+from asgi_pprof.runtime.loops import RunningLoop, running_loops
+from asgi_pprof.runtime.thread_clocks import native_thread_ids
 from asgi_pprof.stacks import UNKNOWN, Symbols
 
 _MAX_STACKS = 4096  # different stacks that start threads

@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from asgi_pprof.collectors.loop_threads import TURN_VARIABLES
 from asgi_pprof.native import native
 from asgi_pprof.runtime import frames
+from asgi_pprof.runtime.loop_threads import TURN_VARIABLES
 
 THREADS = 40
 DEPTH = 30  # frames of each besides those of `threading`; a FastAPI request has as many

@@ -37,12 +37,12 @@ from types import CodeType, FrameType
 
 from asgi_pprof.collectors.cpu import sigprof
 from asgi_pprof.collectors.cpu.wakeup import SignalWakeup
-from asgi_pprof.collectors.cpu_clocks import ThreadClocks
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.labels import LabelSet, current, resolve
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Location, Profile, Sample, ValueType, pseudo_location
+from asgi_pprof.runtime.thread_clocks import ThreadClocks
 from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, Symbols
 
 ENGINE = "signal"

@@ -39,8 +39,6 @@ from typing import Any, NamedTuple, cast
 
 from asgi_pprof.collectors.goroutine.task_notes import note_of, waits_for
 from asgi_pprof.collectors.goroutine.waits import Task, Wait, Waits
-from asgi_pprof.collectors.loops import RunningLoop, TaskList, alive, running_loops
-from asgi_pprof.collectors.workers import Work
 from asgi_pprof.labels import current, resolve
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import (
@@ -58,6 +56,8 @@ from asgi_pprof.runtime.frames import (
     running_frames,
     unwrapped,
 )
+from asgi_pprof.runtime.loops import RunningLoop, TaskList, alive, running_loops
+from asgi_pprof.runtime.pools import Work
 from asgi_pprof.stacks import (
     MAX_DEPTH,
     TRUNCATED,

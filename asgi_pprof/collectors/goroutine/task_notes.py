@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 from typing import Any, cast
 
-from asgi_pprof.collectors.loops import TaskList, alive
+from asgi_pprof.runtime.loops import TaskList, alive
 
 logger = logging.getLogger("asgi_pprof")
 

@@ -53,7 +53,6 @@ from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from asgi_pprof.collectors.loop_threads import TURN_VARIABLES, LoopThread
 from asgi_pprof.collectors.stall.loop_pulse import (
     LAG_WINDOW_NS,
     PUNCTUAL_NS,
@@ -66,6 +65,7 @@ from asgi_pprof.merge import sum_samples
 from asgi_pprof.native import native
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.frames import RawStack, current_frames
+from asgi_pprof.runtime.loop_threads import TURN_VARIABLES, LoopThread
 from asgi_pprof.stacks import UNKNOWN, Symbols
 
 DEFAULT_THRESHOLD_MS = 100.0

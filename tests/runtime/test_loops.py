@@ -11,10 +11,9 @@ import weakref
 import pytest
 import uvloop
 
-from asgi_pprof.collectors import loops
-from asgi_pprof.collectors.loops import TaskList, alive, running_loops
 from asgi_pprof.native import native
-from asgi_pprof.runtime import frames
+from asgi_pprof.runtime import frames, loops
+from asgi_pprof.runtime.loops import TaskList, alive, running_loops
 from tests.programs import run_program
 from tests.threads import in_a_thread
 
@@ -296,7 +295,7 @@ def test_nothing_is_read_that_is_not_understood():
     """Before a task has shown the place, and by one that does not show it, there is no list."""
     program = """
 import asyncio, sys
-from asgi_pprof.collectors import loops
+from asgi_pprof.runtime import loops
 from asgi_pprof.native import native
 
 async def main():
@@ -336,7 +335,7 @@ def test_what_threads_run_is_not_told_where_that_is_not_understood():
 CHURN = """
 import asyncio, sys, threading, time
 import uvloop
-from asgi_pprof.collectors.loops import TaskList, alive, running_loops
+from asgi_pprof.runtime.loops import TaskList, alive, running_loops
 from asgi_pprof.native import native
 
 assert bool(native) == (sys.argv[1] == "native")
