@@ -26,6 +26,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
@@ -49,7 +50,6 @@ from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.switches import HeapEngine, Switches
-from asgi_pprof.symbols import AddressBook
 from asgi_pprof.web import index_page
 
 _BUFFERED = 2048  # net/http: a longer body is sent in chunks, without its length

@@ -19,7 +19,7 @@ from typing import Any, Protocol, TypeVar, cast
 
 from starlette.types import Scope
 
-from asgi_pprof.native import LabelNode
+from asgi_pprof.native.core import LabelNode
 
 Pairs = tuple[tuple[str, str], ...]
 

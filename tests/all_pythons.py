@@ -271,7 +271,7 @@ def _call(what: str, *command: str | Path) -> None:
 
 def _engine(suite: Suite) -> str:
     """Return "native", or why it is not."""
-    ask = "from asgi_pprof.native import native, reason; print('native' if native else reason)"
+    ask = "from asgi_pprof.native.core import native, reason; print('native' if native else reason)"
     done = subprocess.run(
         [suite.python, "-c", ask],
         cwd=ROOT,

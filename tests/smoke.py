@@ -17,7 +17,7 @@ import time
 
 import asgi_pprof
 from asgi_pprof import PprofApp
-from asgi_pprof.native import native, reason
+from asgi_pprof.native.core import native, reason
 
 PROFILES = ("allocs", "block", "goroutine", "heap", "mutex", "thread", "threadcreate")
 

@@ -9,7 +9,7 @@ import threading
 import tracemalloc
 from pathlib import Path
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 
 def wakeup_descriptor() -> int:

@@ -33,7 +33,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
 from typing import Any, Protocol, TypeAlias, TypeGuard, cast
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
 

@@ -15,7 +15,7 @@ import time
 from types import CodeType
 from typing import Protocol
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 _RING = 256  # as Go's PauseNs and PauseEnd
 

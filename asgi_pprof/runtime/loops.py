@@ -32,7 +32,7 @@ from contextlib import suppress
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias, cast
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime.frames import frame_local, frame_objects
 
 _asyncio: Any

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames
 from asgi_pprof.runtime.loop_threads import TURN_VARIABLES
 

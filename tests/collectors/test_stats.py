@@ -26,7 +26,7 @@ from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_notes import task_tracking
 from asgi_pprof.collectors.stall.stalls import stall_watch
 from asgi_pprof.collectors.stats import NAMES, Figure, label, stats_lines, stats_text, unique
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
 from tests.servers import PROFILES, ask, serve, until
 

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests.servers import PROFILES, ask
 
 pytestmark = [pytest.mark.server, pytest.mark.once]

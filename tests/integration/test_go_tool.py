@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests import apps
 from tests.gotool import flat, go_pprof
 from tests.servers import ask, leaving_client, until

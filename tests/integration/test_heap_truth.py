@@ -7,7 +7,7 @@ import statistics
 import pytest
 
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests.bench.heap import CHURNED, HELD, HOLDERS, churn, measure
 
 pytestmark = [

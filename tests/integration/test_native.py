@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests import apps, official
 from tests.gotool import go_pprof
 from tests.integration.native_apps import FREQUENT

@@ -18,7 +18,7 @@ import anyio.from_thread
 import anyio.to_thread
 import pytest
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames
 from asgi_pprof.runtime.frames import MAX_DEPTH, frame_local
 from tests.programs import run_program
@@ -435,7 +435,7 @@ def test_a_frame_whose_variables_are_being_let_go_of_is_not_asked_for_them():
     said = run_program(
         """
         import gc, sys, threading
-        from asgi_pprof.native import native
+        from asgi_pprof.native.core import native
 
         class Waits:
             def __del__(self):
@@ -472,7 +472,7 @@ def test_code_that_is_being_freed_is_in_no_stack():
     said = run_program(
         """
         import gc, threading, weakref
-        from asgi_pprof.native import native
+        from asgi_pprof.native.core import native
 
         def waits(_):
             dying.set()
@@ -676,7 +676,7 @@ def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
     said = run_program(
         """
         import importlib, os, sys, textwrap, threading, time
-        from asgi_pprof.native import native
+        from asgi_pprof.native.core import native
         from asgi_pprof.runtime.frames import current_frames, why_not
 
         SCRIPT = '''

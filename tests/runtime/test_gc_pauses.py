@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import GcPauses, PythonTimer, gc_pauses, is_timing
 
 TIMERS = {"native": native.GcTimer if native else None, "pure": PythonTimer}

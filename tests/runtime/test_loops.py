@@ -11,7 +11,7 @@ import weakref
 import pytest
 import uvloop
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames, loops
 from asgi_pprof.runtime.loops import TaskList, alive, running_loops
 from tests.programs import run_program
@@ -296,7 +296,7 @@ def test_nothing_is_read_that_is_not_understood():
     program = """
 import asyncio, sys
 from asgi_pprof.runtime import loops
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 async def main():
     assert native.asyncio_tasks() is None
@@ -336,7 +336,7 @@ CHURN = """
 import asyncio, sys, threading, time
 import uvloop
 from asgi_pprof.runtime.loops import TaskList, alive, running_loops
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 assert bool(native) == (sys.argv[1] == "native")
 kinds = [asyncio.new_event_loop, uvloop.new_event_loop]

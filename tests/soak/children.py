@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from asgi_pprof.collectors.heap.sampler import heap_sampler
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests.soak import work
 from tests.soak.checks import Checker
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from asgi_pprof.native import native, reason
+from asgi_pprof.native.core import native, reason
 
 _ROOT = Path(__file__).parents[2]
 

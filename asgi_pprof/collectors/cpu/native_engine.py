@@ -32,12 +32,12 @@ from typing import cast
 from asgi_pprof.collectors.cpu import sigprof
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.native import native, reason
-from asgi_pprof.native_stacks import Places
+from asgi_pprof.native.core import native, reason
+from asgi_pprof.native.label_interner import book
+from asgi_pprof.native.places import Places
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Label, Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.thread_clocks import ThreadClocks
-from asgi_pprof.sampled_labels import book
 
 ENGINE = "native"
 

@@ -35,10 +35,10 @@ from typing import Any
 from asgi_pprof.collectors.heap.memstats import AllocationCounters
 from asgi_pprof.labels import Pairs, resolve
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.native import native, reason
-from asgi_pprof.native_stacks import Places
+from asgi_pprof.native.core import native, reason
+from asgi_pprof.native.label_interner import book
+from asgi_pprof.native.places import Places
 from asgi_pprof.profile import Sample
-from asgi_pprof.sampled_labels import book
 
 ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate

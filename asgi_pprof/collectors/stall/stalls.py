@@ -62,7 +62,7 @@ from asgi_pprof.collectors.stall.loop_pulse import (
     Waking,
 )
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.frames import RawStack, current_frames
 from asgi_pprof.runtime.loop_threads import TURN_VARIABLES, LoopThread

@@ -27,7 +27,7 @@ from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.labels import RequestLabels, current
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.profile import check_valid
 from tests.decode import decode
 from tests.programs import QUIET, run_program
@@ -735,7 +735,7 @@ def test_two_hundred_threads_at_once_are_all_sampled():
     import asyncio, contextvars, threading, time
     from asgi_pprof import labels
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
     from tests.servers import ROOT, until
 
     def burn(number):
@@ -982,7 +982,7 @@ def test_a_thousand_starts_and_stops_under_load_survive():
     """SIGPROF's default action kills: a late signal must not find it."""
     program = """
     import threading, time, zlib
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
 
     def burn():
         while not over.is_set():
@@ -1080,7 +1080,7 @@ def test_code_and_frames_of_every_shape_are_read_while_they_change(debug):
 FORK = """
 import asyncio, os, signal, sys, threading, time, warnings
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from tests.state import clock_timers, process_state
 
 warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)

@@ -10,7 +10,7 @@ import pytest
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.collectors.heap.tracing import Peaks, tracing
-from asgi_pprof.native import native, reason
+from asgi_pprof.native.core import native, reason
 from asgi_pprof.profile import check_valid
 from asgi_pprof.switches import Switches
 

@@ -21,7 +21,7 @@ from asgi_pprof.collectors.heap.sizes import scale_sampled, size_class
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.labels import RequestLabels, current
 from asgi_pprof.merge import subtract
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.profile import check_valid
 from tests.programs import QUIET, run_program
 
@@ -308,7 +308,7 @@ def test_more_labels_than_can_be_kept_are_counted_and_said():
     import asyncio
     from asgi_pprof import labels
     from asgi_pprof.collectors.heap.sampler import heap_sampler
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
 
     def keep(number):
         return bytes(1000)
@@ -511,7 +511,7 @@ from asgi_pprof import PprofApp, labels
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.collectors.heap.tracing import Peaks
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 def keep_blocks(count=10, size=900):
     return [bytes(size) for _ in range(count)]
@@ -817,7 +817,7 @@ try:
 except ImportError:
     import _xxsubinterpreters as interpreters
 from asgi_pprof.collectors.heap.sampler import heap_sampler
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 def create(own_gil):
     if sys.version_info >= (3, 13):

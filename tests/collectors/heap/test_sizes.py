@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_pprof.collectors.heap.sizes import scale_sampled, size_class
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.profile import Profile, Sample, ValueType, pseudo_location
 
 STACK = (pseudo_location("somewhere"),)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from asgi_pprof.labels import current, labels
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.stacks import TRUNCATED
 from tests.programs import run_program
 
 if native:
-    from asgi_pprof import sampled_labels
-    from asgi_pprof.native_stacks import Places
-    from asgi_pprof.sampled_labels import LabelBook
+    from asgi_pprof.native import label_interner as sampled_labels
+    from asgi_pprof.native.label_interner import LabelBook
+    from asgi_pprof.native.places import Places
 
 pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
 
@@ -103,7 +103,7 @@ def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():
     from asgi_pprof import labels
     from asgi_pprof.collectors.heap.sampler import heap_sampler
     from asgi_pprof.labels import current
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
 
     class Late:
         def __init__(self, context):
@@ -178,7 +178,7 @@ def test_sets_of_ten_thousand_links_die_without_harm():
     from asgi_pprof import labels
     from asgi_pprof.collectors.heap.sampler import heap_sampler
     from asgi_pprof.labels import current
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
 
     heap_sampler.enable(64)
     native.cpu_start(1000)
@@ -201,7 +201,7 @@ def test_writer_that_fails_is_not_heard_of():
     """The application sees no exception of ours, and keeps the one it has."""
     program = """
     from asgi_pprof.labels import current, labels
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
 
     def fail(label_set, number, on_cpu):
         raise LookupError("no")

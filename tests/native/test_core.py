@@ -6,14 +6,14 @@ import os
 
 import pytest
 
-from asgi_pprof.native import LabelNode, native, reason
+from asgi_pprof.native.core import LabelNode, native, reason
 from tests.programs import run_program
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 
 REPORT = """
 from asgi_pprof import labels, PprofApp
-from asgi_pprof.native import LabelNode, native, reason
+from asgi_pprof.native.core import LabelNode, native, reason
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from asgi_pprof.collectors.heap import sampler as heap_native
 from asgi_pprof.labels import current
@@ -45,7 +45,7 @@ def test_the_switch_leaves_it_out():
 @pytest.mark.parametrize("value", ["1", "", "yes"])
 def test_any_other_value_of_the_switch_leaves_it_in(value):
     """Only 0 is a no."""
-    program = "from asgi_pprof.native import native; assert native"
+    program = "from asgi_pprof.native.core import native; assert native"
     run_program(program, ASGI_PPROF_NATIVE=value)
 
 
@@ -97,7 +97,7 @@ def test_importing_it_changes_nothing():
         del sys.modules[name]
     before = state()
     import asgi_pprof.app
-    from asgi_pprof.native import native
+    from asgi_pprof.native.core import native
     assert state() == before
     assert native.heap_stats()["rate"] == 0
     assert native.heap_stats()["mallocs"] == 0
@@ -167,9 +167,9 @@ def test_only_the_main_interpreter_has_it():
         import _interpreters as interpreters
     except ImportError:
         import _xxsubinterpreters as interpreters
-    import asgi_pprof.native
+    import asgi_pprof.native.core
 
-    assert asgi_pprof.native.native
+    assert asgi_pprof.native.core.native
     run = getattr(interpreters, "exec", None) or interpreters.run_string
     # Isolated ones refuse _tracemalloc already.
     if sys.version_info >= (3, 13):
@@ -177,7 +177,7 @@ def test_only_the_main_interpreter_has_it():
     else:
         other = interpreters.create(**({"isolated": False} if sys.version_info >= (3, 12) else {}))
     failed = run(other, '''if True:
-        from asgi_pprof.native import native, reason
+        from asgi_pprof.native.core import native, reason
         assert native is None
         assert "interpreter" in reason, reason
     ''')
@@ -195,7 +195,7 @@ def test_samples_are_read_while_finalizers_end_the_sampling(ends):
         """
         import gc, struct, sys, time
         from asgi_pprof.labels import labels
-        from asgi_pprof.native import native
+        from asgi_pprof.native.core import native
 
         def deep(depth):
             return deep(depth - 1) if depth else [bytes(100) for _ in range(5)]

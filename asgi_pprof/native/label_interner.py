@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from asgi_pprof.labels import LabelSet, Pairs, current, resolve
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 
 _MAX_LABELS = 65_536  # different sets of pairs; routes and methods need far fewer
 

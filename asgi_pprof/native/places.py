@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from asgi_pprof.native import native
+from asgi_pprof.native.core import native
 from asgi_pprof.profile import Function, Location, Stack, pseudo_location
 from asgi_pprof.stacks import TRUNCATED, Symbols
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from asgi_pprof import symbols
+from asgi_pprof import address_book as symbols
+from asgi_pprof.address_book import AddressBook
 from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
-from asgi_pprof.symbols import AddressBook
 
 pytestmark = pytest.mark.once
 
