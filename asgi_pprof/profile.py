@@ -14,7 +14,7 @@ Source: google/pprof, proto/profile.proto and profile/profile.go, CheckValid.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -116,6 +116,14 @@ class Profile:
     duration_ns: int = 0
     default_sample_type: str = ""
     comments: tuple[str, ...] = ()
+
+
+def count_profile(
+    name: str, samples: Iterable[Sample], time_ns: int, comments: tuple[str, ...] = ()
+) -> Profile:
+    """Return a profile of NAME/count, the only value of each sample."""
+    kind = ValueType(name, "count")
+    return Profile((kind,), tuple(samples), kind, period=1, time_ns=time_ns, comments=comments)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from hypothesis import settings
 
 from asgi_pprof.collectors.custom import custom_profiles
 from asgi_pprof.collectors.heap.memstats import read_mem_stats
-from asgi_pprof.runtime.loops import TaskList, alive
+from asgi_pprof.runtime.tasks import TaskList, alive
 from tests.servers import ServerProcess, serve_process
 from tests.state import clock_timers, process_state
 

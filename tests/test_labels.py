@@ -12,7 +12,8 @@ from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from asgi_pprof.labels import RequestLabels, current, labels, resolve, route_template
+from asgi_pprof.labels import current, labels, resolve
+from asgi_pprof.request_labels import RequestLabels, route_template
 
 
 def seen():

@@ -9,14 +9,8 @@ import types
 import pytest
 
 from asgi_pprof.profile import Function, Location
-from asgi_pprof.stacks import (
-    MAX_DEPTH,
-    TRUNCATED,
-    Symbols,
-    await_chain,
-    capture,
-    chain_stack,
-)
+from asgi_pprof.runtime.chains import await_chain
+from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, Symbols, capture, chain_stack
 
 HERE = __name__
 

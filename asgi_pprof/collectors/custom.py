@@ -18,7 +18,7 @@ from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.profile import Profile, Sample, ValueType
+from asgi_pprof.profile import Profile, Sample, count_profile
 from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
 
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f\"\\?#]+")
@@ -99,8 +99,8 @@ class CustomProfile:
     async def snapshot(self) -> Callable[[], Profile]:
         """Give NAME/count by the stack that added the values."""
         stacks = [stack for (stack,) in self._stacks.copy().values()]
-        kind, time_ns = ValueType(self.name, "count"), time.time_ns()
-        return lambda: Profile((kind,), _samples(stacks), kind, period=1, time_ns=time_ns)
+        time_ns = time.time_ns()
+        return lambda: count_profile(self.name, _samples(stacks), time_ns)
 
 
 def _samples(stacks: list[RawStack]) -> tuple[Sample, ...]:

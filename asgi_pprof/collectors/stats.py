@@ -16,7 +16,7 @@ one that is stuck shows, and holds up nothing. How late loops were is known of
 those that are watched (`collectors.stall`). Pauses of the collector are timed
 while a middleware lives; their quantiles are those of the last 256. Since when
 work waits for a thread is known of the tasks that await it, by
-`goroutine.task_notes`: 15 s too little at most where tasks are tracked.
+`goroutine.task_tracking`: 15 s too little at most where tasks are tracked.
 
 What it costs: 0.4 us a task, 0.6 us up to CPython 3.13, in slices of 1 ms with
 the loop's other work in between, after one for a copy of the list of all (3 to
@@ -42,13 +42,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from asgi_pprof.collectors.goroutine.task_notes import note_of, waits_for
-from asgi_pprof.collectors.heap.memstats import proc_status
 from asgi_pprof.collectors.stall.stalls import stall_watch
 from asgi_pprof.offload import give_way, run_in_thread
 from asgi_pprof.runtime.gc_pauses import gc_pauses
-from asgi_pprof.runtime.loops import TaskList, alive, running_loops
+from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
+from asgi_pprof.runtime.proc import proc_status
+from asgi_pprof.runtime.task_notes import note_of
+from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
 
 NAMES = (
     "loop_tasks",

@@ -16,12 +16,10 @@ uvloop/loop.pyx, libuv_get_loop_t_ptr; Linux, fs/proc/base.c, proc_pid_schedstat
 from __future__ import annotations
 
 import asyncio
-import os
 import selectors
 import sys
-from contextlib import suppress
 from types import CodeType
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from asgi_pprof.runtime.frames import LocalsOf, ThreadStack
 
@@ -169,59 +167,3 @@ def _libuv_time(loop: asyncio.AbstractEventLoop) -> ctypes.c_uint64 | None:
 
 
 _UV_LOOP_WORDS = 72  # of 106; `time` is number 68 in libuv 1.48
-
-
-class Usage(NamedTuple):
-    """What a thread has had of a CPU: nanoseconds on it, waiting for it, and how often."""
-
-    cpu_ns: int
-    waited_ns: int
-    runs: int
-
-    @staticmethod
-    def cpu_between(before: bytes, now: bytes) -> int | None:
-        """Return the difference in nanoseconds of CPU alone; quick."""
-        if not before or not now:
-            return None
-        return int(now.partition(b" ")[0]) - int(before.partition(b" ")[0])
-
-    @classmethod
-    def since(cls, before: bytes, now: bytes) -> Usage | None:
-        """Return the difference of what `LoopThread.usage` gave, None if that knew nothing."""
-        pairs = zip(map(int, before.split()), map(int, now.split()), strict=False)
-        return cls(*(after - since for since, after in pairs)) if before and now else None
-
-
-class LoopThread:
-    """
-    One thread, by the system's id for it; knows nothing where the system tells nothing.
-
-    `close` it: it keeps a descriptor open. Reading takes 2 us and lets the GIL go.
-
-    Args:
-        native_id: The id.
-        directory: Where the system tells of its threads.
-    """
-
-    def __init__(self, native_id: int, directory: str = "/proc/self/task") -> None:
-        self._schedstat: int | None = None
-        try:
-            self._schedstat = os.open(f"{directory}/{native_id}/schedstat", os.O_RDONLY)
-        except OSError:
-            pass
-
-    def usage(self) -> bytes:
-        """Return what it has used so far, for `Usage.since`; b"" if that is not known."""
-        if self._schedstat is None:
-            return b""
-        try:
-            return os.pread(self._schedstat, 256, 0)
-        except OSError:
-            return b""  # the thread has ended
-
-    def close(self) -> None:
-        """Let go of the descriptor."""
-        schedstat, self._schedstat = self._schedstat, None
-        if schedstat is not None:
-            with suppress(OSError):  # somebody has closed all there were
-                os.close(schedstat)

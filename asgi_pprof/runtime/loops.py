@@ -23,12 +23,10 @@ Source: CPython, Modules/_asynciomodule.c, Lib/asyncio/tasks.py.
 from __future__ import annotations
 
 import asyncio
-import gc
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -118,114 +116,3 @@ def _loops_of(frame: FrameType | None) -> Iterator[tuple[asyncio.AbstractEventLo
             if issubclass(type(value), asyncio.AbstractEventLoop):
                 yield cast(asyncio.AbstractEventLoop, value), is_runner
         frame = frame.f_back
-
-
-class TaskList:
-    """
-    All tasks of all loops; without the C core it remembers, weakly, the loops it has seen.
-
-    May be shared by loops in several threads.
-    """
-
-    def __init__(self) -> None:
-        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
-
-    def tasks(self) -> list[_Entry]:
-        """
-        Return every registered task, or a reference to it; to be called on a running loop.
-
-        A task may be there twice, and may be done. All registries are copied at
-        once, so that none is missed that was there before and after.
-        """
-        entries = _registered()
-        if sys.version_info >= (3, 14):
-            linked = _linked()
-            if linked is not None:
-                linked += entries  # the long list is not copied once more
-                return linked
-            self._look_for_loops()
-            remembered = cast(Any, self._loops).data  # a copy of its set is atomic
-            for loop in list(remembered):
-                entries += _tasks_of(loop())
-        return entries
-
-    def _look_for_loops(self) -> None:
-        for running in running_loops():
-            with suppress(TypeError):  # a foreign loop that cannot be referenced weakly
-                self._loops.add(running.loop)
-
-
-def alive(entries: Iterable[_Entry]) -> Iterator[_Task]:
-    """Yield each task once that is not done when its turn comes."""
-    seen: set[_Task] = set()
-    for entry in entries:
-        task = entry() if isinstance(entry, weakref.ref) else entry
-        if task is not None and task not in seen and not task.done():
-            seen.add(task)
-            yield task
-
-
-def _tasks_of(loop: asyncio.AbstractEventLoop | None) -> list[_Task]:
-    return [] if loop is None else list(asyncio.all_tasks(loop))
-
-
-def _registered() -> list[_Entry]:
-    """
-    Return the tasks in asyncio's sets: all up to 3.13, later those of foreign classes.
-
-    The copy of a set is atomic; a WeakSet's iterator is not. Those of eager tasks
-    come first: one that grows up meanwhile is then in both, and not in none.
-    """
-    entries: list[_Entry] = []
-    for name in ("_eager_tasks", "_scheduled_tasks", "_all_tasks"):
-        registry: Any = getattr(asyncio.tasks, name, ())
-        entries += list(getattr(registry, "data", registry))
-    if sys.version_info >= (3, 14):
-        entries += _registered_by_c()
-    return entries
-
-
-def _registered_by_c() -> list[_Entry]:
-    # From 3.14 on the C module has a WeakSet and a set of its own, which it shows
-    # to the garbage collector only, besides a set of types of coroutines.
-    entries: list[_Entry] = []
-    for each in gc.get_referents(_asyncio):
-        if type(each) is weakref.WeakSet:
-            entries += list(cast(Any, each).data)
-        elif type(each) is set:
-            entries += [task for task in list(each) if not isinstance(task, type)]
-    return entries
-
-
-class _NoLoop:
-    """What a task asks of its loop when it is made, and nothing that would run it."""
-
-    def get_debug(self) -> bool:
-        return False
-
-    def call_soon(self, *_: object, **__: object) -> None:
-        pass
-
-
-async def _nothing() -> None:
-    pass
-
-
-def _linked() -> list[_Entry] | None:
-    """Return the tasks in the interpreter's own lists; None where they cannot be read."""
-    if native is None or _asyncio is None:
-        return None
-    tasks = native.asyncio_tasks()
-    if tasks is None and _learn():
-        tasks = native.asyncio_tasks()
-    return cast("list[_Entry] | None", tasks)
-
-
-def _learn() -> bool:
-    """Show the C core a task of this thread that is linked last, of no loop that knows it."""
-    coroutine = _nothing()
-    # Named: a default name would take a number of the application's tasks.
-    task = _asyncio.Task(coroutine, loop=_NoLoop(), name="asgi_pprof")
-    task._log_destroy_pending = False
-    coroutine.close()
-    return cast(bool, native.learn_tasks(task))

@@ -33,6 +33,7 @@ from contextvars import Context
 from types import BuiltinFunctionType, CodeType
 from typing import Any, NamedTuple, cast
 
+from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.frames import (
     CurrentFrames,
     LocalsOf,
@@ -42,7 +43,6 @@ from asgi_pprof.runtime.frames import (
     generator_local,
     is_generator,
 )
-from asgi_pprof.stacks import await_chain
 
 Task = asyncio.Task[Any]
 

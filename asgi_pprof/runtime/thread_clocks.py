@@ -12,12 +12,11 @@ thread that has ended, where the kernel answers EINVAL.
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from pathlib import Path
 
-_TASKS = Path("/proc/self/task")
+from asgi_pprof.runtime.proc import native_thread_ids
+
 _PERTHREAD_SCHED = 6  # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED
 
 
@@ -74,14 +73,6 @@ class ThreadClocks:
 
     def _name(self, thread_id: int) -> str:
         return f"thread {self._names.get(thread_id, 'outside Python')}"
-
-
-def native_thread_ids() -> list[int]:
-    """Return the ids of all threads the system knows in this process; [] where it does not tell."""
-    try:
-        return [int(entry) for entry in os.listdir(_TASKS)]
-    except OSError:
-        return []
 
 
 def _thread_times() -> dict[int, int]:

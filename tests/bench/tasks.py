@@ -14,7 +14,7 @@ import uvloop
 
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
-from asgi_pprof.collectors.goroutine.task_notes import TaskTracking, task_tracking
+from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
 from asgi_pprof.collectors.stats import stats_text
 from asgi_pprof.encoders.text import goroutine_text
 

@@ -23,7 +23,7 @@ import uvloop
 from fastapi import Depends, FastAPI
 
 from asgi_pprof import PprofMiddleware
-from asgi_pprof.collectors.goroutine.task_notes import task_tracking
+from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.stall.stalls import stall_watch
 from asgi_pprof.collectors.stats import NAMES, Figure, label, stats_lines, stats_text, unique
 from asgi_pprof.native.core import native

@@ -617,7 +617,7 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception(calls):
     said = run_program(
         """
         import gc, sys, threading
-        from asgi_pprof.stacks import await_chain
+        from asgi_pprof.runtime.chains import await_chain
 
         ready, read = threading.Event(), threading.Event()
         left = int(sys.argv[1])

@@ -13,7 +13,8 @@ import uvloop
 
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames, loops
-from asgi_pprof.runtime.loops import TaskList, alive, running_loops
+from asgi_pprof.runtime.loops import running_loops
+from asgi_pprof.runtime.tasks import TaskList, alive
 from tests.programs import run_program
 from tests.threads import in_a_thread
 
@@ -335,7 +336,8 @@ def test_what_threads_run_is_not_told_where_that_is_not_understood():
 CHURN = """
 import asyncio, sys, threading, time
 import uvloop
-from asgi_pprof.runtime.loops import TaskList, alive, running_loops
+from asgi_pprof.runtime.tasks import TaskList, alive
+from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.native.core import native
 
 assert bool(native) == (sys.argv[1] == "native")

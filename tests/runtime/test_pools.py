@@ -19,9 +19,9 @@ import anyio.to_thread
 import pytest
 import uvloop
 
-from asgi_pprof.collectors.goroutine.task_notes import waits_for
 from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.pools import Pool, Workers, default_limiter, limiter_pool
+from asgi_pprof.runtime.tasks import waits_for
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

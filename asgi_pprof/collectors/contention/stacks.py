@@ -18,7 +18,8 @@ from itertools import pairwise
 from types import CodeType, FrameType, FunctionType
 
 from asgi_pprof.collectors.contention.records import Contended
-from asgi_pprof.stacks import MAX_DEPTH, wrappers
+from asgi_pprof.runtime.chains import wrappers
+from asgi_pprof.stacks import MAX_DEPTH
 
 WORKER = "waiting for a worker thread"
 

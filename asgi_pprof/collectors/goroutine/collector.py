@@ -13,7 +13,7 @@ asks. Collecting runs on the serving loop in slices of 4 ms, with the loop's
 other work in between. Another loop that does not answer within a second is
 read all the same, and marked; what holds it comes first.
 
-What it costs: about 20 us a task, on request only; see task_notes for what is
+What it costs: about 20 us a task, on request only; see `task_tracking` for what is
 noted of tasks while nobody asks.
 
 What it misses: tasks change between two slices, so the profile is not one
@@ -26,29 +26,25 @@ Source: runtime/pprof, writeGoroutine; CPython, Lib/asyncio/tasks.py.
 from __future__ import annotations
 
 import asyncio
-import gc
 import itertools
-import re
 import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from contextvars import Context
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
-from asgi_pprof.collectors.goroutine.task_notes import note_of, waits_for
 from asgi_pprof.collectors.goroutine.waits import Task, Wait, Waits
-from asgi_pprof.labels import current, resolve
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import (
     Goroutine,
     Profile,
     Sample,
     Stack,
-    ValueType,
+    count_profile,
     pseudo_location,
 )
+from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.frames import (
     capture,
     current_frames,
@@ -56,16 +52,12 @@ from asgi_pprof.runtime.frames import (
     running_frames,
     unwrapped,
 )
-from asgi_pprof.runtime.loops import RunningLoop, TaskList, alive, running_loops
+from asgi_pprof.runtime.loops import RunningLoop, running_loops
 from asgi_pprof.runtime.pools import Work
-from asgi_pprof.stacks import (
-    MAX_DEPTH,
-    TRUNCATED,
-    UNKNOWN,
-    Symbols,
-    await_chain,
-    chain_stack,
-)
+from asgi_pprof.runtime.task_labels import fold_default_name, has_default_name, task_labels
+from asgi_pprof.runtime.task_notes import note_of
+from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
+from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, UNKNOWN, Symbols, chain_stack
 
 ANSWER_S = 1.0
 """How long a loop may take to turn before it counts as stuck."""
@@ -74,7 +66,6 @@ _SLICE_S = 0.004
 _COUNT_EXACTLY = 5_000
 _MOST_NAMED = 10  # tasks that one waits for, or that wait for one
 _MINUTE_NS = 60_000_000_000
-_DEFAULT_NAME = re.compile(r"Task-\d+")
 _WORKER = pseudo_location("worker thread")
 _STUCK = ("loop", "does not answer")
 
@@ -121,7 +112,7 @@ class TaskCollector:
         counts: Counter[SampleKey] = Counter()
         async for task in self.tasks(look):
             counts[look.sample_key(task)] += 1
-        profile = count_profile("goroutine", counts, look.comments())
+        profile = profile_of("goroutine", counts, look.comments())
         return lambda: profile
 
     async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
@@ -349,9 +340,10 @@ def _names(tasks: Iterable[Task]) -> str:
     """Return what the first few of these tasks are, each named once."""
     names = set()
     for task in itertools.islice(tasks, _MOST_NAMED):
-        name = task.get_name()
-        if _DEFAULT_NAME.fullmatch(name):
+        if has_default_name(task):
             name = getattr(task.get_coro(), "__qualname__", "Task")
+        else:
+            name = task.get_name()
         names.add(name)
     return ", ".join(sorted(names))
 
@@ -378,35 +370,7 @@ async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[
     return [running for running, future in answers.items() if not future.done()]
 
 
-def task_labels(task: Task) -> dict[str, str]:
-    """Return the labels of a task's context, and its name as `task`."""
-    return {**dict(resolve(_context_labels(task))), "task": task.get_name() or "?"}
-
-
-def fold_default_name(labels: dict[str, str]) -> None:
-    """Leave the number out of a default name, so that tasks alike have labels alike."""
-    if _DEFAULT_NAME.fullmatch(labels["task"]):
-        labels["task"] = "Task"
-
-
-def _context_labels(task: Task) -> Any:
-    context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
-    return context.get(current) if context is not None else None
-
-
-def _context_311(task: Task) -> Context | None:
-    # Task.get_context came with 3.12. The C task shows its context only to the
-    # garbage collector, before the contexts of its callbacks (_asynciomodule.c,
-    # TaskObj_traverse); Python's own keeps it in an attribute.
-    context = getattr(task, "_context", None)
-    if context is None:
-        referents = gc.get_referents(task)
-        context = next((each for each in referents if isinstance(each, Context)), None)
-    return cast("Context | None", context)
-
-
-def count_profile(name: str, counts: Counter[SampleKey], comments: tuple[str, ...] = ()) -> Profile:
+def profile_of(name: str, counts: Counter[SampleKey], comments: tuple[str, ...] = ()) -> Profile:
     """Return NAME/count with a sample for each stack and labels."""
-    kind = ValueType(name, "count")
-    samples = tuple(Sample(stack, (count,), labels) for (stack, labels), count in counts.items())
-    return Profile((kind,), samples, kind, period=1, time_ns=time.time_ns(), comments=comments)
+    samples = [Sample(stack, (count,), labels) for (stack, labels), count in counts.items()]
+    return count_profile(name, samples, time.time_ns(), comments)

@@ -19,12 +19,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 
-from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector, count_profile
+from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector, profile_of
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
-from asgi_pprof.collectors.goroutine.task_notes import note_of
 from asgi_pprof.collectors.goroutine.waits import Task
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import Goroutine, Profile
+from asgi_pprof.runtime.task_notes import note_of
 
 _PAUSE_S = 0.05
 
@@ -77,7 +77,7 @@ class LeakCollector:
         for task in list(self._leaked):
             counts[look.sample_key(task)] += 1
             await self._tasks.give_way(look)
-        profile = count_profile("goroutineleak", counts)
+        profile = profile_of("goroutineleak", counts)
         return lambda: profile
 
     async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:

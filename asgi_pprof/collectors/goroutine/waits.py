@@ -26,9 +26,9 @@ from pathlib import Path
 from types import FunctionType, GeneratorType
 from typing import Any, NamedTuple
 
+from asgi_pprof.runtime.chains import Chain
 from asgi_pprof.runtime.frames import generator_local
 from asgi_pprof.runtime.pools import Work, Workers
-from asgi_pprof.stacks import Chain
 
 Task = asyncio.Task[Any]
 

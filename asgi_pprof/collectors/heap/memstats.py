@@ -13,14 +13,13 @@ sys documentation; mallinfo(3), proc(5).
 from __future__ import annotations
 
 import gc
-import re
 import sys
 import tracemalloc
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.proc import proc_status
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +184,3 @@ def _max_rss() -> int:
         return 0  # Windows
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def proc_status() -> dict[str, int]:
-    """Return the single numbers of /proc/self/status, sizes in bytes; {} where there is none."""
-    try:
-        text = Path("/proc/self/status").read_text(errors="replace")
-    except OSError:
-        return {}
-    fields = re.findall(r"^(\w+):\s+(\d+)( kB)?$", text, re.MULTILINE)
-    return {name: int(number) * (1024 if unit else 1) for name, number, unit in fields}

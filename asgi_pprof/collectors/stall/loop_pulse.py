@@ -29,11 +29,12 @@ from dataclasses import dataclass
 from time import monotonic_ns as _clock_ns  # asyncio's and libuv's own
 from typing import NamedTuple
 
-from asgi_pprof.collectors.goroutine.collector import fold_default_name, task_labels
 from asgi_pprof.profile import Label, Location, pseudo_location
 from asgi_pprof.runtime.frames import RawStack, ThreadStack, ThreadStacks, current_frames
 from asgi_pprof.runtime.gc_pauses import gc_pauses, is_timing
-from asgi_pprof.runtime.loop_threads import TURN_VARIABLES, LoopThread, Usage, turn_clock
+from asgi_pprof.runtime.loop_threads import TURN_VARIABLES, turn_clock
+from asgi_pprof.runtime.proc import LoopThread, Usage
+from asgi_pprof.runtime.task_labels import fold_default_name, task_labels
 
 NOT_RUNNING = pseudo_location("process not running")
 COLLECTING = pseudo_location("garbage collection")

@@ -65,7 +65,8 @@ from asgi_pprof.merge import sum_samples
 from asgi_pprof.native.core import native
 from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.frames import RawStack, current_frames
-from asgi_pprof.runtime.loop_threads import TURN_VARIABLES, LoopThread
+from asgi_pprof.runtime.loop_threads import TURN_VARIABLES
+from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.stacks import UNKNOWN, Symbols
 
 DEFAULT_THRESHOLD_MS = 100.0

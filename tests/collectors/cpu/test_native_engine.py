@@ -26,9 +26,10 @@ from asgi_pprof import labels
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.errors import ProfileBusy
-from asgi_pprof.labels import RequestLabels, current
+from asgi_pprof.labels import current
 from asgi_pprof.native.core import native
 from asgi_pprof.profile import check_valid
+from asgi_pprof.request_labels import RequestLabels
 from tests.decode import decode
 from tests.programs import QUIET, run_program
 from tests.servers import ROOT, until

@@ -15,9 +15,9 @@ import anyio.to_thread
 import pytest
 import uvloop
 
-from asgi_pprof.collectors.goroutine.task_notes import waits_for
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD, Wait, Waits
-from asgi_pprof.stacks import await_chain
+from asgi_pprof.runtime.chains import await_chain
+from asgi_pprof.runtime.tasks import waits_for
 from tests.collectors.contention.test_collector import recording
 from tests.programs import run_program
 

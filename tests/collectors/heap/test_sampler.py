@@ -19,10 +19,11 @@ from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.sampler import HeapSwitch, heap_sampler
 from asgi_pprof.collectors.heap.sizes import scale_sampled, size_class
 from asgi_pprof.collectors.heap.tracing import Peaks
-from asgi_pprof.labels import RequestLabels, current
+from asgi_pprof.labels import current
 from asgi_pprof.merge import subtract
 from asgi_pprof.native.core import native
 from asgi_pprof.profile import check_valid
+from asgi_pprof.request_labels import RequestLabels
 from tests.programs import QUIET, run_program
 
 pytestmark = pytest.mark.skipif(not native, reason="needs the C core")

@@ -35,7 +35,7 @@ from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
 from asgi_pprof.profile import check_valid
 from asgi_pprof.runtime.gc_pauses import gc_pauses
-from asgi_pprof.runtime.loop_threads import LoopThread
+from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.stacks import UNKNOWN, Symbols
 from tests.gotool import flat, go_pprof
 from tests.programs import run_program

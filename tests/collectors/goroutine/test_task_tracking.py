@@ -16,9 +16,11 @@ import anyio
 import pytest
 import uvloop
 
-from asgi_pprof.collectors.goroutine import task_notes
+from asgi_pprof.collectors.goroutine import task_tracking
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
-from asgi_pprof.collectors.goroutine.task_notes import Note, TaskTracking, note_of, waits_for
+from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking
+from asgi_pprof.runtime.task_notes import Note, note_of
+from asgi_pprof.runtime.tasks import waits_for
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 MINUTE_NS = 60_000_000_000
@@ -707,7 +709,7 @@ def test_a_note_that_fails_switches_itself_off(loop_name, monkeypatch, caplog):
             raise ZeroDivisionError
 
         with tracked():
-            monkeypatch.setattr(task_notes, "Note", fail)
+            monkeypatch.setattr(task_tracking, "Note", fail)
             tasks = [make(), make()]
             monkeypatch.undo()
             await end(*tasks)
@@ -849,7 +851,7 @@ def test_looks_end_with_the_last_user(loop_name):
 
 def test_looks_end_in_the_middle_of_one(loop_name, monkeypatch):
     """A look that was to be continued is not."""
-    monkeypatch.setattr(task_notes, "_SLICE_S", 0.0)
+    monkeypatch.setattr(task_tracking, "_SLICE_S", 0.0)
 
     async def main():
         clock = Clock()
@@ -868,7 +870,7 @@ def test_looks_end_in_the_middle_of_one(loop_name, monkeypatch):
 
 def test_the_loop_turns_between_the_slices_of_a_look(loop_name, monkeypatch):
     """A slice that is over at once: one task each, and the loop's other work in between."""
-    monkeypatch.setattr(task_notes, "_SLICE_S", 0.0)
+    monkeypatch.setattr(task_tracking, "_SLICE_S", 0.0)
 
     async def main():
         clock = Clock()

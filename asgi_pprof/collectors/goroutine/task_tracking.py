@@ -18,91 +18,23 @@ import asyncio
 import contextlib
 import functools
 import importlib
-import itertools
 import logging
 import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from types import CodeType, FrameType
+from types import FrameType
 from typing import Any, cast
 
-from asgi_pprof.runtime.loops import TaskList, alive
+from asgi_pprof.runtime.task_notes import ATTRIBUTE, Note, keep_note, note_of
+from asgi_pprof.runtime.tasks import Task, TaskList, alive, waits_for
 
 logger = logging.getLogger("asgi_pprof")
 
 LOOK_S = 15.0
 _SLICE_S = 0.001
-_ATTRIBUTE = "_asgi_pprof_note"
 
-Task = asyncio.Task[Any]
 _Factory = Callable[..., Any]
-
-_ids = itertools.count(1)
-
-
-class Note:
-    """
-    What is known of a task beyond what it knows itself.
-
-    Args:
-        creator: The number of the task that made it, 0 if none did or it is not known.
-        code: Which function made it, with `lasti`, the place in it; None if not known.
-    """
-
-    __slots__ = ("code", "creator", "id", "lasti", "leaked", "since_ns", "waited")
-
-    def __init__(self, creator: int = 0, code: CodeType | None = None, lasti: int = 0) -> None:
-        self.id = next(_ids)
-        self.creator = creator
-        self.code = code
-        self.lasti = lasti
-        self.leaked = False
-        self.waited: weakref.ref[Any] | None = None
-        self.since_ns = 0
-
-    def look(self, waits_for: object, now_ns: int) -> int:
-        """Return for how many nanoseconds the task is known to wait for this, 0 for None."""
-        if waits_for is None:
-            self.waited = None
-            return 0
-        if self.waited is None or self.waited() is not waits_for:
-            self.since_ns = now_ns
-            try:
-                self.waited = weakref.ref(waits_for)
-            except TypeError:
-                self.waited = None  # such an object cannot be told from the next at its address
-        return now_ns - self.since_ns
-
-
-# Tasks that take no attributes: classes with slots, which are not asyncio's.
-_others: weakref.WeakKeyDictionary[Any, Note] = weakref.WeakKeyDictionary()
-
-
-def note_of(task: Task) -> Note:
-    """Return the note of a task, a new one if it has none."""
-    note = getattr(task, _ATTRIBUTE, None)
-    if note is None:
-        with contextlib.suppress(TypeError):
-            note = _others.get(task)
-    if note is None:
-        note = Note()
-        _keep(task, note)
-    return cast(Note, note)
-
-
-def _keep(task: Task, note: Note) -> None:
-    try:
-        task._asgi_pprof_note = note  # type: ignore[attr-defined]
-    except AttributeError:
-        with contextlib.suppress(TypeError):  # not even a weak reference: it gets a new one
-            _others[task] = note
-
-
-def waits_for(task: Task) -> Any:
-    """Return the future, or whatever it is, that would wake a task; None if it can run."""
-    waiter = getattr(task, "_fut_waiter", None)
-    return None if waiter is None or waiter.done() else waiter
 
 
 class TaskTracking:
@@ -222,7 +154,7 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
     libraries = _library_files()
     current_task, getframe = asyncio.current_task, sys._getframe
 
-    def keep_note(
+    def note_creation(
         task: Any, loop: asyncio.AbstractEventLoop, frame: FrameType | None, is_new: bool
     ) -> None:
         # In the path of every task that is made: no more calls than it takes.
@@ -235,9 +167,9 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
             if maker is None:
                 creator = 0
             else:
-                creator = (getattr(maker, _ATTRIBUTE, None) or note_of(maker)).id
+                creator = (getattr(maker, ATTRIBUTE, None) or note_of(maker)).id
             code, lasti = (None, 0) if frame is None else (frame.f_code, frame.f_lasti)
-            known = None if is_new else getattr(task, _ATTRIBUTE, None)
+            known = None if is_new else getattr(task, ATTRIBUTE, None)
             if known is not None:  # it has begun eagerly, and made tasks itself
                 known.creator, known.code, known.lasti = creator, code, lasti
                 return
@@ -245,7 +177,7 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
             try:
                 task._asgi_pprof_note = note
             except AttributeError:
-                _keep(task, note)
+                keep_note(task, note)
         except AttributeError:
             pass  # a factory may return what it likes, and this is no task
         except Exception:
@@ -261,7 +193,7 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
             task = construct(coro, **kwargs)
             if tracked.on:
                 _hide(task, _OWN_FILES)
-                keep_note(task, kwargs["loop"], getframe(1), False)
+                note_creation(task, kwargs["loop"], getframe(1), False)
             return task
 
         create: Callable[..., Any] = asyncio.create_eager_task_factory  # type: ignore[attr-defined]
@@ -279,7 +211,7 @@ def _noting(before: Any, tracked: _Tracked) -> Any:
                 _hide(task, _CREATING_FILES)
         if tracked.on:
             is_new = before is None and "eager_start" not in kwargs
-            keep_note(task, loop, getframe(1), is_new)
+            note_creation(task, loop, getframe(1), is_new)
         return task
 
     return make_and_note

@@ -1,0 +1,45 @@
+"""The labels of a task: those of its context, and its name."""
+
+from __future__ import annotations
+
+import gc
+import re
+from contextvars import Context
+from typing import Any, cast
+
+from asgi_pprof.labels import current, resolve
+from asgi_pprof.runtime.tasks import Task
+
+_DEFAULT_NAME = re.compile(r"Task-\d+")
+
+
+def has_default_name(task: Task) -> bool:
+    """Tell whether asyncio gave the task its name."""
+    return _DEFAULT_NAME.fullmatch(task.get_name()) is not None
+
+
+def task_labels(task: Task) -> dict[str, str]:
+    """Return the labels of a task's context, and its name as `task`."""
+    return {**dict(resolve(_context_labels(task))), "task": task.get_name() or "?"}
+
+
+def fold_default_name(labels: dict[str, str]) -> None:
+    """Leave the number out of a default name, so that tasks alike have labels alike."""
+    if _DEFAULT_NAME.fullmatch(labels["task"]):
+        labels["task"] = "Task"
+
+
+def _context_labels(task: Task) -> Any:
+    context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
+    return context.get(current) if context is not None else None
+
+
+def _context_311(task: Task) -> Context | None:
+    # Task.get_context came with 3.12. The C task shows its context only to the
+    # garbage collector, before the contexts of its callbacks (_asynciomodule.c,
+    # TaskObj_traverse); Python's own keeps it in an attribute.
+    context = getattr(task, "_context", None)
+    if context is None:
+        referents = gc.get_referents(task)
+        context = next((each for each in referents if isinstance(each, Context)), None)
+    return cast("Context | None", context)

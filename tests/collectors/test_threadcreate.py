@@ -1,0 +1,69 @@
+"""threadcreate: every start is counted by its stack."""
+
+from __future__ import annotations
+
+import threading
+
+from asgi_pprof.collectors.threadcreate import ThreadStarts, name_stacks
+from asgi_pprof.stacks import UNKNOWN
+
+
+def totals_of(starts):
+    counted, unknown = starts.counted()
+    return name_stacks(counted), unknown
+
+
+def test_threads_count_by_the_stack_that_started_them():
+    """Two from one line are one stack with 2; those from before are not among them."""
+    starts = ThreadStarts()
+    original = threading.Thread.start
+    starts.enable()
+    try:
+        for _ in range(2):
+            thread = threading.Thread(target=lambda: None)
+            thread.start()
+            thread.join()
+    finally:
+        starts.disable()
+    assert threading.Thread.start is original
+    totals, unknown = totals_of(starts)
+    ((stack, count),) = totals.items()
+    assert count == 2
+    assert stack[0].function.name.endswith(".test_threads_count_by_the_stack_that_started_them")
+    assert unknown >= 1
+    assert starts.count() == unknown + 2
+
+
+def test_counts_are_kept_when_switched_off_and_on():
+    """Cumulative numbers never fall; threads between do not count."""
+    starts = ThreadStarts()
+    for _ in range(2):
+        starts.enable()
+        thread = threading.Thread(target=lambda: None)
+        thread.start()
+        thread.join()
+        starts.disable()
+        uncounted = threading.Thread(target=lambda: None)
+        uncounted.start()
+        uncounted.join()
+    totals, _ = totals_of(starts)
+    assert sum(totals.values()) == 2
+
+
+def test_too_many_different_stacks_count_as_unknown(monkeypatch):
+    """Memory is bounded, and no thread is lost from the sum."""
+    monkeypatch.setattr("asgi_pprof.collectors.threadcreate._MAX_STACKS", 1)
+    starts = ThreadStarts()
+    starts.enable()
+    before = starts.count()
+    one = threading.Thread(target=lambda: None)
+    one.start()
+    two = threading.Thread(target=lambda: None)
+    two.start()
+    one.join()
+    two.join()
+    starts.disable()
+    totals, unknown = totals_of(starts)
+    assert len(totals) == 1
+    assert UNKNOWN not in {stack[0] for stack in totals}
+    assert sum(totals.values()) + unknown == before + 2
