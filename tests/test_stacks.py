@@ -8,9 +8,20 @@ import types
 
 import pytest
 
-from asgi_pprof.profile import Function, Location
+from asgi_pprof.profile import Function, Location, pseudo_location
 from asgi_pprof.runtime.chains import await_chain
-from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, Symbols, capture, chain_stack
+from asgi_pprof.stacks import (
+    MAX_DEPTH,
+    TRUNCATED,
+    UNKNOWN,
+    StackCounter,
+    StackKey,
+    Symbols,
+    capture,
+    chain_stack,
+    name_totals,
+    stack_key,
+)
 
 HERE = __name__
 
@@ -487,3 +498,49 @@ def test_a_chain_that_bites_its_tail_ends():
     tail = Carrier()
     tail.append(tail)
     assert chain_of(tail, Symbols()) == ()
+
+
+def here(lasti: int = 2) -> StackKey:
+    return stack_key(((sys._getframe().f_code, lasti),))
+
+
+def test_a_counter_adds_up_by_stack_labels_and_leaf():
+    counter = StackCounter(UNKNOWN)
+    leaf = pseudo_location("waiting")
+    for labels in ((), (("tenant", "acme"),)):
+        counter.add(here(), (1, 0.75), labels)
+        counter.add(here(), (1, 0.75), labels, leaf)
+        counter.add(here(), (1, 0.75), labels, leaf)
+    assert len(counter) == 4
+    assert [total.values for total in counter.totals()] == [(1, 0), (2, 1)] * 2
+    stacks = [sample.stack for sample in name_totals(counter.totals())]
+    assert [stack[0] == leaf for stack in stacks] == [False, True] * 2
+    assert all(stack[-1].function.name.endswith(".here") for stack in stacks)
+
+
+def test_a_counter_is_bounded_and_loses_nothing():
+    """Further stacks are added up together, known ones still on their own."""
+    counter = StackCounter(pseudo_location("other stacks"), max_stacks=2)
+    for lasti in (2, 4, 6, 8, 2):
+        counter.add(here(lasti), (1, 10))
+    totals = counter.totals()
+    assert [total.values for total in totals] == [(2, 20), (1, 10), (2, 20)]
+    assert totals[-1].sample(Symbols()).stack == (pseudo_location("other stacks"),)
+    assert (len(counter), counter.overflowed) == (3, 2)
+
+
+def test_a_counter_tells_equal_code_of_different_files_apart():
+    source = "def function(): pass"
+    codes = [compile(source, name, "exec").co_consts[0] for name in ("a.py", "a.py", "b.py")]
+    counter = StackCounter(UNKNOWN)
+    for code in codes:
+        counter.add(stack_key(((code, 0),)), (1,))
+    assert len(counter) == 3
+    files = [sample.stack[0].function.filename for sample in name_totals(counter.totals())]
+    assert files == ["a.py", "b.py"]
+
+
+def test_a_stack_without_frames_is_unknown():
+    counter = StackCounter(pseudo_location("other stacks"))
+    counter.add(StackKey(), (1,))
+    assert [sample.stack for sample in name_totals(counter.totals())] == [(UNKNOWN,)]

@@ -9,6 +9,7 @@ Source: runtime/pprof, NewProfile, Profile.Add and Profile.Remove.
 
 from __future__ import annotations
 
+import math
 import posixpath
 import re
 import sys
@@ -17,9 +18,8 @@ import time
 from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager, nullcontext
 
-from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Profile, Sample, count_profile
-from asgi_pprof.stacks import UNKNOWN, RawStack, Symbols, capture
+from asgi_pprof.stacks import UNKNOWN, RawStack, StackCounter, capture, name_totals, stack_key
 
 _NAME = re.compile(r"[^\s\x00-\x1f\x7f\"\\?#]+")
 
@@ -104,8 +104,10 @@ class CustomProfile:
 
 
 def _samples(stacks: list[RawStack]) -> tuple[Sample, ...]:
-    symbols = Symbols()
-    return sum_samples(Sample(symbols.stack(stack) or (UNKNOWN,), (1,)) for stack in stacks)
+    counter = StackCounter(UNKNOWN, max_stacks=math.inf)
+    for stack in stacks:
+        counter.add(stack_key(stack), (1,))
+    return name_totals(counter.totals())
 
 
 BUILT_IN_NAMES = frozenset(

@@ -21,27 +21,29 @@ from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
-from asgi_pprof.profile import Profile, Sample, Stack, count_profile
-from asgi_pprof.runtime.frames import RawStack, capture
+from asgi_pprof.profile import Profile, count_profile
+from asgi_pprof.runtime.frames import capture
 from asgi_pprof.runtime.proc import native_thread_ids
-from asgi_pprof.stacks import UNKNOWN, Symbols
-
-_MAX_STACKS = 4096  # different stacks that start threads
+from asgi_pprof.stacks import UNKNOWN, StackCounter, StackTotal, name_totals, stack_key
 
 
 class ThreadStarts:
-    """Counts the stacks that start threads, while switched on; one for the process."""
+    """
+    Counts the stacks that start threads, while switched on; one for the process.
 
-    def __init__(self) -> None:
+    Args:
+        counter: Where they are counted.
+    """
+
+    def __init__(self, counter: StackCounter | None = None) -> None:
         # Reentrant: a signal handler may start a thread while a start is recorded.
         self._lock = threading.RLock()
         self._users = 0
         self._before = 0
-        self._unrecorded = 0
+        self._counter = StackCounter(UNKNOWN) if counter is None else counter
+        self._unrecorded = 0  # by a failure, or because the lock was taken for ever
         self._original: Callable[..., None] | None = None
         self._hook: Callable[..., None] | None = None
-        self._counts: dict[tuple[tuple[int, int], ...], int] = {}
-        self._stacks: dict[tuple[tuple[int, int], ...], RawStack] = {}
 
     def enable(self) -> None:
         """Wrap `Thread.start` unless it is wrapped; pair with `disable`."""
@@ -75,45 +77,26 @@ class ThreadStarts:
 
     def _record(self, frame: FrameType | None) -> None:
         try:
-            stack = capture(frame)
-            # By identity: equal code objects of different files compare equal.
-            key = tuple((id(code), lasti) for code, lasti in stack)
+            stack = stack_key(capture(frame))
             # A fork may have left the lock taken for ever: then the stack is lost.
-            locked = self._lock.acquire(timeout=0.1)
+            if not self._lock.acquire(timeout=0.1):
+                self._unrecorded += 1
+                return
             try:
-                if locked and key in self._counts:
-                    self._counts[key] += 1
-                elif locked and len(self._counts) < _MAX_STACKS:
-                    self._counts[key] = 1
-                    self._stacks[key] = stack
-                else:
-                    self._unrecorded += 1
+                self._counter.add(stack, (1,))
             finally:
-                if locked:
-                    self._lock.release()
+                self._lock.release()
         except Exception:
             self._unrecorded += 1
 
-    def counted(self) -> tuple[list[tuple[RawStack, int]], int]:
-        """Return captured stacks with their threads, and the threads of no known stack."""
-        with self._lock:
-            counts = self._counts.copy()
-        stacks = [(self._stacks[key], count) for key, count in counts.items()]
-        return stacks, self._before + self._unrecorded
+    def totals(self) -> list[StackTotal]:
+        """Return the counts by stack, unknown ones by none."""
+        unknown = StackTotal((), None, (), (self._before + self._unrecorded,))
+        return [*self._counter.totals(), *([unknown] if unknown.values[0] else [])]
 
     def count(self) -> int:
         """Return how many threads have been counted."""
-        return self._before + self._unrecorded + sum(self._counts.values())
-
-
-def name_stacks(counted: list[tuple[RawStack, int]]) -> dict[Stack, int]:
-    """Return totals by named stack."""
-    symbols = Symbols()
-    totals: dict[Stack, int] = {}
-    for raw, count in counted:
-        stack = symbols.stack(raw) or (UNKNOWN,)
-        totals[stack] = totals.get(stack, 0) + count
-    return totals
+        return sum(total.values[0] for total in self.totals())
 
 
 thread_starts = ThreadStarts()
@@ -136,13 +119,5 @@ class ThreadCreateCollector:
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give threadcreate/count by the stack that called `Thread.start`."""
-        return functools.partial(_threadcreate_profile, *thread_starts.counted(), time.time_ns())
-
-
-def _threadcreate_profile(
-    counted: list[tuple[RawStack, int]], unknown: int, time_ns: int
-) -> Profile:
-    samples = [Sample(stack, (count,)) for stack, count in name_stacks(counted).items()]
-    if unknown:
-        samples.append(Sample((UNKNOWN,), (unknown,)))
-    return count_profile("threadcreate", samples, time_ns)
+        totals, time_ns = thread_starts.totals(), time.time_ns()
+        return lambda: count_profile("threadcreate", name_totals(totals), time_ns)

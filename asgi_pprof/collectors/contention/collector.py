@@ -35,9 +35,10 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
-from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords, name_contended
+from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords
 from asgi_pprof.collectors.contention.watch import Patches, Watch, block, mutex
 from asgi_pprof.profile import Profile, ValueType
+from asgi_pprof.stacks import name_totals
 
 Kind = Literal["block", "mutex"]
 
@@ -259,7 +260,7 @@ class ContentionCollector:
         time_ns = time.time_ns()
         return lambda: Profile(
             sample_types=(ValueType("contentions", "count"), ValueType("delay", "nanoseconds")),
-            samples=name_contended(totals),
+            samples=name_totals(totals),
             period_type=ValueType("contentions", "count"),
             period=1,
             time_ns=time_ns,

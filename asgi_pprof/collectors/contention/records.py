@@ -15,11 +15,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from random import Random
-from types import CodeType
 
-from asgi_pprof.merge import sum_samples
-from asgi_pprof.profile import Sample, pseudo_location
-from asgi_pprof.stacks import UNKNOWN, Symbols
+from asgi_pprof.profile import pseudo_location
+from asgi_pprof.stacks import StackCounter, StackKey, StackTotal
 
 MAX_STACKS = 4096  # different ones; about 3 KiB each at 30 frames
 OTHERS = pseudo_location("other stacks")
@@ -30,13 +28,8 @@ _MAX_WAITING = 65_536  # events; more only if nobody can add them up
 Weight = tuple[float, int]
 """How many contentions an event stands for, and how many nanoseconds."""
 
-Contended = tuple[str, tuple[int, ...], tuple[CodeType, ...]]
-"""
-The name of a pseudo-frame at the leaf, or ""; id of the code and bytecode
-offset of each frame, in turn, leaf first; the codes, to keep them alive.
-"""
-
-_Key = tuple[str, tuple[int, ...]]
+Contended = tuple[str, StackKey]
+"""The name of a pseudo-frame at the leaf, or "", and the stack below it."""
 
 
 def weigh_wait(waited_ns: int, rate_ns: int, random: Callable[[], float]) -> Weight | None:
@@ -88,8 +81,7 @@ class ContentionRecords:
         """Begin anew, as in a forked child: its parent's events are not its own."""
         self._events: deque[tuple[Contended, Weight]] = deque()
         self._adding_up = threading.Lock()
-        self._totals: dict[_Key, tuple[Contended, list[float]]] = {}
-        self._others = [0.0, 0]
+        self._counter = StackCounter(OTHERS, MAX_STACKS)
         self.lost = 0
 
     def weigh(self, nanoseconds: int) -> Weight | None:
@@ -110,56 +102,22 @@ class ContentionRecords:
             return
         try:
             while self._events:
-                self._add_to_total(*self._events.popleft())
+                (leaf, stack), weight = self._events.popleft()
+                self._counter.add(stack, weight, leaf=pseudo_location(leaf) if leaf else None)
         finally:
             self._adding_up.release()
 
-    def _add_to_total(self, contended: Contended, weight: Weight) -> None:
-        # By identity: equal code objects of different files compare equal.
-        key = contended[:2]
-        known = self._totals.get(key)
-        if known is not None:
-            total = known[1]
-        elif len(self._totals) < MAX_STACKS:
-            total = [0.0, 0]
-            self._totals[key] = contended, total  # keeps the codes alive, and with them the ids
-        else:
-            total = self._others
-        total[0] += weight[0]
-        total[1] += weight[1]
-
     @property
     def overflowed(self) -> bool:
-        """Whether there are events of more stacks than have records of their own."""
-        return self._others[0] > 0
+        """Whether there are events of more stacks than have totals of their own."""
+        return self._counter.overflowed > 0
 
     def count(self) -> int:
         """Return how many stacks there are."""
         self._add_up()
-        return len(self._totals) + self.overflowed
+        return len(self._counter)
 
-    def totals(self) -> list[tuple[Contended | None, int, int]]:
-        """Return stack, contentions and nanoseconds; None for stacks of no record of their own."""
+    def totals(self) -> list[StackTotal]:
+        """Return contentions and nanoseconds by stack."""
         self._add_up()
-        totals: list[tuple[Contended | None, int, int]] = [
-            (contended, int(count), int(delay_ns))
-            for contended, (count, delay_ns) in list(self._totals.values())
-        ]
-        if self.overflowed:
-            totals.append((None, int(self._others[0]), int(self._others[1])))
-        return totals
-
-
-def name_contended(totals: list[tuple[Contended | None, int, int]]) -> tuple[Sample, ...]:
-    """Return samples with named stacks; slow, for any thread."""
-    symbols = Symbols()
-
-    def sample(contended: Contended | None, count: int, delay_ns: int) -> Sample:
-        if contended is None:
-            return Sample((OTHERS,), (count, delay_ns))
-        leaf, places, codes = contended
-        raw = tuple(zip(codes, places[1::2], strict=True))
-        stack = symbols.stack(raw) or (UNKNOWN,)
-        return Sample((pseudo_location(leaf), *stack) if leaf else stack, (count, delay_ns))
-
-    return sum_samples(sample(*total) for total in totals)
+        return self._counter.totals()

@@ -19,7 +19,7 @@ from types import CodeType, FrameType, FunctionType
 
 from asgi_pprof.collectors.contention.records import Contended
 from asgi_pprof.runtime.chains import wrappers
-from asgi_pprof.stacks import MAX_DEPTH
+from asgi_pprof.stacks import MAX_DEPTH, StackKey
 
 WORKER = "waiting for a worker thread"
 
@@ -185,4 +185,4 @@ def _contended(
         if frame is outermost:
             break
         frame = frame.f_back
-    return pseudo, tuple(places), tuple(codes)
+    return pseudo, StackKey(tuple(places), tuple(codes))

@@ -41,9 +41,9 @@ from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.labels import LabelSet, current, resolve
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.offload import run_in_thread
-from asgi_pprof.profile import Location, Profile, Sample, ValueType, pseudo_location
+from asgi_pprof.profile import Profile, Sample, ValueType, pseudo_location
 from asgi_pprof.runtime.thread_clocks import ThreadClocks
-from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, Symbols
+from asgi_pprof.stacks import MAX_DEPTH, StackCounter, StackKey, name_totals
 
 ENGINE = "signal"
 
@@ -58,9 +58,6 @@ _CONTENDED = pseudo_location("main thread: stack not known while other threads r
 # Python code that it wakes, which is ours.
 _LOOP_CODE = SignalWakeup.forward.__code__
 _IN_LOOP = pseudo_location("event loop: native code")
-
-# id(code), f_lasti, id(code), f_lasti, ..., leaf first; the codes are kept in _Stacks.
-_Instructions = tuple[int, ...]
 
 
 def is_supported() -> bool:
@@ -113,7 +110,7 @@ class _Sampler:
         self.failure = ""
         self._mark_ns = 0
         self._process_mark_ns = 0
-        self._pending: list[tuple[int, list[CodeType | int], bool, LabelSet | None]] = []
+        self._pending: list[tuple[int, list[CodeType | int], LabelSet | None]] = []
         self._wakeup = SignalWakeup(ignore=getattr(signal, "SIGPROF", 0))
 
     def start(self) -> None:
@@ -165,13 +162,13 @@ class _Sampler:
             instructions: list[CodeType | int] = []
             append = instructions.append
             depth = 0
-            while frame is not None and depth < MAX_DEPTH:
+            while frame is not None and depth <= MAX_DEPTH:  # one more shows that it was cut
                 append(frame.f_code)
                 append(frame.f_lasti)
                 frame = frame.f_back
                 depth += 1
             label_set = current.get() if instructions else None
-            note = weight_ns, instructions, frame is not None, label_set
+            note = weight_ns, instructions, label_set
             if len(self._pending) < _MAX_PENDING:
                 self._pending.append(note)
             else:  # the loop that drains is blocked: add up here, in bounded memory
@@ -187,8 +184,8 @@ class _Sampler:
     def drain(self) -> None:
         """Add up what the handler has noted since the last time."""
         pending, self._pending = self._pending, []
-        for weight_ns, instructions, truncated, label_set in pending:
-            self.stacks.add(weight_ns, instructions, truncated, label_set)
+        for note in pending:
+            self.stacks.add(*note)
 
 
 def _is_inherited(handler: object) -> bool:
@@ -197,68 +194,30 @@ def _is_inherited(handler: object) -> bool:
 
 
 class _Stacks:
-    """Samples added up by instructions and labels, code objects kept alive."""
+    """Samples added up by instructions and labels."""
 
     def __init__(self, period_ns: int) -> None:
+        self.counter = StackCounter(_LOST, _MAX_STACKS)
         self._period_ns = period_ns
-        self._totals: dict[tuple[_Instructions, bool, tuple[tuple[str, str], ...]], list[int]] = {}
-        self._codes: dict[int, CodeType] = {}
         self._carried_ns = 0
-        self.lost = 0
-        self._lost_ns = 0
 
     def add(
-        self,
-        weight_ns: int,
-        instructions: list[CodeType | int],
-        truncated: bool,
-        label_set: LabelSet | None,
+        self, weight_ns: int, instructions: list[CodeType | int], label_set: LabelSet | None
     ) -> None:
-        codes = instructions[0::2]
-        # Keyed by identity: equal code objects of different files compare equal.
-        flat = tuple(id(part) if isinstance(part, CodeType) else part for part in instructions)
-        key = flat, truncated, resolve(label_set)
-        total = self._totals.get(key)
-        if total is None:
-            if len(self._totals) >= _MAX_STACKS:
-                self.lost += 1
-                self._lost_ns += weight_ns
-                return
-            total = self._totals[key] = [0, 0]
-            self._codes.update((id(code), code) for code in codes if isinstance(code, CodeType))
+        leaf = None if instructions else _CONTENDED
+        if instructions and instructions[0] is _LOOP_CODE:
+            leaf, instructions = _IN_LOOP, instructions[2:]
+        codes = tuple(part for part in instructions if isinstance(part, CodeType))
+        places = tuple(id(part) if isinstance(part, CodeType) else part for part in instructions)
         # Counts are CPU time too, in whole periods: a signal that finds the main
         # thread idle, because another one has used the time, counts nothing.
         count, self._carried_ns = divmod(self._carried_ns + weight_ns, self._period_ns)
-        total[0] += count
-        total[1] += weight_ns
-
-    def samples(self) -> list[Sample]:
-        symbols = Symbols()
-        samples = [
-            Sample(self._stack(instructions, truncated, symbols), (count, cpu_ns), labels)
-            for (instructions, truncated, labels), (
-                count,
-                cpu_ns,
-            ) in self._totals.items()
-        ]
-        if self.lost:
-            samples.append(Sample((_LOST,), (self.lost, self._lost_ns)))
-        return samples
-
-    def _stack(
-        self, instructions: _Instructions, truncated: bool, symbols: Symbols
-    ) -> tuple[Location, ...]:
-        if not instructions:
-            return (_CONTENDED,)
-        places = zip(instructions[0::2], instructions[1::2], strict=True)
-        stack = tuple(symbols.instruction(self._codes[code], lasti) for code, lasti in places)
-        if self._codes[instructions[0]] is _LOOP_CODE:
-            stack = (_IN_LOOP, *stack[1:])
-        return (*stack, TRUNCATED) if truncated else stack
+        values = count, weight_ns
+        self.counter.add(StackKey(places, codes), values, resolve(label_set), leaf)
 
 
 def _build(sampler: _Sampler, clocks: ThreadClocks) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
-    samples = sampler.stacks.samples()
+    samples = [*name_totals(sampler.stacks.counter.totals())]
     for name, thread_id, cpu_ns in clocks.others():
         if cpu_ns > 0:
             place = pseudo_location(f"{name}: {_NOT_SAMPLED}")
@@ -278,8 +237,8 @@ def _comments(sampler: _Sampler, clocks: ThreadClocks) -> list[str]:
             f"main thread: {sampler.contended_ns / 1e6:.1f} ms of its CPU have no stack,"
             " because other threads ran at the same time"
         )
-    if sampler.stacks.lost:
-        comments.append(f"lost: {sampler.stacks.lost} samples, more than {_MAX_STACKS} stacks")
+    if lost := sampler.stacks.counter.overflowed:
+        comments.append(f"lost: {lost} samples, more than {_MAX_STACKS} stacks")
     if sampler.failure:
         comments.append(f"stopped early: the sampler failed with {sampler.failure}")
     return comments

@@ -61,13 +61,12 @@ from asgi_pprof.collectors.stall.loop_pulse import (
     Stall,
     Waking,
 )
-from asgi_pprof.merge import sum_samples
 from asgi_pprof.native.core import native
-from asgi_pprof.profile import Label, Location, Profile, Sample, ValueType, pseudo_location
-from asgi_pprof.runtime.frames import RawStack, current_frames
+from asgi_pprof.profile import Profile, ValueType, pseudo_location
+from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.loop_threads import TURN_VARIABLES
 from asgi_pprof.runtime.proc import LoopThread
-from asgi_pprof.stacks import UNKNOWN, Symbols
+from asgi_pprof.stacks import StackCounter, StackTotal, name_totals, stack_key
 
 DEFAULT_THRESHOLD_MS = 100.0
 OFF = "off: stalls of the event loop are not recorded"
@@ -127,53 +126,6 @@ class LagFigures:
     stall_ns: int
 
 
-@dataclass(frozen=True, slots=True)
-class StallTotal:
-    """All stalls of one stack, labels and cause."""
-
-    stack: RawStack
-    labels: tuple[Label, ...]
-    cause: Location | None
-    count: int
-    delay_ns: int
-
-    def sample(self, symbols: Symbols) -> Sample:
-        """Return it as a sample, the cause as its leaf."""
-        cause = () if self.cause is None else (self.cause,)
-        stack = (*cause, *symbols.stack(self.stack)) or (UNKNOWN,)
-        return Sample(stack, (self.count, self.delay_ns), self.labels)
-
-
-_Key = tuple[Location | None, tuple[Label, ...], tuple[tuple[int, int], ...]]
-
-
-class StallTotals:
-    """Stalls by stack; only the watching thread adds, any thread may read."""
-
-    def __init__(self) -> None:
-        self._totals: dict[_Key, StallTotal] = {}
-        self.count = 0
-
-    def add(self, stall: Stall) -> None:
-        """Count one stall."""
-        stack, labels = (stall.look.stack, stall.look.labels) if stall.look else ((), ())
-        # By identity: equal code objects of different files compare equal.
-        key = stall.cause, labels, tuple((id(code), lasti) for code, lasti in stack)
-        if key not in self._totals and len(self._totals) >= _MAX_STACKS:
-            stack, labels, key = (), (), (FURTHER, (), ())
-            stall = stall._replace(cause=FURTHER)
-        known = self._totals.get(key)
-        count, delay_ns = (known.count, known.delay_ns) if known else (0, 0)
-        self._totals[key] = StallTotal(
-            stack, labels, stall.cause, count + 1, delay_ns + stall.delay_ns
-        )
-        self.count += 1
-
-    def all(self) -> list[StallTotal]:
-        """Return them as they are now."""
-        return list(self._totals.values())
-
-
 class StallWatch:
     """
     Watches event loops; one for the process. Its methods may be called from any thread.
@@ -204,7 +156,7 @@ class StallWatch:
         self._has_changed = False  # what is watched, since the thread has asked
         self._bell = _thread.allocate_lock()  # the thread sleeps on it, and `_wake` releases it
         self._bell.acquire()
-        self._totals = StallTotals()
+        self._counter = StackCounter(FURTHER, _MAX_STACKS)
 
     def _begin_after_fork(self) -> None:
         # A forked process has neither the thread nor the loops, and a lock that
@@ -227,7 +179,7 @@ class StallWatch:
             if pulse is None or pulse.loop() is not loop:
                 if pulse is not None:
                     self._dropped.append(pulse)  # of a closed loop that was there before
-                pulse = LoopPulse(loop, self._pace, self._totals.add, self._wake, self._open_thread)
+                pulse = LoopPulse(loop, self._pace, self._add, self._wake, self._open_thread)
                 self._pulses[id(loop)] = pulse
             pulse.users += 1
             self._change()
@@ -297,11 +249,18 @@ class StallWatch:
                 self._windows -= 1
                 self._set_pace()
 
-    @property
-    def totals(self) -> StallTotals:
-        """What has been counted in this process."""
+    def _add(self, stall: Stall) -> None:
+        stack, labels = (stall.look.stack, stall.look.labels) if stall.look else ((), ())
+        self._counter.add(stack_key(stack), (1, stall.delay_ns), labels, stall.cause)
+
+    def totals(self) -> list[StackTotal]:
+        """Return stalls and nanoseconds by stack, labels and cause, as counted in this process."""
         self._begin_after_fork()
-        return self._totals
+        return self._counter.totals()
+
+    def count(self) -> int:
+        """Return how many stalls have been counted in this process."""
+        return sum(total.values[0] for total in self.totals())
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
         """Return the watched loops."""
@@ -502,7 +461,7 @@ class StallCollector:
 
     def count(self) -> int:
         """Return the number of stalls."""
-        return self._watch.totals.count
+        return self._watch.count()
 
     def note(self) -> str:
         """Return that it is off, if it is."""
@@ -516,11 +475,10 @@ class StallCollector:
         """Give stalls/count and delay/nanoseconds by stack, with the tasks' labels."""
         await self._watch.settle()
         comment = self.note() or f"stretches of {self._watch.threshold_ms:g} ms and more"
-        return functools.partial(_profile, self._watch.totals.all(), comment, time.time_ns())
+        return functools.partial(_profile, self._watch.totals(), comment, time.time_ns())
 
 
-def _profile(totals: list[StallTotal], comment: str, time_ns: int) -> Profile:
-    symbols = Symbols()
+def _profile(totals: list[StackTotal], comment: str, time_ns: int) -> Profile:
     kinds = ValueType("stalls", "count"), ValueType("delay", "nanoseconds")
-    samples = sum_samples(total.sample(symbols) for total in totals)
+    samples = name_totals(totals)
     return Profile(kinds, samples, kinds[0], period=1, time_ns=time_ns, comments=(comment,))

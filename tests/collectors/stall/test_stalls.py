@@ -30,13 +30,13 @@ from asgi_pprof.collectors.stall.loop_pulse import (
     Sign,
     Stall,
 )
-from asgi_pprof.collectors.stall.stalls import FURTHER, StallCollector, StallTotals, StallWatch
+from asgi_pprof.collectors.stall.stalls import FURTHER, StallCollector, StallWatch
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
-from asgi_pprof.profile import check_valid
+from asgi_pprof.profile import Sample, check_valid
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.runtime.proc import LoopThread
-from asgi_pprof.stacks import UNKNOWN, Symbols
+from asgi_pprof.stacks import UNKNOWN, name_totals
 from tests.gotool import flat, go_pprof
 from tests.programs import run_program
 from tests.servers import serve_process, until
@@ -515,7 +515,7 @@ def test_a_loop_that_does_not_run_does_not_stall(loop_name):
         loop.run_until_complete(attach())
         time.sleep(0.5)
         loop.run_until_complete(asyncio.sleep(0.3))
-        assert watching.totals.all() == []
+        assert watching.totals() == []
         watching.detach(loop)
     finally:
         loop.close()
@@ -540,7 +540,7 @@ def test_a_loop_run_from_elsewhere_does_not_stall(loop_name):
         thread = threading.Thread(target=run_elsewhere)
         thread.start()
         thread.join()
-        assert watching.totals.all() == []
+        assert watching.totals() == []
         watching.detach(loop)
     finally:
         loop.close()
@@ -587,7 +587,7 @@ def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
         for _ in range(100):
             threading.Event().wait(0.01)
             await asyncio.sleep(0)
-        quiet = watching.totals.all()
+        quiet = watching.totals()
         hold_by_sleeping()
         found = await stalls_of(watching)
         watching.detach(loop)
@@ -633,7 +633,7 @@ def test_nothing_is_counted_once_it_is_off(run):
             watching.set_threshold(0)
             threading.Event().wait(0.02)
             await asyncio.sleep(0)
-        return watching.totals.count
+        return watching.count()
 
     assert run(switched) == 0
 
@@ -854,7 +854,7 @@ def test_users_are_counted_and_nothing_is_left(run):
         hold_by_sleeping()
         await asyncio.to_thread(until, lambda: not watching._is_watching)
         assert watching.lag(loop) is None
-        return watching.totals.all()
+        return watching.totals()
 
     assert run(often) == []
 
@@ -893,22 +893,21 @@ def test_a_threshold_is_a_number_of_milliseconds(threshold):
 
 
 def test_stalls_nobody_could_look_at_are_unknown():
-    totals = StallTotals()
-    totals.add(Stall(5, None, None))
-    totals.add(Stall(6, None, None))
-    (total,) = totals.all()
-    assert total.sample(Symbols()).stack == (UNKNOWN,)
-    assert (total.count, total.delay_ns) == (2, 11)
+    watch = StallWatch()
+    watch._add(Stall(5, None, None))
+    watch._add(Stall(6, None, None))
+    (sample,) = name_totals(watch.totals())
+    assert sample == Sample((UNKNOWN,), (2, 11))
 
 
 def test_the_number_of_stacks_is_bounded(monkeypatch):
     """What is beyond it is counted together, and no stall is lost."""
     monkeypatch.setattr("asgi_pprof.collectors.stall.stalls._MAX_STACKS", 2)
-    totals = StallTotals()
+    watch = StallWatch()
     for number in range(5):
-        totals.add(Stall(1, Look((), (("tenant", str(number)),)), None))
-    samples = [total.sample(Symbols()) for total in totals.all()]
-    assert sum(sample.values[0] for sample in samples) == totals.count == 5
+        watch._add(Stall(1, Look((), (("tenant", str(number)),)), None))
+    samples = name_totals(watch.totals())
+    assert sum(sample.values[0] for sample in samples) == watch.count() == 5
     assert [sample.values for sample in samples if sample.stack == (FURTHER,)] == [(3, 3)]
 
 
@@ -924,7 +923,7 @@ def test_a_forked_process_begins_anew():
             await asyncio.sleep(0.05)
             time.sleep(0.3)
             await asyncio.sleep(0.1)
-            return watch.totals.count
+            return watch.count()
 
         async def parent():
             counted = await hold()
@@ -937,7 +936,7 @@ def test_a_forked_process_begins_anew():
 
         def in_child():
             asyncio._set_running_loop(None)
-            before = [*watch.loops(), *watch.totals.all()]
+            before = [*watch.loops(), *watch.totals()]
             counted = asyncio.run(hold())
             return 10 * len(before) + counted
 
@@ -1088,7 +1087,7 @@ def test_a_turn_that_wrappers_hide_is_found():
                 await asyncio.sleep(0.5)
                 time.sleep(0.4)
             await asyncio.sleep(0.3)
-            assert watch.totals.count == 3, watch.totals.all()
+            assert watch.count() == 3, watch.totals()
             watch.detach(loop)
 
         asyncio.run(main(), debug=False)  # which would tell of slow callbacks
