@@ -10,13 +10,14 @@ Source: net/http/pprof, Symbol; strconv, ParseUint with base 0.
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 
-from asgi_pprof.offload import give_way
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Location, Profile
+from asgi_pprof.slices import Slices
 
+_SLICE_S = 0.001
 _MAX_NAMES = 65_536
 _BUFFER = 4096  # bufio's: an item and what ends it must fit
 _MAX_BODY = 16 * 2**20  # 800,000 addresses
@@ -34,10 +35,10 @@ class AddressBook:
         """Remember the places of a profile; the oldest are forgotten when there are too many."""
         places: set[Location] = set()
         for sample in profile.samples:
-            give_way()
+            yield_gil()
             places.update(sample.stack)
         for location in places:
-            give_way()
+            yield_gil()
             address = location.address
             self._names.pop(address, None)
             self._names[address] = location.function.name
@@ -52,13 +53,13 @@ class AddressBook:
         the return address (one above) works as well. Others are left out.
         """
         lines = ["num_symbols: 1\n"]  # the number only says that there are symbols
-        rest, total = b"", 0
+        rest, total, slices = b"", 0, Slices(_SLICE_S)
         async for chunk in chunks:
             total += len(chunk)
             *items, rest = (rest + chunk).split(b"+")
-            for number, item in enumerate((*items, rest)):
-                if number % 256 == 255:
-                    await asyncio.sleep(0)  # the loop has other work
+            for item in (*items, rest):
+                if slices.is_over():
+                    await slices.yield_to_loop()
                 if len(item) >= _BUFFER:
                     return "".join((*lines, "reading request: bufio: buffer full\n"))
                 if item is not rest:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from asgi_pprof.errors import IncompatibleProfiles
-from asgi_pprof.offload import give_way
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Label, Profile, Sample, Stack
 
 SampleKey = tuple[Stack, tuple[Label, ...]]
@@ -20,7 +20,7 @@ def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Return one sample per stack and label set, values added up, in order of first appearance."""
     totals: dict[SampleKey, tuple[int, ...]] = {}
     for sample in samples:
-        give_way()
+        yield_gil()
         key = (sample.stack, sample.labels)
         known = totals.get(key)
         totals[key] = sample.values if known is None else _add(known, sample.values)
@@ -28,7 +28,7 @@ def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
 
 
 def _sample(key: SampleKey, values: tuple[int, ...]) -> Sample:
-    give_way()
+    yield_gil()
     return Sample(key[0], values, key[1])
 
 

@@ -17,27 +17,27 @@ from typing import TypeVar
 
 _Result = TypeVar("_Result")
 
-_TURN_S = 0.0005
+_HOLD_GIL_S = 0.0005
 _PAUSE_S = 0.0001  # a sleep of 0 is over before the waiting thread has woken
 
 
-class _Turn(threading.local):
+class _GilHold(threading.local):
     ends = math.inf  # on threads that are not ours
 
 
-_turn = _Turn()
+_gil_hold = _GilHold()
 
 
-def give_way() -> None:
+def yield_gil() -> None:
     """
-    Let other threads have the GIL, if this is one of ours and has had its turn.
+    Release the GIL for a moment if this is a thread of ours that has held it for 0.5 ms.
 
-    To be called in every loop over samples, about 0.1 us: who only waits for
-    CPython to take the GIL away holds up the event loop for 5 ms each time.
+    Called in every loop over samples; costs about 0.1 us. A thread that waits
+    for CPython to take the GIL away delays the event loop by 5 ms each time.
     """
-    if time.perf_counter() > _turn.ends:
+    if time.perf_counter() > _gil_hold.ends:
         time.sleep(_PAUSE_S)
-        _turn.ends = time.perf_counter() + _TURN_S
+        _gil_hold.ends = time.perf_counter() + _HOLD_GIL_S
 
 
 async def run_in_thread(function: Callable[[], _Result]) -> _Result:
@@ -60,7 +60,7 @@ async def run_in_thread(function: Callable[[], _Result]) -> _Result:
 
     def work() -> None:
         result, error = None, None
-        _turn.ends = 0
+        _gil_hold.ends = 0
         try:
             result = function()
         except BaseException as raised:

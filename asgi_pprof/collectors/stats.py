@@ -43,13 +43,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from asgi_pprof.collectors.stall.stalls import stall_watch
-from asgi_pprof.offload import give_way, run_in_thread
+from asgi_pprof.offload import run_in_thread, yield_gil
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.proc import proc_status
 from asgi_pprof.runtime.task_notes import note_of
 from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
+from asgi_pprof.slices import Slices
 
 NAMES = (
     "loop_tasks",
@@ -128,7 +129,7 @@ async def stats_text(clock: Callable[[], float] = time.perf_counter) -> str:
     """
     loops = _loops()  # at once: what is ready changes as soon as this waits
     await stall_watch.settle()
-    slices = _Slices(clock)
+    slices = Slices(_SLICE_S, clock)
     tasks = await _count_tasks(slices)
     pools = await _pools(loops, slices)
 
@@ -149,21 +150,6 @@ def stats_lines(figures: Iterable[Figure]) -> str:
     """Return figures as text: by name in the order of `NAMES`, then by their labels."""
     in_order = sorted(figures, key=lambda each: (NAMES.index(each.name), each.labels))
     return "".join(f"{each.line()}\n" for each in in_order)
-
-
-class _Slices:
-    """Lets the loop turn when a slice of it has been used."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._end = clock() + _SLICE_S
-
-    def is_over(self) -> bool:
-        return self._clock() > self._end
-
-    async def next(self) -> None:
-        await asyncio.sleep(0)
-        self._end = self._clock() + _SLICE_S
 
 
 def _loops() -> list[_Loop]:
@@ -206,26 +192,26 @@ def _ready(loop: asyncio.AbstractEventLoop) -> int | None:
     return len(deques[0]) if is_uvloop and len(deques) == 1 else None
 
 
-async def _count_tasks(slices: _Slices) -> Counter[asyncio.AbstractEventLoop]:
+async def _count_tasks(slices: Slices) -> Counter[asyncio.AbstractEventLoop]:
     """Return how many tasks that are not done each loop has."""
     counts: Counter[asyncio.AbstractEventLoop] = Counter()
-    await slices.next()  # the copy of all tasks is a slice of its own
+    await slices.yield_to_loop()  # the copy of all tasks is a slice of its own
     for task in alive(_tasks.tasks()):
         counts[task.get_loop()] += 1
         if slices.is_over():
-            await slices.next()
+            await slices.yield_to_loop()
     return counts
 
 
-async def _pools(loops: Sequence[_Loop], slices: _Slices) -> list[_Waiting]:
+async def _pools(loops: Sequence[_Loop], slices: Slices) -> list[_Waiting]:
     """Return the pools of threads, and how long tasks have waited for them."""
     workers = await run_in_thread(Workers)  # a thousand threads at work take longer than a slice
-    await slices.next()
+    await slices.yield_to_loop()
     found: list[_Queue] = []
     for queue in workers.waiting():
         found.append(queue)
         if slices.is_over():
-            await slices.next()
+            await slices.yield_to_loop()
     found += await _limiters(loops, workers, slices)
     names = unique([label(pool.name) for pool, _ in found])
     return [
@@ -234,7 +220,7 @@ async def _pools(loops: Sequence[_Loop], slices: _Slices) -> list[_Waiting]:
     ]
 
 
-async def _limiters(loops: Sequence[_Loop], workers: Workers, slices: _Slices) -> list[_Queue]:
+async def _limiters(loops: Sequence[_Loop], workers: Workers, slices: Slices) -> list[_Queue]:
     """Return anyio's default limiters, and others that tasks wait for."""
     known: dict[int, Any] = {}
     defaults: list[_Queue] = []
@@ -251,7 +237,7 @@ async def _limiters(loops: Sequence[_Loop], workers: Workers, slices: _Slices) -
             known[id(limiter)] = limiter
             others.append(limiter_pool(f"limiter:{names.get(id(loop), NOT_RUNNING)}", limiter))
         if slices.is_over():
-            await slices.next()
+            await slices.yield_to_loop()
     # FastAPI makes a limiter for each dependency it leaves: for those nobody waits.
     waited_for = [each for each in others if each[0].queued]
     return defaults + sorted(waited_for, key=lambda each: each[0])
@@ -277,7 +263,7 @@ def _task_figures(
 
 
 def _loop_figures(loop: _Loop) -> Iterator[Figure]:
-    give_way()
+    yield_gil()
     labels = (("loop", loop.name),)
     if loop.ready is not None:
         yield Figure("loop_ready", labels, loop.ready)

@@ -17,7 +17,7 @@ import gzip
 import sys
 
 from asgi_pprof.encoders.wire import bytes_field, int_field, packed_field
-from asgi_pprof.offload import give_way
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Function, Label, Location, Profile, Sample, ValueType
 
 # message Profile
@@ -103,7 +103,7 @@ class _Encoder:
         return b"".join(parts)
 
     def _sample(self, sample: Sample) -> bytes:
-        give_way()
+        yield_gil()
         return b"".join(
             (
                 packed_field(_LOCATION_ID, map(self._location, sample.stack)),

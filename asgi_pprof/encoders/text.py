@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-from asgi_pprof.offload import give_way
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Goroutine, Location, Profile, Sample, Stack
 
 _TAB_WIDTH = 8
@@ -135,7 +135,7 @@ def _comments(profile: Profile) -> str:
 
 
 def _record_text(head: str, sample: Sample) -> str:
-    give_way()
+    yield_gil()
     addresses = " ".join(f"{location.address + 1:#x}" for location in sample.stack)
     lines = [f"{head} @ {addresses}\n"]
     if sample.labels:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from asgi_pprof.offload import give_way
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Profile, Sample
 
 _SMALL = 512  # pymalloc serves up to here, in classes of 16 bytes
@@ -46,7 +46,7 @@ def scale_sampled(profile: Profile) -> Profile:
 
 
 def _scale(sample: Sample, rate: int) -> Sample:
-    give_way()
+    yield_gil()
     alloc_objects, alloc_bytes, live_objects, live_bytes = sample.values
     values = (
         *_estimate(alloc_objects, alloc_bytes, rate),

@@ -1,0 +1,41 @@
+"""Long work on an event loop, divided into slices of time with the loop's other work in between."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+
+class Slices:
+    """
+    The slices of one piece of work; the first begins now.
+
+        slices = Slices(0.001)
+        for each in many:
+            ...
+            if slices.is_over():
+                await slices.yield_to_loop()
+
+    Args:
+        slice_s: How many seconds of work may pass before the loop's other work runs.
+        clock: Test seam for `time.perf_counter`.
+    """
+
+    def __init__(self, slice_s: float, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._slice_s = slice_s
+        self._clock = clock
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a slice now."""
+        self._end = self._clock() + self._slice_s
+
+    def is_over(self) -> bool:
+        """Return whether the slice has been used up."""
+        return self._clock() > self._end
+
+    async def yield_to_loop(self) -> None:
+        """Let the loop run what is ready, then begin the next slice."""
+        await asyncio.sleep(0)
+        self.begin()
