@@ -75,11 +75,15 @@ class HeapSampler(Recorder):
             native.heap_stop()  # and forget what was sampled
 
     def is_on(self) -> bool:
-        """
-        Tell whether it samples, and let it begin if it can by now.
+        """Return whether it samples."""
+        return bool(self._settings and native and native.heap_check())
 
-        That is in a forked child, after the application's tracemalloc has
-        stopped, and after another tool has removed the hooks.
+    def resume(self) -> bool:
+        """
+        Start the sampler if it can start now; return whether it runs.
+
+        It stops by itself in a forked child, and when another tool removes its
+        hooks; it cannot start while the application uses tracemalloc.
         """
         with self._lock:
             if not self._settings or not native:
