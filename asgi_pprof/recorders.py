@@ -15,17 +15,22 @@ import logging
 import math
 import threading
 import weakref
-from typing import ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from asgi_pprof.collectors.contention.collector import ContentionSwitch
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
-from asgi_pprof.collectors.heap.sampler import HeapSwitch, heap_sampler
-from asgi_pprof.collectors.heap.tracing import tracing
+from asgi_pprof.collectors.heap.sampler import MAX_RATE, HeapSampler
+from asgi_pprof.collectors.heap.tracing import Tracing
 from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS, stall_watch
-from asgi_pprof.collectors.threadcreate import thread_starts
+from asgi_pprof.collectors.threadcreate import ThreadStarts
+from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 
 HeapEngine = Literal["tracemalloc"]
+
+heap_sampler = HeapSampler()
+heap_tracing = Tracing()
+thread_starts = ThreadStarts()
 
 logger = logging.getLogger("asgi_pprof")
 
@@ -103,12 +108,17 @@ class Recording:
     ) -> None:
         if heap not in (None, "tracemalloc"):
             raise ValueError(f'heap is None or "tracemalloc", not {heap!r}')
-        sampling = HeapSwitch(memory_profile_rate)
+        if not 0 <= memory_profile_rate <= MAX_RATE:
+            raise ValueError(
+                f"memory_profile_rate is bytes a sample, or 0, not {memory_profile_rate!r}"
+            )
         stalls = _StallSwitch(stall_threshold_ms)
+        self._uses: list[tuple[Recorder, Any]] = [
+            (thread_starts, None),
+            (heap_tracing, None) if heap else (heap_sampler, memory_profile_rate),
+        ]
         self._switches: list[_Switch] = [
-            thread_starts,
             gc_pauses,
-            tracing if heap else sampling,
             ContentionSwitch(block_profile_rate, mutex_profile_fraction),
             stalls,
         ]
@@ -123,6 +133,8 @@ class Recording:
         with self._lock:
             if not self._on:
                 self._on = True
+                for recorder, setting in self._uses:
+                    recorder.enable(setting)
                 for switch in self._switches:
                     switch.enable()
             self.resume()
@@ -155,6 +167,8 @@ class Recording:
         with self._lock:
             if self._on:
                 self._on = False
+                for recorder, setting in self._uses:
+                    recorder.disable(setting)
                 for switch in self._switches:
                     switch.disable()
                 for loop in list(self._loops):

@@ -16,7 +16,6 @@ from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
-from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.collectors.stall.stalls import StallCollector
@@ -25,6 +24,7 @@ from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.text import contention_text, count_text, heap_text
 from asgi_pprof.errors import UnknownProfile
 from asgi_pprof.profile import Goroutine, Profile
+from asgi_pprof.recorders import heap_sampler, heap_tracing, thread_starts
 
 
 def _as_taken(profile: Profile) -> Profile:
@@ -88,7 +88,7 @@ class Registry:
             for profile in (
                 NamedProfile(
                     "allocs",
-                    HeapCollector(peaks, default_sample_type="alloc_space"),
+                    HeapCollector(heap_sampler, heap_tracing, peaks, "alloc_space"),
                     "A sampling of all past memory allocations",
                     _heap_text,
                     scale_sampled,
@@ -115,7 +115,7 @@ class Registry:
                 ),
                 NamedProfile(
                     "heap",
-                    HeapCollector(peaks),
+                    HeapCollector(heap_sampler, heap_tracing, peaks),
                     "A sampling of memory allocations of live objects. You can specify the gc GET"
                     " parameter to run GC before taking the heap sample.",
                     _heap_text,
@@ -141,7 +141,7 @@ class Registry:
                 ),
                 NamedProfile(
                     "threadcreate",
-                    ThreadCreateCollector(),
+                    ThreadCreateCollector(thread_starts),
                     "Stack traces that led to the creation of new OS threads",
                 ),
             )

@@ -98,15 +98,20 @@ class ThreadStarts(Recorder):
         return sum(total.values[0] for total in self.totals())
 
 
-thread_starts = ThreadStarts()
-
-
 class ThreadCreateCollector:
-    """The stacks that created threads."""
+    """
+    The stacks that created threads.
+
+    Args:
+        starts: Where they are counted.
+    """
+
+    def __init__(self, starts: ThreadStarts) -> None:
+        self._starts = starts
 
     def count(self) -> int:
         """Return the number of threads ever created, as far as known."""
-        return thread_starts.count()
+        return self._starts.count()
 
     def note(self) -> str:
         """Return nothing: it is always on."""
@@ -118,5 +123,5 @@ class ThreadCreateCollector:
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give threadcreate/count by the stack that called `Thread.start`."""
-        totals, time_ns = thread_starts.totals(), time.time_ns()
+        totals, time_ns = self._starts.totals(), time.time_ns()
         return lambda: count_profile("threadcreate", name_totals(totals), time_ns)

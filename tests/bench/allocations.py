@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import repeat
 
-from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
+from asgi_pprof.recorders import heap_sampler
 
 TURN_S = 0.01
 

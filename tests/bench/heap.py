@@ -19,10 +19,11 @@ from functools import cache
 from itertools import repeat
 
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.profile import Stack
+from asgi_pprof.recorders import heap_sampler, heap_tracing
 
 HELD = 64 << 20
 CHURNED = 1 << 30
@@ -157,7 +158,7 @@ def _function_here(stack: Stack) -> str:
 
 
 async def _snapshot():
-    return (await HeapCollector(Peaks()).snapshot())()
+    return (await HeapCollector(heap_sampler, heap_tracing, Peaks()).snapshot())()
 
 
 def mean_and_error(ratios: list[float]) -> tuple[float, float]:

@@ -101,7 +101,7 @@ def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():
     program = """
     import contextvars, gc
     from asgi_pprof import labels
-    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.recorders import heap_sampler
     from asgi_pprof.labels import current
     from asgi_pprof.native.core import native
 
@@ -139,7 +139,7 @@ def test_set_that_waits_for_its_deallocation_is_not_handed_out():
     program = """
     import contextvars, gc
     from asgi_pprof import labels
-    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.recorders import heap_sampler
     from asgi_pprof.labels import current
 
     class Node:
@@ -176,7 +176,7 @@ def test_sets_of_ten_thousand_links_die_without_harm():
     """Each in the chain is in a sample of its own, and they all end at once."""
     program = """
     from asgi_pprof import labels
-    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.recorders import heap_sampler
     from asgi_pprof.labels import current
     from asgi_pprof.native.core import native
 

@@ -19,9 +19,9 @@ import traceback
 from collections.abc import Awaitable, Callable
 
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
-from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.native.core import native, reason
+from asgi_pprof.recorders import heap_sampler
 from tests.soak import children, looks, work
 from tests.soak.checks import Checker
 

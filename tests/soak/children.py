@@ -22,8 +22,8 @@ import warnings
 from collections.abc import Callable
 
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
-from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.native.core import native
+from asgi_pprof.recorders import heap_sampler
 from tests.soak import work
 from tests.soak.checks import Checker
 

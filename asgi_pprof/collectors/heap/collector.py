@@ -11,11 +11,11 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 from asgi_pprof.collectors.heap import sampler, tracing
-from asgi_pprof.collectors.heap.sampler import heap_sampler
-from asgi_pprof.collectors.heap.tracing import Peaks, Traces
-from asgi_pprof.collectors.heap.tracing import tracing as trace_switch
+from asgi_pprof.collectors.heap.sampler import HeapSampler
+from asgi_pprof.collectors.heap.tracing import Peaks, Traces, Tracing
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile, Sample, ValueType
 
@@ -37,40 +37,50 @@ class HeapCollector:
     The heap as sampled or traced; `allocs` is the same with another default.
 
     Args:
-        default_sample_type: "alloc_space" for `allocs`, "" for `heap`.
+        sampler: The native engine.
+        tracing: The tracemalloc engine.
         peaks: The tracemalloc engine's memory of past allocations, shared by the two.
+        default_sample_type: "alloc_space" for `allocs`, "" for `heap`.
     """
 
-    def __init__(self, peaks: Peaks, default_sample_type: str = "") -> None:
+    def __init__(
+        self,
+        sampler: HeapSampler,
+        tracing: Tracing,
+        peaks: Peaks,
+        default_sample_type: str = "",
+    ) -> None:
+        self._sampler = sampler
+        self._tracing = tracing
         self._peaks = peaks
         self._default_sample_type = default_sample_type
 
     def count(self) -> int:
         """Return the number of stacks seen; with tracemalloc, those of the last snapshot."""
-        if heap_sampler.is_on():
-            return heap_sampler.stack_count()
+        if self._sampler.is_on():
+            return self._sampler.stack_count()
         return self._peaks.last_count if tracemalloc.is_tracing() else 0
 
     def note(self) -> str:
         """Return which engine serves, or how to switch one on."""
-        if heap_sampler.is_on():
+        if self._sampler.is_on():
             return f"engine: {sampler.ENGINE}"
         if tracemalloc.is_tracing():
             return f"engine: {tracing.ENGINE}"
-        return f"{OFF} (no {sampler.ENGINE} engine: {heap_sampler.why_off()})"
+        return f"{OFF} (no {sampler.ENGINE} engine: {self._sampler.why_off()})"
 
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that traces inside, unless samples are there anyhow."""
-        return nullcontext() if heap_sampler.resume() else trace_switch.on()
+        return nullcontext() if self._sampler.resume() else self._tracing.on()
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give live memory, not scaled; with a comment that says why while nothing is seen."""
         time_ns = time.time_ns()
-        if heap_sampler.resume():
-            heap = await run_in_thread(heap_sampler.copy)
+        if self._sampler.resume():
+            heap = await run_in_thread(self._sampler.copy)
             return lambda: self._profile(heap.samples(), time_ns, heap.comments, heap.rate)
         if tracemalloc.is_tracing():
-            traces = await run_in_thread(Traces.copy)
+            traces = await run_in_thread(partial(Traces.copy, self._tracing.starts))
             return lambda: self._profile(
                 traces.samples(self._peaks), time_ns, traces.comments(self._peaks)
             )

@@ -44,7 +44,7 @@ DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
 
 _ROW = struct.Struct("=7Q")
 _PENDING = 0x80000000  # labels from here on belong to sets that are alive
-_MAX_RATE = 2**62
+MAX_RATE = 2**62
 _TRIES = 3
 
 
@@ -159,25 +159,6 @@ _LOSSES = {
     "unreadable": "samples, their stacks could not be read",
     "unlabelled": "samples without their labels, too many requests at once",
 }
-
-heap_sampler = HeapSampler()
-
-
-class HeapSwitch:
-    """One middleware's wish for the sampler, at its rate."""
-
-    def __init__(self, rate: int) -> None:
-        if not 0 <= rate <= _MAX_RATE:
-            raise ValueError(f"memory_profile_rate is bytes a sample, or 0, not {rate!r}")
-        self._rate = rate
-
-    def enable(self) -> None:
-        """Switch on."""
-        heap_sampler.enable(self._rate)
-
-    def disable(self) -> None:
-        """Switch off."""
-        heap_sampler.disable()
 
 
 @dataclass(frozen=True, slots=True)

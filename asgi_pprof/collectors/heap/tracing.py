@@ -110,9 +110,6 @@ class _Witness:
         return tracemalloc.get_object_traceback(self) is not None
 
 
-tracing = Tracing()
-
-
 @dataclass(frozen=True, slots=True)
 class Traces:
     """What tracemalloc knew at one moment, copied: naming it would allocate, and be traced."""
@@ -122,11 +119,11 @@ class Traces:
     starts: int
 
     @classmethod
-    def copy(cls) -> Traces:
-        """Copy them; [] if somebody has stopped tracing meanwhile."""
+    def copy(cls, starts: int) -> Traces:
+        """Copy all traces, given how often tracing has been started; [] if it has been stopped."""
         # Not take_snapshot(), which would raise then.
         traces = cast("list[_Trace]", _get_traces())
-        return cls(traces, tracemalloc.get_traceback_limit(), tracing.starts)
+        return cls(traces, tracemalloc.get_traceback_limit(), starts)
 
     def samples(self, peaks: Peaks) -> tuple[Sample, ...]:
         """Return a heap profile's samples; allocations are what `peaks` has ever seen."""

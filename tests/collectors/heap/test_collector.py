@@ -8,18 +8,17 @@ import tracemalloc
 import pytest
 
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.sampler import heap_sampler
-from asgi_pprof.collectors.heap.tracing import Peaks, tracing
+from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.profile import check_valid
-from asgi_pprof.recorders import Recording
+from asgi_pprof.recorders import Recording, heap_sampler, heap_tracing
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 
 
 @pytest.fixture
 def collector():
-    return HeapCollector(Peaks())
+    return HeapCollector(heap_sampler, heap_tracing, Peaks())
 
 
 def comments(collector):
@@ -36,7 +35,7 @@ def test_while_memory_is_sampled_the_native_engine_serves(collector):
         assert collector.note() == "engine: native"
         assert comments(collector)[0].startswith("engine: native")
         assert collector.count() > 0
-        with tracing.on():
+        with heap_tracing.on():
             assert collector.note() == "engine: native"
             assert comments(collector)[0].startswith("engine: native")
     finally:
@@ -45,7 +44,7 @@ def test_while_memory_is_sampled_the_native_engine_serves(collector):
 
 def test_while_memory_is_traced_the_other_one_serves(collector):
     """The native one is not put on top of it."""
-    with tracing.on():
+    with heap_tracing.on():
         heap_sampler.enable(1)
         try:
             assert collector.note() == "engine: tracemalloc"
@@ -106,7 +105,7 @@ def test_tracemalloc_that_is_asked_for_is_used_though_sampling_could_be():
     switches = Recording("tracemalloc", 1)
     switches.on()
     try:
-        assert HeapCollector(Peaks()).note() == "engine: tracemalloc"
+        assert HeapCollector(heap_sampler, heap_tracing, Peaks()).note() == "engine: tracemalloc"
         assert not heap_sampler.is_on()
     finally:
         switches.off()

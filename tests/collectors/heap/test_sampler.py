@@ -16,13 +16,13 @@ import pytest
 
 from asgi_pprof import PprofApp, labels
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.sampler import HeapSwitch, heap_sampler
 from asgi_pprof.collectors.heap.sizes import scale_sampled, size_class
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.labels import current
 from asgi_pprof.merge import subtract
 from asgi_pprof.native.core import native
 from asgi_pprof.profile import check_valid
+from asgi_pprof.recorders import heap_sampler, heap_tracing
 from asgi_pprof.request_labels import RequestLabels
 from tests.programs import QUIET, run_program
 
@@ -66,7 +66,9 @@ def double(array):
 
 
 def snapshot(collector=None):
-    profile = asyncio.run((collector or HeapCollector(Peaks())).snapshot())()
+    profile = asyncio.run(
+        (collector or HeapCollector(heap_sampler, heap_tracing, Peaks())).snapshot()
+    )()
     check_valid(profile)
     return profile
 
@@ -270,7 +272,7 @@ def test_samples_carry_labels_also_when_these_have_ended():
         kept += await task + keep_blocks(3, 1000)
         with labels(tenant="alive"):
             kept += keep_blocks(3, 1000)
-            make = await HeapCollector(Peaks()).snapshot()
+            make = await HeapCollector(heap_sampler, heap_tracing, Peaks()).snapshot()
         return make(), kept
 
     profile, kept = asyncio.run(main())
@@ -308,7 +310,7 @@ def test_more_labels_than_can_be_kept_are_counted_and_said():
     program = """
     import asyncio
     from asgi_pprof import labels
-    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.recorders import heap_sampler, heap_tracing
     from asgi_pprof.native.core import native
 
     def keep(number):
@@ -355,7 +357,7 @@ def test_labels_that_live_long_leave_room_for_others():
     program = """
     import contextvars
     from asgi_pprof import labels
-    from asgi_pprof.collectors.heap.sampler import heap_sampler
+    from asgi_pprof.recorders import heap_sampler, heap_tracing
 
     def churn(count):
         for _ in range(count):
@@ -433,7 +435,9 @@ def test_rate_0_is_off_and_says_so():
     app = PprofApp(memory_profile_rate=0)
     try:
         assert native.heap_stats()["rate"] == 0
-        assert "memory_profile_rate is 0" in HeapCollector(Peaks()).note()
+        assert (
+            "memory_profile_rate is 0" in HeapCollector(heap_sampler, heap_tracing, Peaks()).note()
+        )
         profile = snapshot()
         assert profile.samples == ()
         assert "memory_profile_rate is 0" in profile.comments[0]
@@ -444,8 +448,6 @@ def test_rate_0_is_off_and_says_so():
 @pytest.mark.parametrize("rate", [-1, -(10**30), 2**63])
 def test_rates_that_are_none_are_refused(rate):
     """With the argument's name."""
-    with pytest.raises(ValueError, match="memory_profile_rate"):
-        HeapSwitch(rate)
     with pytest.raises(ValueError, match="memory_profile_rate"):
         PprofApp(memory_profile_rate=rate)
 
@@ -492,7 +494,7 @@ def test_the_comment_says_since_when_and_how_often():
 @pytest.mark.usefixtures("every_block")
 def test_a_window_needs_nothing_more():
     """With samples there anyhow, tracemalloc stays off."""
-    collector = HeapCollector(Peaks())
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with collector.window():
         assert not tracemalloc.is_tracing()
         before = snapshot(collector)
@@ -510,7 +512,7 @@ COMMON = """
 import asyncio, faulthandler, gc, os, signal, sys, threading, time, tracemalloc
 from asgi_pprof import PprofApp, labels
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.sampler import heap_sampler
+from asgi_pprof.recorders import heap_sampler, heap_tracing
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.native.core import native
 
@@ -526,7 +528,8 @@ def work():
 
 def live(size=900):
     "Return how many of keep_blocks' blocks of that size are in the profile."
-    profile = asyncio.run(HeapCollector(Peaks()).snapshot(), debug=False)()
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    profile = asyncio.run(collector.snapshot(), debug=False)()
     return sum(
         sample.values[2]
         for sample in profile.samples
@@ -535,7 +538,7 @@ def live(size=900):
     )
 
 def engine():
-    return HeapCollector(Peaks()).note()
+    return HeapCollector(heap_sampler, heap_tracing, Peaks()).note()
 """
 
 SCENARIOS = {
@@ -819,7 +822,7 @@ try:
     import _interpreters as interpreters
 except ImportError:
     import _xxsubinterpreters as interpreters
-from asgi_pprof.collectors.heap.sampler import heap_sampler
+from asgi_pprof.recorders import heap_sampler, heap_tracing
 from asgi_pprof.native.core import native
 
 def create(own_gil):

@@ -8,10 +8,11 @@ import tracemalloc
 import pytest
 
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.tracing import Peaks, tracing
+from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import subtract
 from asgi_pprof.profile import check_valid
+from asgi_pprof.recorders import heap_sampler, heap_tracing
 
 
 def keep_blocks(count, size):
@@ -43,8 +44,8 @@ def of(profile, function):
 
 def test_live_blocks_are_counted_with_their_size_class():
     """Ten blocks of 900 bytes: ten objects, 9,000 bytes and a little, class 960."""
-    collector = HeapCollector(Peaks())
-    with tracing.on():
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    with heap_tracing.on():
         kept = keep_blocks(10, 900)
         profile = snapshot(collector)
         del kept
@@ -57,8 +58,8 @@ def test_live_blocks_are_counted_with_their_size_class():
 
 def test_freed_blocks_are_not_in_use_but_stay_allocated():
     """inuse falls to nothing, alloc never falls."""
-    collector = HeapCollector(Peaks())
-    with tracing.on():
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    with heap_tracing.on():
         kept = keep_blocks(10, 900)
         before = snapshot(collector)
         del kept
@@ -78,9 +79,9 @@ def test_freed_blocks_are_not_in_use_but_stay_allocated():
 
 def test_a_new_window_counts_from_nothing():
     """What an earlier window saw is no part of the next one's allocations."""
-    collector = HeapCollector(Peaks())
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     for _ in range(2):
-        with tracing.on():
+        with heap_tracing.on():
             before = snapshot(collector)
             kept = keep_blocks(4, 2000)
             after = snapshot(collector)
@@ -91,8 +92,8 @@ def test_a_new_window_counts_from_nothing():
 
 def test_deep_stacks_say_that_they_are_cut():
     """Frames beyond the traceback limit are replaced by the mark."""
-    collector = HeapCollector(Peaks())
-    with tracing.on():
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    with heap_tracing.on():
         kept = deep_keep(40)
         profile = snapshot(collector)
         del kept
@@ -106,7 +107,7 @@ def test_deep_stacks_say_that_they_are_cut():
 
 def test_off_is_said_and_empty():
     """No samples, a comment with the way to switch it on, count 0 and a note."""
-    collector = HeapCollector(Peaks())
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     profile = snapshot(collector)
     check_valid(profile)
     assert profile.samples == ()
@@ -119,7 +120,7 @@ def test_tracing_that_the_application_started_is_left_on():
     """Our window neither restarts nor stops it."""
     tracemalloc.start(3)
     try:
-        with tracing.on():
+        with heap_tracing.on():
             assert tracemalloc.get_traceback_limit() == 3
         assert tracemalloc.is_tracing()
     finally:
@@ -128,7 +129,7 @@ def test_tracing_that_the_application_started_is_left_on():
 
 def test_an_exception_in_a_window_stops_the_tracing():
     """Whatever ends the window."""
-    with pytest.raises(LookupError), tracing.on():
+    with pytest.raises(LookupError), heap_tracing.on():
         raise LookupError
     assert not tracemalloc.is_tracing()
 
@@ -136,8 +137,10 @@ def test_an_exception_in_a_window_stops_the_tracing():
 def test_allocs_is_the_same_data_with_another_default():
     """Only what is shown first differs."""
     peaks = Peaks()
-    heap, allocs = HeapCollector(peaks), HeapCollector(peaks, "alloc_space")
-    with tracing.on():
+    heap, allocs = (
+        HeapCollector(heap_sampler, heap_tracing, peaks, kind) for kind in ("", "alloc_space")
+    )
+    with heap_tracing.on():
         profiles = snapshot(heap), snapshot(allocs)
     assert [profile.default_sample_type for profile in profiles] == ["", "alloc_space"]
     assert profiles[0].sample_types == profiles[1].sample_types
@@ -146,8 +149,8 @@ def test_allocs_is_the_same_data_with_another_default():
 def test_old_sites_are_bounded(monkeypatch):
     """When the table is full, new sites count their live blocks, and a comment says so."""
     monkeypatch.setattr("asgi_pprof.collectors.heap.tracing._MAX_PEAKS", 1)
-    collector = HeapCollector(Peaks())
-    with tracing.on():
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    with heap_tracing.on():
         kept = keep_blocks(10, 900)
         profile = snapshot(collector)
         del kept
@@ -157,9 +160,9 @@ def test_old_sites_are_bounded(monkeypatch):
 
 def test_tracing_stopped_by_the_application_fails_the_window():
     """Not a profile in which everything seems freed; and its new tracing is left alone."""
-    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+    with pytest.raises(PprofError, match="stopped meanwhile"), heap_tracing.on():
         tracemalloc.stop()
-    with pytest.raises(PprofError, match="stopped meanwhile"), tracing.on():
+    with pytest.raises(PprofError, match="stopped meanwhile"), heap_tracing.on():
         restart_tracing(7)
     assert tracemalloc.get_traceback_limit() == 7
     tracemalloc.stop()
@@ -167,8 +170,8 @@ def test_tracing_stopped_by_the_application_fails_the_window():
 
 def test_our_own_memory_is_left_out():
     """What the profiler allocates is not what the application is asked about."""
-    collector = HeapCollector(Peaks())
-    with tracing.on():
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    with heap_tracing.on():
         snapshot(collector)
         profile = snapshot(collector)
     ours = [
