@@ -49,8 +49,8 @@ from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
-from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
-from asgi_pprof.collectors.stats import stats_text
+from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS, stall_watch
+from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
 from asgi_pprof.guard import Guard, allow_loopback
@@ -126,6 +126,7 @@ class PprofApp:
         self._guard = guard
         self._registry = Registry()
         self._cpu = CpuCollector()
+        self._figures = Stats(stall_watch, gc_pauses)
         self._addresses = AddressBook()
         self._recording = Recording(
             heap,
@@ -201,7 +202,7 @@ class PprofApp:
 
     async def _index(self, request: Request) -> Response:
         try:
-            stats = await stats_text()
+            stats = await self._figures.text()
         except Exception:  # of a foreign loop or task: the rest of the page is needed most then
             logger.exception("asgi_pprof failed to read the figures of the index")
             stats = "failed: the reason is in the log\n"
@@ -223,7 +224,7 @@ class PprofApp:
         return text_response(await self._addresses.answer(_once(request.scope["query_string"])))
 
     async def _stats(self, request: Request) -> Response:
-        return text_response(await stats_text())
+        return text_response(await self._figures.text())
 
     async def _profile(self, request: Request) -> Response:
         params = _params(request)

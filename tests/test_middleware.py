@@ -622,10 +622,10 @@ def test_a_threshold_that_means_nothing_is_refused(threshold_ms):
 def test_a_figure_that_fails_does_not_take_the_index_down(monkeypatch, caplog):
     """A foreign task can do anything when it is asked."""
 
-    async def fail():
+    async def fail(self):
         raise RuntimeError("no figures today")
 
-    monkeypatch.setattr("asgi_pprof.app.stats_text", fail)
+    monkeypatch.setattr("asgi_pprof.collectors.stats.Stats.text", fail)
     app = PprofApp()
     scope = http_scope("/", headers=[(b"host", b"localhost")])
     start, *rest = asyncio.run(answered(app, scope))

@@ -40,11 +40,10 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from asgi_pprof.collectors.stall.stalls import stall_watch
 from asgi_pprof.offload import run_in_thread, yield_gil
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.proc import proc_status
@@ -84,8 +83,6 @@ _STATUS = {  # of /proc/self/status
     "Threads": "process_threads",
 }
 
-_tasks = TaskList()
-
 
 class Figure(NamedTuple):
     """One line: a name of `NAMES`, label names and values, and a number."""
@@ -120,30 +117,100 @@ class _Waiting(NamedTuple):
     longest_ns: int | None
 
 
-async def stats_text(clock: Callable[[], float] = time.perf_counter) -> str:
+class LoopLag(Protocol):
+    """How late one loop's callbacks were in the last minute, and its stalls since it is watched."""
+
+    @property
+    def p50_ns(self) -> int: ...
+    @property
+    def p90_ns(self) -> int: ...
+    @property
+    def p99_ns(self) -> int: ...
+    @property
+    def max_ns(self) -> int: ...
+    @property
+    def stalls(self) -> int: ...
+    @property
+    def stall_ns(self) -> int: ...
+
+
+class LagSource(Protocol):
+    """What knows how late loops are."""
+
+    def is_on(self) -> bool:
+        """Return whether it watches loops."""
+
+    def lag(self, loop: asyncio.AbstractEventLoop) -> LoopLag | None:
+        """Return how late a loop is; None if it is not watched."""
+
+    async def settle(self) -> None:
+        """Wait a moment until what has just ended is counted."""
+
+
+class Stats:
     """
-    Return all figures there are now, a line each.
+    The figures of this process.
 
     Args:
+        lag: Where the loops' lateness comes from.
+        gc_pauses: The timer of garbage collections.
         clock: Test seam for `time.perf_counter`, which bounds the slices.
     """
-    loops = _loops()  # at once: what is ready changes as soon as this waits
-    await stall_watch.settle()
-    slices = Slices(_SLICE_S, clock)
-    tasks = await _count_tasks(slices)
-    pools = await _pools(loops, slices)
 
-    def text() -> str:
-        figures = [
-            *_task_figures(loops, tasks),
-            *(figure for each in loops for figure in _loop_figures(each)),
-            *(figure for each in pools for figure in _pool_figures(each)),
-            *_gc_figures(),
-            *_process_figures(),
-        ]
-        return stats_lines(figures)
+    def __init__(
+        self,
+        lag: LagSource,
+        gc_pauses: GcPauses,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._lag = lag
+        self._gc_pauses = gc_pauses
+        self._clock = clock
+        self._tasks = TaskList()
 
-    return await run_in_thread(text)
+    async def text(self) -> str:
+        """Return all figures there are now, a line each."""
+        loops = _loops()  # at once: what is ready changes as soon as this waits
+        await self._lag.settle()
+        slices = Slices(_SLICE_S, self._clock)
+        tasks = await self._count_tasks(slices)
+        pools = await _pools(loops, slices)
+
+        def text() -> str:
+            figures = [
+                *_task_figures(loops, tasks),
+                *(figure for each in loops for figure in self._loop_figures(each)),
+                *(figure for each in pools for figure in _pool_figures(each)),
+                *_gc_figures(self._gc_pauses),
+                *_process_figures(),
+            ]
+            return stats_lines(figures)
+
+        return await run_in_thread(text)
+
+    async def _count_tasks(self, slices: Slices) -> Counter[asyncio.AbstractEventLoop]:
+        """Return how many tasks that are not done each loop has."""
+        counts: Counter[asyncio.AbstractEventLoop] = Counter()
+        await slices.yield_to_loop()  # the copy of all tasks is a slice of its own
+        for task in alive(self._tasks.tasks()):
+            counts[task.get_loop()] += 1
+            if slices.is_over():
+                await slices.yield_to_loop()
+        return counts
+
+    def _loop_figures(self, loop: _Loop) -> Iterator[Figure]:
+        yield_gil()
+        labels = (("loop", loop.name),)
+        if loop.ready is not None:
+            yield Figure("loop_ready", labels, loop.ready)
+        lag = self._lag.lag(loop.loop) if self._lag.is_on() else None
+        if lag is None:
+            return
+        late_ns = (lag.p50_ns, lag.p90_ns, lag.p99_ns, lag.max_ns)
+        for quantile, ns in zip(_QUANTILES, late_ns, strict=True):
+            yield Figure("loop_lag_seconds", (*labels, _quantile(quantile)), ns / 1e9)
+        yield Figure("loop_stalls_total", labels, lag.stalls)
+        yield Figure("loop_stall_seconds_total", labels, lag.stall_ns / 1e9)
 
 
 def stats_lines(figures: Iterable[Figure]) -> str:
@@ -190,17 +257,6 @@ def _ready(loop: asyncio.AbstractEventLoop) -> int | None:
     deques = [each for each in gc.get_referents(loop) if type(each) is deque]
     is_uvloop = any(kind.__module__.startswith("uvloop") for kind in type(loop).__mro__)
     return len(deques[0]) if is_uvloop and len(deques) == 1 else None
-
-
-async def _count_tasks(slices: Slices) -> Counter[asyncio.AbstractEventLoop]:
-    """Return how many tasks that are not done each loop has."""
-    counts: Counter[asyncio.AbstractEventLoop] = Counter()
-    await slices.yield_to_loop()  # the copy of all tasks is a slice of its own
-    for task in alive(_tasks.tasks()):
-        counts[task.get_loop()] += 1
-        if slices.is_over():
-            await slices.yield_to_loop()
-    return counts
 
 
 async def _pools(loops: Sequence[_Loop], slices: Slices) -> list[_Waiting]:
@@ -262,21 +318,6 @@ def _task_figures(
         yield Figure("loop_tasks", (("loop", name),), left)
 
 
-def _loop_figures(loop: _Loop) -> Iterator[Figure]:
-    yield_gil()
-    labels = (("loop", loop.name),)
-    if loop.ready is not None:
-        yield Figure("loop_ready", labels, loop.ready)
-    lag = stall_watch.lag(loop.loop) if stall_watch.is_on() else None
-    if lag is None:
-        return
-    late_ns = (lag.p50_ns, lag.p90_ns, lag.p99_ns, lag.max_ns)
-    for quantile, ns in zip(_QUANTILES, late_ns, strict=True):
-        yield Figure("loop_lag_seconds", (*labels, _quantile(quantile)), ns / 1e9)
-    yield Figure("loop_stalls_total", labels, lag.stalls)
-    yield Figure("loop_stall_seconds_total", labels, lag.stall_ns / 1e9)
-
-
 def _pool_figures(waiting: _Waiting) -> Iterator[Figure]:
     pool = waiting.pool
     labels = (("pool", pool.name),)
@@ -287,7 +328,7 @@ def _pool_figures(waiting: _Waiting) -> Iterator[Figure]:
         yield Figure("thread_pool_longest_wait_seconds", labels, waiting.longest_ns / 1e9)
 
 
-def _gc_figures() -> Iterator[Figure]:
+def _gc_figures(gc_pauses: GcPauses) -> Iterator[Figure]:
     for generation, counts in enumerate(gc.get_stats()):
         labels = (("generation", str(generation)),)
         yield Figure("python_gc_collections_total", labels, counts["collections"])

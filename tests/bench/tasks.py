@@ -15,8 +15,10 @@ import uvloop
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
-from asgi_pprof.collectors.stats import stats_text
+from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
+from asgi_pprof.runtime.gc_pauses import gc_pauses
 
 BATCH = 1000
 MANY = 100_000
@@ -132,7 +134,7 @@ async def _snapshot(collector: TaskCollector, number: int) -> None:
 
 
 async def _count(number: int) -> None:
-    text = await stats_text()
+    text = await Stats(stall_watch, gc_pauses).text()
     assert int(text.split(maxsplit=2)[1]) > number  # loop_tasks is the first
 
 

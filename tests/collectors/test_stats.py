@@ -25,7 +25,7 @@ from fastapi import Depends, FastAPI
 from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.stall.stalls import stall_watch
-from asgi_pprof.collectors.stats import NAMES, Figure, label, stats_lines, stats_text, unique
+from asgi_pprof.collectors.stats import NAMES, Figure, Stats, label, stats_lines, unique
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
 from tests.servers import PROFILES, ask, serve, until
@@ -79,7 +79,7 @@ def run(loop_name, main):
 
 
 async def figures():
-    return parse(await stats_text())
+    return parse(await Stats(stall_watch, gc_pauses).text())
 
 
 class OtherLoop:
@@ -421,7 +421,7 @@ def test_reading_many_tasks_lets_the_loop_turn(loop_name):
 
         loop = asyncio.get_running_loop()
         loop.call_soon(turn)
-        found = parse(await stats_text(clock))
+        found = parse(await Stats(stall_watch, gc_pauses, clock).text())
         event.set()
         await asyncio.gather(*tasks)
         return found, turns_at_looks

@@ -24,7 +24,7 @@ from asgi_pprof.collectors.contention.collector import Contention
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.stall.stalls import StallCollector, stall_watch
-from asgi_pprof.collectors.stats import stats_text
+from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.runtime.frames import capture, current_frames
 from asgi_pprof.runtime.gc_pauses import gc_pauses
@@ -53,7 +53,7 @@ async def profiles(checker: Checker) -> None:
                 checker.count(looks=1)
             async for _ in tasks.goroutines():
                 pass
-            await stats_text()
+            await Stats(stall_watch, gc_pauses).text()
             time.sleep(0.006)  # noqa: ASYNC251 (a stall)
     finally:
         for task in waiting:
