@@ -1,33 +1,33 @@
 """
 stats: figures of event loops, thread pools, garbage collection and the process, as text.
 
-What is measured: one `name value` a line, as Prometheus reads them (text format
-0.0.4, without its comments) and as `awk '$1 == ...'` does: label values hold no
-white space. Units are seconds and bytes; what ends in `_total` only grows. A
-figure that is not known has no line, never a 0 in its place.
+What is measured: one `name value` a line, which Prometheus reads (text format
+0.0.4, without its comments) and so does `awk '$1 == ...'`: label values hold no
+white space. Units are seconds and bytes; names that end in `_total` are
+counters. A figure that is not known has no line, never a 0 in its place.
 
-Loops go by the names of their threads, tasks of loops that nobody runs are
-`not_running`. Pools are executors by the names of their threads, each loop's
-`anyio:` limiter, and as `limiter:` any other while tasks wait for a thread of
-its. The second of one name is `name#2`.
+A loop is labelled with its thread's name. Tasks of loops that are not running are
+counted under `not_running`. A pool is labelled with its threads' name (executors),
+`anyio:` and the loop (that loop's default limiter), or `limiter:` and the loop (any
+other limiter, while tasks wait for one of its threads). A second one of the same
+name is `name#2`.
 
-How: everything is read when somebody asks, loops in other threads from outside:
-one that is stuck shows, and holds up nothing. How late loops were is known of
-those that are watched (`collectors.stall`). Pauses of the collector are timed
-while a middleware lives; their quantiles are those of the last 256. Since when
-work waits for a thread is known of the tasks that await it, by
-`goroutine.task_tracking`: 15 s too little at most where tasks are tracked.
+How: all is read on request. Loops in other threads are read from outside, so a
+loop that is stuck is shown and delays nothing. How late a loop was is known of
+loops that are watched for stalls. Garbage collections are timed while a middleware
+lives; their quantiles cover the last 256. How long work has waited for a thread is
+known of the tasks that await it, and up to 15 s too short where tasks are tracked.
 
 What it costs: 0.4 us a task, 0.6 us up to CPython 3.13, in slices of 1 ms with
-the loop's other work in between, after one for a copy of the list of all (3 to
-5 ms for 100,000); and 0.1 us a frame of all threads, on a thread of ours.
+the loop's other work in between, after one slice for a copy of the list of all
+tasks (3 to 5 ms for 100,000); and 0.1 us a frame of all threads, on a thread of ours.
 
-What it misses: the figures are not of one moment. Work that waits for a thread
-and that no task awaits directly (`gather` of futures, `submit`), pools that have
-no threads, and process pools.
+What it misses: the figures are not of one moment. Not counted are work that waits
+for a thread while no task awaits it directly (`gather` of futures, `submit`), pools
+without threads, and process pools.
 
 Source: Prometheus, exposition_formats.md; prometheus_client, process_collector.py
-and gc_collector.py, whose names these are where it has them.
+and gc_collector.py, whose names are used where they have the figure.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import re
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
+from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, quantile_label, unique
 from asgi_pprof.offload import run_in_thread, yield_gil
 from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.loops import running_loops
@@ -75,7 +75,6 @@ NAMES = (
 
 NOT_RUNNING = "not_running"
 _SLICE_S = 0.001
-_BREAKS_LINES = re.compile(r"[\s\x00-\x1f\x7f]")
 _QUANTILES = (0.5, 0.9, 0.99, 1.0)
 _STATUS = {  # of /proc/self/status
     "VmRSS": "process_resident_memory_bytes",
@@ -84,22 +83,8 @@ _STATUS = {  # of /proc/self/status
 }
 
 
-class Figure(NamedTuple):
-    """One line: a name of `NAMES`, label names and values, and a number."""
-
-    name: str
-    labels: tuple[tuple[str, str], ...]
-    value: float
-
-    def line(self) -> str:
-        """Return it in Prometheus's text format."""
-        labels = ",".join(f'{name}="{_escaped(value)}"' for name, value in self.labels)
-        series = f"{self.name}{{{labels}}}" if labels else self.name
-        return f"{series} {_number(self.value)}"
-
-
 class _Loop(NamedTuple):
-    """An event loop, what its thread is called, and how many callbacks are ready in it."""
+    """A running event loop, the name of its thread, and the number of its ready callbacks."""
 
     loop: asyncio.AbstractEventLoop
     name: str
@@ -107,18 +92,18 @@ class _Loop(NamedTuple):
 
 
 _Queue = tuple[Pool, list[Task]]
-"""A pool, and tasks that wait for it, the first ones first."""
+"""A pool, and tasks that wait for it, the earliest first."""
 
 
 class _Waiting(NamedTuple):
-    """A pool, and for how many nanoseconds at least a task has waited for it; None if unknown."""
+    """A pool, and the longest known wait for one of its threads; None if no wait is known."""
 
     pool: Pool
     longest_ns: int | None
 
 
 class LoopLag(Protocol):
-    """How late one loop's callbacks were in the last minute, and its stalls since it is watched."""
+    """How late one loop's callbacks were in the last minute, and its stalls so far."""
 
     @property
     def p50_ns(self) -> int: ...
@@ -135,16 +120,16 @@ class LoopLag(Protocol):
 
 
 class LagSource(Protocol):
-    """What knows how late loops are."""
+    """Knows how late loops are: the watch for stalls."""
 
     def is_on(self) -> bool:
-        """Return whether it watches loops."""
+        """Return whether loops are watched."""
 
     def lag(self, loop: asyncio.AbstractEventLoop) -> LoopLag | None:
         """Return how late a loop is; None if it is not watched."""
 
     async def settle(self) -> None:
-        """Wait a moment until what has just ended is counted."""
+        """Wait until a stall that has just ended is counted, 0.1 s at most."""
 
 
 class Stats:
@@ -169,8 +154,8 @@ class Stats:
         self._tasks = TaskList()
 
     async def text(self) -> str:
-        """Return all figures there are now, a line each."""
-        loops = _loops()  # at once: what is ready changes as soon as this waits
+        """Return all figures that are known now, a line each."""
+        loops = _loops()  # before the first await, which changes what is ready
         await self._lag.settle()
         slices = Slices(_SLICE_S, self._clock)
         tasks = await self._count_tasks(slices)
@@ -184,12 +169,12 @@ class Stats:
                 *_gc_figures(self._gc_pauses),
                 *_process_figures(),
             ]
-            return stats_lines(figures)
+            return figures_text(figures, NAMES)
 
         return await run_in_thread(text)
 
     async def _count_tasks(self, slices: Slices) -> Counter[asyncio.AbstractEventLoop]:
-        """Return how many tasks that are not done each loop has."""
+        """Return the number of unfinished tasks by loop."""
         counts: Counter[asyncio.AbstractEventLoop] = Counter()
         await slices.yield_to_loop()  # the copy of all tasks is a slice of its own
         for task in alive(self._tasks.tasks()):
@@ -208,60 +193,36 @@ class Stats:
             return
         late_ns = (lag.p50_ns, lag.p90_ns, lag.p99_ns, lag.max_ns)
         for quantile, ns in zip(_QUANTILES, late_ns, strict=True):
-            yield Figure("loop_lag_seconds", (*labels, _quantile(quantile)), ns / 1e9)
+            yield Figure("loop_lag_seconds", (*labels, quantile_label(quantile)), ns / 1e9)
         yield Figure("loop_stalls_total", labels, lag.stalls)
         yield Figure("loop_stall_seconds_total", labels, lag.stall_ns / 1e9)
 
 
-def stats_lines(figures: Iterable[Figure]) -> str:
-    """Return figures as text: by name in the order of `NAMES`, then by their labels."""
-    in_order = sorted(figures, key=lambda each: (NAMES.index(each.name), each.labels))
-    return "".join(f"{each.line()}\n" for each in in_order)
-
-
 def _loops() -> list[_Loop]:
-    """Return the loops that run, by the age of their threads."""
+    """Return the running loops, the one with the oldest thread first."""
     running = {each.thread_ident: each.loop for each in running_loops()}
     threads = {thread.ident: thread.name for thread in threading.enumerate()}
     known = [ident for ident in threads if ident in running]
     idents = [*known, *sorted(running.keys() - threads.keys())]  # of threads not made by Python
-    names = unique([label(threads.get(ident, str(ident))) for ident in idents])
+    names = unique([label_value(threads.get(ident, str(ident))) for ident in idents])
     loops = [running[ident] for ident in idents]
     return [_Loop(loop, name, _ready(loop)) for loop, name in zip(loops, names, strict=True)]
 
 
-def label(text: str) -> str:
-    """Return a label's value that a line can hold: whatever splits words or lines is `_`."""
-    return _BREAKS_LINES.sub("_", text.encode("utf-8", "replace").decode())
-
-
-def unique(names: Sequence[str]) -> list[str]:
-    """Return the names, those that come again with a number."""
-    taken: dict[str, None] = {}
-    numbers: Counter[str] = Counter()
-    for name in names:
-        new = name
-        while new in taken:
-            numbers[name] += 1
-            new = f"{name}#{numbers[name] + 1}"
-        taken[new] = None
-    return list(taken)
-
-
 def _ready(loop: asyncio.AbstractEventLoop) -> int | None:
-    """Return how many callbacks are ready to run, None if that is not to be seen."""
+    """Return how many callbacks are ready to run; None if that cannot be read."""
     ready = getattr(loop, "_ready", None)
     if type(ready) is deque:
         return len(ready)
-    # uvloop's is not for Python's eyes, only for the garbage collector's: its one deque.
+    # uvloop shows its one deque only to the garbage collector.
     deques = [each for each in gc.get_referents(loop) if type(each) is deque]
     is_uvloop = any(kind.__module__.startswith("uvloop") for kind in type(loop).__mro__)
     return len(deques[0]) if is_uvloop and len(deques) == 1 else None
 
 
 async def _pools(loops: Sequence[_Loop], slices: Slices) -> list[_Waiting]:
-    """Return the pools of threads, and how long tasks have waited for them."""
-    workers = await run_in_thread(Workers)  # a thousand threads at work take longer than a slice
+    """Return the thread pools, and how long tasks have waited for each."""
+    workers = await run_in_thread(Workers)  # 1,000 busy threads take longer than a slice
     await slices.yield_to_loop()
     found: list[_Queue] = []
     for queue in workers.waiting():
@@ -269,7 +230,7 @@ async def _pools(loops: Sequence[_Loop], slices: Slices) -> list[_Waiting]:
         if slices.is_over():
             await slices.yield_to_loop()
     found += await _limiters(loops, workers, slices)
-    names = unique([label(pool.name) for pool, _ in found])
+    names = unique([label_value(pool.name) for pool, _ in found])
     return [
         _Waiting(pool._replace(name=name), _longest_wait_ns(pool, tasks))
         for name, (pool, tasks) in zip(names, found, strict=True)
@@ -277,7 +238,7 @@ async def _pools(loops: Sequence[_Loop], slices: Slices) -> list[_Waiting]:
 
 
 async def _limiters(loops: Sequence[_Loop], workers: Workers, slices: Slices) -> list[_Queue]:
-    """Return anyio's default limiters, and others that tasks wait for."""
+    """Return anyio's default limiters, and the other limiters that tasks wait for."""
     known: dict[int, Any] = {}
     defaults: list[_Queue] = []
     for each in loops:
@@ -294,7 +255,7 @@ async def _limiters(loops: Sequence[_Loop], workers: Workers, slices: Slices) ->
             others.append(limiter_pool(f"limiter:{names.get(id(loop), NOT_RUNNING)}", limiter))
         if slices.is_over():
             await slices.yield_to_loop()
-    # FastAPI makes a limiter for each dependency it leaves: for those nobody waits.
+    # FastAPI makes a limiter for each dependency that it exits; no task waits for these.
     waited_for = [each for each in others if each[0].queued]
     return defaults + sorted(waited_for, key=lambda each: each[0])
 
@@ -304,7 +265,7 @@ def _longest_wait_ns(pool: Pool, tasks: Iterable[Task]) -> int | None:
         return 0
     now_ns = time.monotonic_ns()
     waits_ns = [note_of(task).look(waits_for(task), now_ns) for task in tasks]
-    return max(waits_ns, default=0) or None  # 0: nobody has looked at them before
+    return max(waits_ns, default=0) or None  # 0: no scan has seen these tasks before
 
 
 def _task_figures(
@@ -338,7 +299,9 @@ def _gc_figures(gc_pauses: GcPauses) -> Iterator[Figure]:
         yield Figure("python_gc_pause_seconds_total", (), gc_pauses.total_ns / 1e9)
         for quantile in _QUANTILES:
             index = math.ceil(quantile * len(pauses_ns)) - 1
-            yield Figure("python_gc_pause_seconds", (_quantile(quantile),), pauses_ns[index] / 1e9)
+            yield Figure(
+                "python_gc_pause_seconds", (quantile_label(quantile),), pauses_ns[index] / 1e9
+            )
 
 
 def _process_figures() -> Iterator[Figure]:
@@ -347,17 +310,3 @@ def _process_figures() -> Iterator[Figure]:
     for field, name in _STATUS.items():
         if field in status:
             yield Figure(name, (), status[field])
-
-
-def _quantile(quantile: float) -> tuple[str, str]:
-    return "quantile", _number(quantile)
-
-
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"')
-
-
-def _number(value: float) -> str:
-    if math.isinf(value):
-        return "+Inf"
-    return str(int(value)) if value == int(value) else repr(value)

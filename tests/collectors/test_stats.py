@@ -25,7 +25,8 @@ from fastapi import Depends, FastAPI
 from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.stall.stalls import stall_watch
-from asgi_pprof.collectors.stats import NAMES, Figure, Stats, label, stats_lines, unique
+from asgi_pprof.collectors.stats import NAMES, Stats
+from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, unique
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
 from tests.servers import PROFILES, ask, serve, until
@@ -165,12 +166,12 @@ def test_label_values_are_escaped():
 @pytest.mark.parametrize("odd", [" ", "\t", "\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\x00"])
 def test_no_label_breaks_a_line_or_a_word(odd):
     """Thread names may hold anything."""
-    assert label(f"a{odd}b") == "a_b"
+    assert label_value(f"a{odd}b") == "a_b"
 
 
 def test_lone_surrogates_are_no_label():
     """They would become an escape that the format does not know."""
-    assert label("a\udcffb") == "a?b"
+    assert label_value("a\udcffb") == "a?b"
 
 
 @pytest.mark.parametrize(
@@ -198,7 +199,7 @@ def test_lines_have_one_order():
     ]
     expected = 'loop_tasks{loop="b"} 4\nloop_ready{loop="a"} 3\nloop_ready{loop="b"} 2\n'
     for order in itertools.permutations(made):
-        assert stats_lines(order) == f"{expected}process_threads 1\n"
+        assert figures_text(order, NAMES) == f"{expected}process_threads 1\n"
 
 
 def test_counters_are_named_so():
