@@ -1,9 +1,29 @@
 """
-The ASGI application behind /debug/pprof/: one method per endpoint.
+The ASGI application behind /debug/pprof/, which answers as Go's net/http/pprof does.
 
-Every status, header and error text is Go's, where Go has the thing. What is
-slow (encoding, compressing, text) runs on a thread; what waits (profiles of
-some seconds) ends as soon as the client has gone.
+    /debug/pprof/               the index: all profiles, and figures of the process
+    /debug/pprof/profile        CPU profile of the next `seconds` (30), `hz` samples a second (100)
+    /debug/pprof/goroutine      all asyncio tasks; with `debug=2` one by one
+    /debug/pprof/goroutineleak  tasks that nothing can wake any more; with `debug=2` all, marked
+    /debug/pprof/heap           memory in use; `gc=1` runs a garbage collection first
+    /debug/pprof/allocs         the same, showing all past allocations
+    /debug/pprof/block          waits for locks, queues and threads
+    /debug/pprof/mutex          releases of locks that others waited for
+    /debug/pprof/stall          code that kept an event loop from running
+    /debug/pprof/thread         all threads
+    /debug/pprof/threadcreate   code that started threads
+    /debug/pprof/NAME           a profile that the application keeps itself
+    /debug/pprof/stats          figures of loops, pools, garbage collection and memory, as text
+    /debug/pprof/cmdline        the command line
+    /debug/pprof/symbol         names of functions, for addresses of debug=1 texts
+
+Named profiles are gzipped protobuf for `go tool pprof`; with `debug=1` they are text.
+With `seconds=N` built-in ones cover the next N seconds instead of all the time
+before. docs/endpoints.md has the whole contract.
+
+Statuses, headers and error texts are Go's. Slow work (naming, encoding,
+compressing) runs on a thread; a profile of some seconds ends as soon as its client
+disconnects.
 
 Source: net/http/pprof/pprof.go.
 """
@@ -13,13 +33,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import re
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 from starlette.requests import Request
@@ -29,34 +48,39 @@ from starlette.types import Receive, Scope, Send
 from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
-from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
-from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import stats_text
-from asgi_pprof.encoders.protobuf import encode
-from asgi_pprof.encoders.text import (
-    contention_text,
-    count_text,
-    goroutine_text,
-    heap_text,
-)
+from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
 from asgi_pprof.guard import Guard, allow_loopback
 from asgi_pprof.merge import subtract
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
-from asgi_pprof.paths import locate
+from asgi_pprof.paths import Target, locate
 from asgi_pprof.profile import Goroutine, Profile
-from asgi_pprof.registry import SPECIAL, NamedProfile, Registry
+from asgi_pprof.recorders import HeapEngine, Recording
+from asgi_pprof.registry import DESCRIPTIONS, NamedProfile, Registry
+from asgi_pprof.responses import (
+    error_response,
+    fit_to_request,
+    profile_response,
+    redirect_response,
+    response,
+    text_response,
+)
 from asgi_pprof.runtime.gc_pauses import gc_pauses
-from asgi_pprof.switches import HeapEngine, Switches
 from asgi_pprof.web import index_page
 
-_BUFFERED = 2048  # net/http: a longer body is sent in chunks, without its length
-_LONGEST_WAIT_S = 3600.0  # timers of years are not every loop's strength
-_COMPRESSORS = re.compile(r"gzip|brotli|zstd|compress", re.IGNORECASE)
+_LONGEST_WAIT_S = 3600.0  # not every loop takes timers of years
 
 logger = logging.getLogger("asgi_pprof")
+
+
+@dataclass(frozen=True, slots=True)
+class _Endpoint:
+    answer: Callable[[Request], Awaitable[Response]]
+    methods: tuple[str, ...] = ("GET", "HEAD")
 
 
 class PprofApp:
@@ -103,7 +127,7 @@ class PprofApp:
         self._registry = Registry()
         self._cpu = CpuCollector()
         self._addresses = AddressBook()
-        self._switches = Switches(
+        self._recording = Recording(
             heap,
             memory_profile_rate,
             track_tasks,
@@ -111,69 +135,69 @@ class PprofApp:
             mutex_profile_fraction,
             stall_threshold_ms,
         )
+        self._endpoints = {
+            "": _Endpoint(self._index),
+            "cmdline": _Endpoint(self._cmdline),
+            "profile": _Endpoint(self._profile),
+            "stats": _Endpoint(self._stats),
+            "symbol": _Endpoint(self._symbol, ("GET", "HEAD", "POST")),
+        }
         self.open()
-        # An app that is dropped without a shutdown must leave nothing behind either.
-        weakref.finalize(self, self._switches.off).atexit = False
+        # An app that is dropped without a shutdown leaves nothing behind either.
+        weakref.finalize(self, self._recording.off).atexit = False
 
     def open(self) -> None:
         """
-        Switch on what records all the time: memory, threads' starts, garbage collections.
+        Start all that records while the app lives: memory, starts of threads, garbage collections.
 
-        Called on a running loop, its tasks as well; else with its first request.
+        On a running loop its tasks and stalls are recorded as well; else from its
+        first request on.
         """
-        self._switches.on()
+        self._recording.on()
 
     def close(self) -> None:
-        """Put back everything that `open` and the constructor switched on; requests still work."""
-        self._switches.off()
+        """Put back everything that `open` and the constructor started; requests still work."""
+        self._recording.off()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await receive()
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
         elif scope["type"] == "http":
-            self._switches.attach()
-            scope = {"method": "GET", "query_string": b"", "headers": [], **scope}
-            response = await self._respond(Request(scope, receive), send)
-            await response(scope, receive, send)
+            await self.answer(locate(scope, self._prefix), scope, receive, send)
 
-    async def _respond(self, request: Request, send: Send) -> Response:
+    async def answer(
+        self, target: Target | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        """
+        Answer an HTTP request.
+
+        Args:
+            target: What it asks for, as `locate` found; None if that is nothing of ours.
+        """
+        self._recording.resume()
+        request = Request({"method": "GET", "query_string": b"", "headers": [], **scope}, receive)
         try:
             self._guard(request.scope)
-            response = await self._route(request)
+            reply = await self._route(target, request)
         except PprofError as error:
-            response = _error_response(str(error), error.status)
+            reply = error_response(str(error), error.status)
         except Exception:
             logger.exception("asgi_pprof failed to answer %s", request.url.path)
-            response = _error_response("failed to collect profile", 500)
-        if len(response.body) >= _BUFFERED and request.scope.get("http_version") != "1.0":
-            del response.headers["content-length"]
-        if response.media_type == "application/octet-stream" and _compressed_outside(request, send):
-            # Profiles are gzip already. The one header that compressing
-            # middlewares respect; on its own it would not be sent.
-            response.headers["content-encoding"] = "identity"
-        if request.method == "HEAD":
-            response.body = b""
-        return response
+            reply = error_response("failed to collect profile", 500)
+        fit_to_request(reply, request, send)
+        await reply(request.scope, receive, send)
 
-    async def _route(self, request: Request) -> Response:
-        target = locate(request.scope, self._prefix)
+    async def _route(self, target: Target | None, request: Request) -> Response:
         name = target.name if target else ""
-        if request.method not in ("GET", "HEAD") and not (
-            request.method == "POST" and name == "symbol"
-        ):
-            allowed = "GET, HEAD, POST" if name == "symbol" else "GET, HEAD"
-            return _text_response("Method Not Allowed\n", 405, {"Allow": allowed})
+        endpoint = self._endpoints.get(name) or _Endpoint(partial(self._named, name))
+        if request.method not in endpoint.methods:
+            return text_response(
+                "Method Not Allowed\n", 405, {"Allow": ", ".join(endpoint.methods)}
+            )
         if target and target.redirect:
-            return _redirect(target.redirect)
-        endpoint = {
-            "": self._index,
-            "cmdline": self._cmdline,
-            "profile": self._profile,
-            "stats": self._stats,
-            "symbol": self._symbol,
-        }.get(name, partial(self._named, name))
-        return await endpoint(request)
+            return redirect_response(target.redirect)
+        return await endpoint.answer(request)
 
     async def _index(self, request: Request) -> Response:
         try:
@@ -181,34 +205,25 @@ class PprofApp:
         except Exception:  # of a foreign loop or task: the rest of the page is needed most then
             logger.exception("asgi_pprof failed to read the figures of the index")
             stats = "failed: the reason is in the log\n"
+        notes = {"profile": self._cpu.note()}
         rows = [
-            *(
-                (
-                    profile.name,
-                    profile.collector.count(),
-                    profile.description,
-                    profile.collector.note(),
-                )
-                for profile in self._registry.profiles()
-            ),
-            *(
-                (name, 0, description, self._cpu.note() if name == "profile" else "")
-                for name, description in SPECIAL.items()
-            ),
+            (each.name, each.collector.count(), each.description, each.collector.note())
+            for each in self._registry.profiles()
         ]
-        return _response(index_page(sorted(rows), stats), "text/html")
+        rows += ((name, 0, text, notes.get(name, "")) for name, text in DESCRIPTIONS.items())
+        return response(index_page(sorted(rows), stats), "text/html")
 
     async def _cmdline(self, request: Request) -> Response:
         arguments = map(os.fsencode, sys.orig_argv or sys.argv)
-        return _response(b"\0".join(arguments), "text/plain")
+        return response(b"\0".join(arguments), "text/plain")
 
     async def _symbol(self, request: Request) -> Response:
         if request.method == "POST":
-            return _text_response(await self._addresses.answer(request.stream()))
-        return _text_response(await self._addresses.answer(_once(request.scope["query_string"])))
+            return text_response(await self._addresses.answer(request.stream()))
+        return text_response(await self._addresses.answer(_once(request.scope["query_string"])))
 
     async def _stats(self, request: Request) -> Response:
-        return _text_response(await stats_text())
+        return text_response(await stats_text())
 
     async def _profile(self, request: Request) -> Response:
         params = _params(request)
@@ -217,22 +232,21 @@ class PprofApp:
             profile = await self._cpu.collect(seconds, gone, hz)
             if gone.is_set():
                 raise ClientGone
-        return await _binary_response(lambda: profile, "profile")
+        return await profile_response(lambda: profile, "profile")
 
     async def _named(self, name: str, request: Request) -> Response:
         served = self._registry.lookup(name)
         params = _params(request)
         if params.delta:
             return await self._delta(served, params, request)
-        if params.gc and name == "heap":
+        if params.gc and served.collects_garbage:
             gc_pauses.collect()
-        if params.debug >= 2 and name in ("goroutine", "goroutineleak"):
-            tasks = self._registry.leaks if name == "goroutineleak" else self._registry.tasks
-            return _text_response(await _goroutine_dump(tasks.goroutines()))
+        if params.debug >= 2 and served.dump is not None:
+            return text_response(await _dump_text(served.dump()))
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
-            return await _binary_response(lambda: served.estimate(make_profile()), name)
-        return _text_response(await run_in_thread(lambda: self._text(served, make_profile())))
+            return await profile_response(lambda: served.estimate(make_profile()), name)
+        return text_response(await run_in_thread(lambda: self._text(served, make_profile())))
 
     async def _delta(self, served: NamedProfile, params: Params, request: Request) -> Response:
         seconds = params.delta_seconds
@@ -249,26 +263,20 @@ class PprofApp:
             duration_ns = time.monotonic_ns() - started_ns
 
         def make_delta() -> Profile:
-            # In this order: the first one's totals are part of what the second is measured by.
+            # In this order: the totals of the first are part of what the second is measured by.
             first = served.estimate(before())
             second = served.estimate(after())
             return replace(subtract(second, first), duration_ns=duration_ns)
 
-        return await _binary_response(make_delta, f"{served.name}-delta")
+        return await profile_response(make_delta, f"{served.name}-delta")
 
     def _text(self, served: NamedProfile, profile: Profile) -> str:
         self._addresses.remember(profile)
-        if served.text == "heap":
-            live_bytes = sum(sample.values[3] for sample in served.estimate(profile).samples)
-            stats = read_mem_stats(live_bytes, heap_sampler.counters())
-            return heap_text(profile, mem_stats_text(stats))
-        if served.text == "contention":
-            return contention_text(served.name, profile)
-        return count_text(served.name, profile)
+        return served.text(served.name, profile)
 
 
-async def _goroutine_dump(tasks: AsyncIterator[tuple[Rank, Goroutine]]) -> str:
-    # Text at once: 100,000 kept tasks would mean long collections of garbage.
+async def _dump_text(tasks: AsyncIterator[tuple[Rank, Goroutine]]) -> str:
+    # Text at once: 100,000 kept tasks would mean long garbage collections.
     texts = [(rank, goroutine_text(task)) async for rank, task in tasks]
     return await run_in_thread(lambda: "\n".join(text for _, text in sorted(texts)))
 
@@ -320,53 +328,3 @@ async def _wait(gone: asyncio.Event, seconds: int) -> None:
 
 async def _once(chunk: bytes) -> AsyncIterator[bytes]:
     yield chunk
-
-
-def _response(
-    body: str | bytes,
-    media_type: str,
-    status: int = 200,
-    headers: Mapping[str, str] | None = None,
-) -> Response:
-    if isinstance(body, str):
-        body = body.encode("utf-8", "backslashreplace")  # names may hold lone surrogates
-    fields = {"X-Content-Type-Options": "nosniff", **(headers or {})}
-    return Response(body, status, fields, media_type)
-
-
-def _text_response(
-    text: str, status: int = 200, headers: Mapping[str, str] | None = None
-) -> Response:
-    return _response(text, "text/plain", status, headers)
-
-
-async def _binary_response(make_profile: Callable[[], Profile], name: str) -> Response:
-    body = await run_in_thread(lambda: encode(make_profile()))
-    # Header values are latin-1 here and bytes on the wire; a name goes out as UTF-8, as it is.
-    filename = name.encode("utf-8", "backslashreplace").decode("latin-1")
-    headers = {"Content-Disposition": f'attachment; filename="{filename}"'}
-    return _response(body, "application/octet-stream", headers=headers)
-
-
-def _error_response(message: str, status: int) -> Response:
-    # pprof shows our words only with this header, and only from text/plain.
-    return _text_response(f"{message}\n", status, {"X-Go-Pprof": "1"})
-
-
-def _redirect(location: str) -> Response:
-    href = location.replace("&", "&amp;").replace('"', "&#34;").replace("<", "&lt;")
-    body = f'<a href="{href}">Temporary Redirect</a>.\n\n'
-    return Response(body, 307, {"Location": location}, "text/html")
-
-
-def _compressed_outside(request: Request, send: Send) -> bool:
-    """Tell whether a middleware around us would compress the response once more."""
-    if "accept-encoding" not in request.headers:
-        return False
-    names = [type(getattr(send, "__self__", None)).__name__]
-    for each in getattr(request.scope.get("app"), "user_middleware", ()):  # outermost first
-        name = getattr(each.cls, "__name__", "")
-        if name == "PprofMiddleware":
-            break
-        names.append(name)
-    return any(map(_COMPRESSORS.search, names))

@@ -15,9 +15,9 @@ from asgi_pprof.app import PprofApp
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
 from asgi_pprof.labels import current
-from asgi_pprof.paths import locate
+from asgi_pprof.paths import Target, locate
+from asgi_pprof.recorders import HeapEngine
 from asgi_pprof.request_labels import RequestLabels
-from asgi_pprof.switches import HeapEngine
 
 
 def _references_to_a_local() -> int:
@@ -91,8 +91,8 @@ class PprofMiddleware:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
         if kind == "http":
-            if self._looked_for in scope["path"] and self._is_ours(scope):
-                await self._pprof(scope, receive, send)
+            if self._looked_for in scope["path"] and (target := self._locate(scope)) is not None:
+                await self._pprof.answer(target, scope, receive, send)
                 return
             request = RequestLabels(scope, current.get())
             token = current.set(request)
@@ -119,8 +119,8 @@ class PprofMiddleware:
         else:
             await self.app(scope, receive, send)
 
-    def _is_ours(self, scope: Scope) -> bool:
+    def _locate(self, scope: Scope) -> Target | None:
         if self._looked_for != self._prefix:
             self._pprof.open()
             self._looked_for = self._prefix
-        return locate(scope, self._prefix) is not None
+        return locate(scope, self._prefix)

@@ -117,6 +117,11 @@ class Profile:
     default_sample_type: str = ""
     comments: tuple[str, ...] = ()
 
+    def total(self, type_name: str) -> int:
+        """Return the sum of the value of this type over all samples."""
+        (index,) = (i for i, kind in enumerate(self.sample_types) if kind.type == type_name)
+        return sum(sample.values[index] for sample in self.samples)
+
 
 def count_profile(
     name: str, samples: Iterable[Sample], time_ns: int, comments: tuple[str, ...] = ()

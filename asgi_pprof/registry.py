@@ -6,52 +6,65 @@ Source: net/http/pprof, profileDescriptions; runtime/pprof, profiles.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 from asgi_pprof.collectors import SnapshotCollector
 from asgi_pprof.collectors.contention.collector import ContentionCollector
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.heap.collector import HeapCollector
+from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
+from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.collectors.stall.stalls import StallCollector
 from asgi_pprof.collectors.threadcreate import ThreadCreateCollector
 from asgi_pprof.collectors.threads import ThreadCollector
+from asgi_pprof.encoders.text import contention_text, count_text, heap_text
 from asgi_pprof.errors import UnknownProfile
-from asgi_pprof.profile import Profile
+from asgi_pprof.profile import Goroutine, Profile
 
-TextForm = Literal["count", "heap", "contention"]
+
+def _as_taken(profile: Profile) -> Profile:
+    return profile
+
+
+def _heap_text(name: str, profile: Profile) -> str:
+    live_bytes = scale_sampled(profile).total("inuse_space")
+    return heap_text(profile, mem_stats_text(read_mem_stats(live_bytes, heap_sampler.counters())))
 
 
 @dataclass(frozen=True, slots=True)
 class NamedProfile:
     """
-    A profile that can be read at any moment.
+    A profile that can be read at any moment, and all that is particular to it.
 
     Args:
-        name: What it is called in the URL.
-        collector: Where it comes from.
+        name: The name in its URL.
+        collector: The source of its samples.
         description: For the index page; custom profiles have none.
-        text: Which debug=1 text it has.
+        text: Makes the debug=1 text of the name and the samples as taken; Go scales
+            nothing there.
+        estimate: Makes of the samples as taken the numbers they stand for.
+        dump: Yields the entries of the debug=2 text, each with its sort key; None
+            where debug=2 is the debug=1 text.
+        collects_garbage: Whether `gc=1` runs a collection first.
         custom: Whether the application registered it; those have no deltas, as in Go.
     """
 
     name: str
     collector: SnapshotCollector
     description: str = ""
-    text: TextForm = "count"
+    text: Callable[[str, Profile], str] = count_text
+    estimate: Callable[[Profile], Profile] = _as_taken
+    dump: Callable[[], AsyncIterator[tuple[Rank, Goroutine]]] | None = None
+    collects_garbage: bool = False
     custom: bool = False
 
-    def estimate(self, profile: Profile) -> Profile:
-        """Return what its samples stand for; debug=1 texts show them as taken, as in Go."""
-        return scale_sampled(profile) if self.text == "heap" else profile
 
-
-SPECIAL: Mapping[str, str] = {
+DESCRIPTIONS: Mapping[str, str] = {
     "cmdline": "The command line invocation of the current program",
     "profile": "CPU profile. You can specify the duration in the seconds GET parameter. After you"
     " get the profile file, use the go tool pprof command to investigate the profile.",
@@ -68,8 +81,8 @@ class Registry:
 
     def __init__(self) -> None:
         peaks = Peaks()
-        self.tasks = TaskCollector()
-        self.leaks = LeakCollector(self.tasks)
+        tasks = TaskCollector()
+        leaks = LeakCollector(tasks)
         self._built_in = {
             profile.name: profile
             for profile in (
@@ -77,44 +90,49 @@ class Registry:
                     "allocs",
                     HeapCollector(peaks, default_sample_type="alloc_space"),
                     "A sampling of all past memory allocations",
-                    "heap",
+                    _heap_text,
+                    scale_sampled,
                 ),
                 NamedProfile(
                     "block",
                     ContentionCollector("block"),
                     "Stack traces that led to blocking on synchronization primitives",
-                    "contention",
+                    contention_text,
                 ),
                 NamedProfile(
                     "goroutine",
-                    self.tasks,
+                    tasks,
                     "Stack traces of all current asyncio tasks. Use debug=2 as a query parameter"
                     " to list every task with its state, in the format of an unrecovered panic.",
+                    dump=tasks.goroutines,
                 ),
                 NamedProfile(
                     "goroutineleak",
-                    self.leaks,
+                    leaks,
                     "Stack traces of all leaked asyncio tasks: those that nothing can wake any"
                     " more. Use debug=2 as a query parameter to list every task.",
+                    dump=leaks.goroutines,
                 ),
                 NamedProfile(
                     "heap",
                     HeapCollector(peaks),
                     "A sampling of memory allocations of live objects. You can specify the gc GET"
                     " parameter to run GC before taking the heap sample.",
-                    "heap",
+                    _heap_text,
+                    scale_sampled,
+                    collects_garbage=True,
                 ),
                 NamedProfile(
                     "mutex",
                     ContentionCollector("mutex"),
                     "Stack traces of holders of contended mutexes",
-                    "contention",
+                    contention_text,
                 ),
                 NamedProfile(
                     "stall",
                     StallCollector(),
                     "Stack traces that held an event loop, and for how long it did not turn",
-                    "contention",
+                    contention_text,
                 ),
                 NamedProfile(
                     "thread",

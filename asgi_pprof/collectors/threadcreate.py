@@ -22,12 +22,13 @@ from types import FrameType
 from typing import Any
 
 from asgi_pprof.profile import Profile, count_profile
+from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import capture
 from asgi_pprof.runtime.proc import native_thread_ids
 from asgi_pprof.stacks import UNKNOWN, StackCounter, StackTotal, name_totals, stack_key
 
 
-class ThreadStarts:
+class ThreadStarts(Recorder):
     """
     Counts the stacks that start threads, while switched on; one for the process.
 
@@ -36,41 +37,39 @@ class ThreadStarts:
     """
 
     def __init__(self, counter: StackCounter | None = None) -> None:
+        super().__init__()
+        # Of its own: no thread of the application waits while a recorder is switched.
         # Reentrant: a signal handler may start a thread while a start is recorded.
-        self._lock = threading.RLock()
-        self._users = 0
+        self._counting = threading.RLock()
         self._before = 0
         self._counter = StackCounter(UNKNOWN) if counter is None else counter
-        self._unrecorded = 0  # by a failure, or because the lock was taken for ever
+        self._unrecorded = 0
         self._original: Callable[..., None] | None = None
-        self._hook: Callable[..., None] | None = None
+        self._wrapper: Callable[..., None] | None = None
 
-    def enable(self) -> None:
-        """Wrap `Thread.start` unless it is wrapped; pair with `disable`."""
-        with self._lock:
-            self._users += 1
-            if self._users > 1:
-                return
-            if not self._before:
-                self._before = len(native_thread_ids()) or threading.active_count()
-            self._original = threading.Thread.start
-            self._hook = self._wrap(self._original)
-            threading.Thread.start = self._hook  # type: ignore[method-assign]
+    def _enabled(self) -> None:
+        if len(self._settings) > 1:
+            return
+        if not self._before:
+            self._before = len(native_thread_ids()) or threading.active_count()
+        self._original = threading.Thread.start
+        self._wrapper = self._wrap(self._original)
+        threading.Thread.start = self._wrapper  # type: ignore[method-assign]
 
-    def disable(self) -> None:
-        """Put `Thread.start` back, once nobody needs it wrapped."""
-        with self._lock:
-            self._users -= 1
-            # Whoever has wrapped it after us keeps our wrapper, which then only passes on.
-            if self._users == 0 and threading.Thread.start is self._hook:
-                assert self._original is not None
-                threading.Thread.start = self._original  # type: ignore[method-assign]
+    def _disabled(self) -> None:
+        # A library that has wrapped our wrapper meanwhile keeps it; it then only delegates.
+        if not self._settings and threading.Thread.start is self._wrapper:
+            assert self._original is not None
+            threading.Thread.start = self._original  # type: ignore[method-assign]
+
+    def _renew_after_fork(self) -> None:
+        self._counting = threading.RLock()
 
     def _wrap(self, original: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(original)
         def start(thread: threading.Thread, *args: Any, **kwargs: Any) -> None:
             original(thread, *args, **kwargs)
-            if self._users and self._hook is start:
+            if self._settings and self._wrapper is start:
                 self._record(sys._getframe(1))
 
         return start
@@ -78,14 +77,14 @@ class ThreadStarts:
     def _record(self, frame: FrameType | None) -> None:
         try:
             stack = stack_key(capture(frame))
-            # A fork may have left the lock taken for ever: then the stack is lost.
-            if not self._lock.acquire(timeout=0.1):
+            # In a forked child another hook may start a thread before ours renews the lock.
+            if not self._counting.acquire(timeout=0.1):
                 self._unrecorded += 1
                 return
             try:
                 self._counter.add(stack, (1,))
             finally:
-                self._lock.release()
+                self._counting.release()
         except Exception:
             self._unrecorded += 1
 

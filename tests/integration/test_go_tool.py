@@ -72,7 +72,7 @@ def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
     """`go tool pprof URL?debug=1` works, by way of our symbol endpoint."""
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}?debug=1")
     if name in ("goroutine", "thread"):
-        assert "asgi_pprof.app.PprofApp.__call__" in report.text
+        assert "asgi_pprof.app.PprofApp.answer" in report.text
 
 
 def test_goroutine_profile_has_files_and_lines(shop, tmp_path):
@@ -102,7 +102,7 @@ def test_goroutine_tags_tell_what_tasks_wait_for(shop, tmp_path):
     assert re.search(r"\b2 \(.*\): Event\.wait", tags)
     focused = go_pprof(tmp_path, "-top", "-cum", "-tagfocus", "state=Event.wait", saved).text
     assert "tests.apps.wait_for_release" in focused
-    assert "asgi_pprof.app.PprofApp.__call__" not in focused
+    assert "asgi_pprof.app.PprofApp.answer" not in focused
 
 
 def test_contention_of_a_window_has_waiters_and_holders(shop, tmp_path):

@@ -154,7 +154,7 @@ class Soak:
         heap_sampler.enable(self.options.rate)
         for _ in range(random.randrange(1, 4)):
             time.sleep(random.uniform(0.05, 0.5))
-            heap_sampler.is_on()
+            heap_sampler.resume()
             self.checker.check(heap_sampler.copy().samples(), "heap")
             self.checker.count(**{"heap profiles": 1})
         copied = heap_sampler.copy()

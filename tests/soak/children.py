@@ -50,7 +50,7 @@ def profile_itself(hz: int, rate: int) -> int:
     checker = Checker([work.SCRIPT])
     stop = threading.Event()
     heap_sampler.enable(rate)
-    if not heap_sampler.is_on() and not sys.modules["tracemalloc"].is_tracing():
+    if not heap_sampler.resume() and not sys.modules["tracemalloc"].is_tracing():
         checker.fail(f"the heap sampler is off: {heap_sampler.why_off()}")
 
     def busy() -> None:
@@ -231,7 +231,7 @@ def _end(how: str, hz: int, rate: int) -> None:
 def _begin_again() -> None:
     # Registered before the core's own callback, so called after it.
     with contextlib.suppress(Exception):
-        heap_sampler.is_on()
+        heap_sampler.resume()
         heap_sampler.enable(512)
     with contextlib.suppress(Exception):
         native.cpu_start(1000)

@@ -61,12 +61,12 @@ class HeapCollector:
 
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that traces inside, unless samples are there anyhow."""
-        return nullcontext() if heap_sampler.is_on() else trace_switch.on()
+        return nullcontext() if heap_sampler.resume() else trace_switch.on()
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give live memory, not scaled; with a comment that says why while nothing is seen."""
         time_ns = time.time_ns()
-        if heap_sampler.is_on():
+        if heap_sampler.resume():
             heap = await run_in_thread(heap_sampler.copy)
             return lambda: self._profile(heap.samples(), time_ns, heap.comments, heap.rate)
         if tracemalloc.is_tracing():

@@ -23,9 +23,7 @@ Source: asgi_pprof/_native/heap_sampler.c; runtime/mprof.go.
 
 from __future__ import annotations
 
-import os
 import struct
-import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
@@ -39,6 +37,7 @@ from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.native.places import Places
 from asgi_pprof.profile import Sample
+from asgi_pprof.recorder import Recorder
 
 ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
@@ -49,53 +48,45 @@ _MAX_RATE = 2**62
 _TRIES = 3
 
 
-class HeapSampler:
+class HeapSampler(Recorder):
     """
-    The native heap sampler, on while anybody needs it; one for the process.
+    The native heap sampler; a user's setting is a rate, in bytes a sample, 0 for none.
 
-    The first who enables it sets the rate. It is never put on top of
-    tracemalloc, whose `stop` would take it out unnoticed; tracemalloc on top of
-    it does no harm.
+    The rate of the first user counts. The sampler never starts on top of
+    tracemalloc, whose `stop` would remove its hooks unnoticed; tracemalloc on top
+    of the sampler does no harm.
     """
 
     def __init__(self) -> None:
-        # Reentrant: a finalizer may disable in the middle of enabling.
-        self._lock = threading.RLock()
-        self._users = 0
+        super().__init__()
         self._rate = 0
         self._began_ns = 0
         self._removed = 0
         self._failure = ""
-        self._renewed_by_fork = False
 
-    def enable(self, rate: int) -> None:
-        """Begin to take one sample in `rate` bytes (0: none); pair with `disable`."""
-        if not self._renewed_by_fork and hasattr(os, "register_at_fork"):
-            self._renewed_by_fork = True
-            os.register_at_fork(after_in_child=self._renew_lock)
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._rate = rate
-                self._removed = 0
-                self._begin()
+    def _enabled(self) -> None:
+        if len(self._settings) == 1:
+            self._rate = self._settings[0]
+            self._removed = 0
+            self._begin()
 
-    def disable(self) -> None:
-        """End once nobody needs it, and forget what was sampled."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and native:
-                native.heap_stop()
+    def _disabled(self) -> None:
+        if not self._settings and native:
+            native.heap_stop()  # and forget what was sampled
 
     def is_on(self) -> bool:
-        """
-        Tell whether it samples, and let it begin if it can by now.
+        """Return whether it samples."""
+        return bool(self._settings and native and native.heap_check())
 
-        That is in a forked child, after the application's tracemalloc has
-        stopped, and after another tool has removed the hooks.
+    def resume(self) -> bool:
+        """
+        Start the sampler if it can start now; return whether it runs.
+
+        It stops by itself in a forked child, and when another tool removes its
+        hooks; it cannot start while the application uses tracemalloc.
         """
         with self._lock:
-            if self._users == 0 or not native:
+            if not self._settings or not native:
                 return False
             if native.heap_check():
                 return True
@@ -108,7 +99,7 @@ class HeapSampler:
         """Return why it is off."""
         if not native:
             return reason
-        if self._users and self._rate == 0:
+        if self._settings and self._rate == 0:
             return "memory_profile_rate is 0"
         return self._failure or "tracemalloc is on"
 
@@ -136,9 +127,6 @@ class HeapSampler:
             if all(label < _PENDING or label in labels for label in used):
                 break  # else a set was born and died meanwhile: it is written down by now
         return SampledHeap(rows, labels, self._rate, tuple(self._comments()))
-
-    def _renew_lock(self) -> None:
-        self._lock = threading.RLock()  # who held it does not exist in the child
 
     def _begin(self) -> bool:
         if not native or self._rate == 0 or tracemalloc.is_tracing():

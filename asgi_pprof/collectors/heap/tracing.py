@@ -41,6 +41,7 @@ from asgi_pprof.collectors.heap.sources import LineNames
 from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Location, Sample, Stack
+from asgi_pprof.recorder import Recorder
 from asgi_pprof.stacks import TRUNCATED, UNKNOWN
 
 ENGINE = "tracemalloc"
@@ -56,39 +57,31 @@ _Site = tuple[_Traceback, int]  # a traceback and a size class in bytes
 _NONE = (0, 0)  # objects and bytes
 
 
-class Tracing:
+class Tracing(Recorder):
     """
-    tracemalloc, switched on while anybody needs it; one for the process.
+    tracemalloc, switched on while it has users.
 
     Tracing that the application started is used and never stopped. (A `start`
-    of the application's while ours is on does nothing, and cannot be noticed.)
+    by the application while ours is on has no effect, and cannot be noticed.)
     """
 
     def __init__(self) -> None:
-        # Reentrant: a finalizer may disable in the middle of enabling.
-        self._lock = threading.RLock()
-        self._users = 0
+        super().__init__()
         self._witness: _Witness | None = None
         self.starts = 0
 
-    def enable(self) -> None:
-        """Start tracing unless it is on; pair with `disable`."""
-        with self._lock:
-            self._users += 1
-            if not tracemalloc.is_tracing():
-                tracemalloc.start(_TRACED_FRAMES)
-                self._witness = _Witness()
-                self.starts += 1
+    def _enabled(self) -> None:
+        if not tracemalloc.is_tracing():
+            tracemalloc.start(_TRACED_FRAMES)
+            self._witness = _Witness()
+            self.starts += 1
 
-    def disable(self) -> None:
-        """Stop tracing if it was started here and nobody else needs it."""
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._witness is not None:
-                # Stopped and started by the application meanwhile, it is not ours.
-                if self._witness.is_traced():
-                    tracemalloc.stop()
-                self._witness = None
+    def _disabled(self) -> None:
+        if not self._settings and self._witness is not None:
+            # Tracing that the application has stopped and started meanwhile is not ours.
+            if self._witness.is_traced():
+                tracemalloc.stop()
+            self._witness = None
 
     @contextmanager
     def on(self) -> Iterator[None]:

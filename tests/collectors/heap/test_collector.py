@@ -12,7 +12,7 @@ from asgi_pprof.collectors.heap.sampler import heap_sampler
 from asgi_pprof.collectors.heap.tracing import Peaks, tracing
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.profile import check_valid
-from asgi_pprof.switches import Switches
+from asgi_pprof.recorders import Recording
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 
@@ -98,12 +98,12 @@ def test_a_window_does_not_trace_where_something_samples(collector):
 def test_only_tracemalloc_can_be_asked_for(engine):
     """Else sampling is what there is; the message has what came."""
     with pytest.raises(ValueError, match=f'heap is None or "tracemalloc", not {engine!r}'):
-        Switches(engine, 1)
+        Recording(engine, 1)
 
 
 def test_tracemalloc_that_is_asked_for_is_used_though_sampling_could_be():
     """The whole time, and no sampler beside it."""
-    switches = Switches("tracemalloc", 1)
+    switches = Recording("tracemalloc", 1)
     switches.on()
     try:
         assert HeapCollector(Peaks()).note() == "engine: tracemalloc"

@@ -19,7 +19,7 @@ from asgi_pprof.collectors.heap.memstats import (
 )
 from asgi_pprof.runtime.gc_pauses import GcPauses
 
-GOLDEN = Path(__file__).parent / "golden" / "heap_debug1.body"
+GOLDEN = Path(__file__).parents[2] / "golden" / "heap_debug1.body"
 
 GO_FIELDS = (
     "Alloc TotalAlloc Sys Lookups Mallocs Frees HeapAlloc HeapSys HeapIdle HeapInuse HeapReleased"
@@ -253,7 +253,7 @@ class TestPauses:
 class TestElsewhere:
     def test_a_system_without_proc_and_glibc_has_zeros(self, monkeypatch):
         """macOS, Windows, musl: numbers that nobody knows are 0, and nothing raises."""
-        monkeypatch.setattr(memstats, "Path", lambda path: Path("/nonexistent"))
+        monkeypatch.setattr("asgi_pprof.runtime.proc.Path", lambda path: Path("/nonexistent"))
         monkeypatch.setattr("ctypes.CDLL", lambda name: object())
         stats = read_mem_stats()
         assert (stats.Sys, stats.RSS, stats.HeapSys, stats.HeapInuse, stats.StackSys) == (0,) * 5

@@ -547,6 +547,8 @@ SCENARIOS = {
         assert native.heap_stats()["rate"] == 0
         tracemalloc.stop()
         del kept
+        assert engine().startswith("off")
+        assert live() == 0
         assert engine() == "engine: native"
         kept = keep_blocks(20)
         assert live() == 20
@@ -890,7 +892,7 @@ def test_switching_on_and_off_beside_interpreters_with_their_own_gil():
         + """
 def toggle():
     heap_sampler.enable(1 + count % 2 * 4096)
-    is_on = heap_sampler.is_on()
+    is_on = heap_sampler.resume()
     heap_sampler.disable()
     return is_on
 
@@ -939,8 +941,8 @@ def in_the_child():
     kept.clear()
     work()
     mine = keep_blocks(3)
-    assert engine() == "engine: native"
     assert live() == 0
+    assert engine() == "engine: native"
     more = keep_blocks(5)
     assert live() == 5
     app.close()

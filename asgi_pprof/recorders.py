@@ -76,7 +76,7 @@ class _StallSwitch:
             stall_watch.detach(loop)
 
 
-class Switches:
+class Recording:
     """
     The switches one middleware holds on.
 
@@ -125,14 +125,19 @@ class Switches:
                 self._on = True
                 for switch in self._switches:
                     switch.enable()
-            else:
-                heap_sampler.is_on()
-            self.attach()
+            self.resume()
 
-    def attach(self) -> None:
-        """Switch on what belongs to the running loop, if there is one and all else is on."""
+    def resume(self) -> None:
+        """
+        Start what can start only now, if the rest is on.
+
+        That is what belongs to the running loop, and memory samples: in a forked
+        process, or when another tool has stopped them or made them impossible.
+        """
         loop = asyncio._get_running_loop()
         with self._lock:
+            if self._on:
+                heap_sampler.resume()
             if loop is None or not self._on:
                 return
             try:

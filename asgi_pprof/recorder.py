@@ -1,0 +1,86 @@
+"""
+What all process-wide recorders have in common: counted users, one lock, one hook for forks.
+
+A recorder hooks into the interpreter or the process (a patch, a callback, a
+thread, a signal), so there is one of each kind, shared by all middlewares of the
+process. It records while it has users, and puts everything back with the last.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from typing import Any
+
+
+class _Process:
+    """The lock of all recorders, and the hook that renews it and them in a forked child."""
+
+    def __init__(self) -> None:
+        # Reentrant: a finalizer may disable a recorder while one is being enabled.
+        self.lock = threading.RLock()
+        self.recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+        self._hooks_forks = False
+
+    def hook_forks(self) -> None:
+        """Register the hook, once; it cannot be removed, so nothing does before it is needed."""
+        if not self._hooks_forks and hasattr(os, "register_at_fork"):
+            self._hooks_forks = True
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        # The thread that may have held the lock does not exist in the child.
+        self.lock = threading.RLock()
+        for recorder in list(self.recorders):
+            recorder._renew_after_fork()
+
+
+_process = _Process()
+
+
+class Recorder:
+    """
+    Records while it has users, each with a setting of its own, such as a rate, or None.
+
+    Subclasses start and stop in `_enabled` and `_disabled`, which are called with
+    the lock held after each change of `_settings`.
+    """
+
+    def __init__(self) -> None:
+        self._settings: list[Any] = []
+        """One for each user, the earliest first."""
+        _process.recorders.add(self)
+
+    @property
+    def _lock(self) -> threading.RLock:
+        return _process.lock
+
+    def enable(self, setting: Any = None) -> None:
+        """Add a user with this setting; pair with `disable`."""
+        with self._lock:
+            _process.hook_forks()
+            self._settings.append(setting)
+            self._enabled()
+
+    def disable(self, setting: Any = None) -> None:
+        """Remove the user with this setting, or the latest; without users nothing is recorded."""
+        with self._lock:
+            if setting in self._settings:
+                self._settings.remove(setting)
+            else:
+                self._settings.pop()
+            self._disabled()
+
+    def why_off(self) -> str:
+        """Return why nothing is recorded while there are users, "" if there is no such reason."""
+        return ""
+
+    def _enabled(self) -> None:
+        raise NotImplementedError
+
+    def _disabled(self) -> None:
+        raise NotImplementedError
+
+    def _renew_after_fork(self) -> None:
+        """Drop, in a forked child, what belongs to the parent: threads, locks, counts."""
