@@ -102,6 +102,15 @@ def test_links_between_pages_lead_somewhere():
                 assert not heading or heading in headings(target), f"{page.name}: #{heading}"
 
 
+@pytest.mark.parametrize("page", ["contributing.md", "design.md"])
+def test_files_that_are_named_exist(page):
+    """Paths are from the repository, or from the package."""
+    paths = re.findall(r"`([\w/.-]+(?:\.(?:py|[ch])|/))`", (ROOT / "docs" / page).read_text())
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "asgi_pprof" / path).exists(), path
+
+
 def test_readme_is_short():
     """The README is read first, so it has about 120 lines."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 125
