@@ -1,4 +1,4 @@
-"""The pages' code runs, and their commands work against a real service."""
+"""The code in the docs runs, and the commands in them work on a real service."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 
 
 def blocks(language):
-    """Return [(page and line, block)] of all fenced blocks in a language."""
+    """Return all fenced blocks of a language, as parameters with page and line as id."""
     found = []
     for page in PAGES:
         text = page.read_text()
@@ -30,7 +30,7 @@ def blocks(language):
 
 
 def commands():
-    """Return every command of the shell blocks, one a line."""
+    """Return every line of the shell blocks: each is a command."""
     return [
         pytest.param(line, id=f"{block.id}:{number}")
         for block in blocks("sh")
@@ -38,8 +38,14 @@ def commands():
     ]
 
 
+def headings(page):
+    """Return the names by which links reach the headings of a page, as GitHub makes them."""
+    lines = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in lines}
+
+
 def test_every_block_names_its_language():
-    """A block without one would be run by no test."""
+    """No test would run a block without a language."""
     for page in PAGES:
         fences = re.findall(r"^```(.*)$", page.read_text(), re.MULTILINE)
         assert all(fences[0::2]), page
@@ -48,7 +54,7 @@ def test_every_block_names_its_language():
 
 @pytest.mark.parametrize("code", blocks("python"))
 def test_code_runs(code, tmp_path):
-    """Each block is a whole program, started in a process of its own."""
+    """Each block is a whole program and runs in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         cwd=tmp_path,
@@ -64,7 +70,7 @@ def test_code_runs(code, tmp_path):
 @pytest.mark.go
 @pytest.mark.parametrize("command", commands())
 def test_command_works(command, any_shop, tmp_path):
-    """curl and go tool pprof, as printed, against a running service."""
+    """curl and go tool pprof work as printed on a running service."""
     arguments = [
         each.replace("localhost:8000", f"localhost:{any_shop.port}")
         for each in shlex.split(command)
@@ -87,20 +93,31 @@ def test_command_works(command, any_shop, tmp_path):
 
 
 def test_links_between_pages_lead_somewhere():
-    """Every relative link has its file."""
+    """The file of every relative link exists, and so does the heading it names."""
     for page in PAGES:
-        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        for link, heading in re.findall(r"\]\(([^)#]*)#?([^)]*)\)", page.read_text()):
             if not link.startswith("http"):
-                assert (page.parent / link).exists(), f"{page.name}: {link}"
+                target = page.parent / link if link else page
+                assert target.exists(), f"{page.name}: {link}"
+                assert not heading or heading in headings(target), f"{page.name}: #{heading}"
+
+
+@pytest.mark.parametrize("page", ["contributing.md", "design.md"])
+def test_files_that_are_named_exist(page):
+    """Paths are from the repository, or from the package."""
+    paths = re.findall(r"`([\w/.-]+(?:\.(?:py|[ch])|/))`", (ROOT / "docs" / page).read_text())
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).exists() or (ROOT / "asgi_pprof" / path).exists(), path
 
 
 def test_readme_is_short():
-    """It is read before anything else: within about 120 lines."""
+    """The README is read first, so it has about 120 lines."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 125
 
 
 def test_make_targets_that_are_named_exist():
-    """What the pages tell to make can be made."""
+    """The Makefile has every target that the pages name."""
     targets = set(re.findall(r"^([a-z-]+):", Path(ROOT / "Makefile").read_text(), re.MULTILINE))
     for page in PAGES:
         assert set(re.findall(r"`make ([a-z-]+)", page.read_text())) <= targets, page

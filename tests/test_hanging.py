@@ -1,4 +1,4 @@
-"""The walk through docs/hanging.md: its commands find each fault, with the output it shows."""
+"""The commands of docs/hanging.md find each fault, and print the output shown there."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BLOCK = re.compile(r"^```(sh|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def steps():
-    """Return (title, command, excerpt of what it prints) of every step of the page."""
+    """Return the command of every step of the page, and the excerpt of its output."""
     found = []
     for section in PAGE.split("\n## ")[1:]:
         blocks = BLOCK.findall(section)
@@ -31,21 +31,21 @@ def steps():
 
 
 def as_compared(line):
-    """Leave out what differs from one machine, Python and run to the next."""
+    """Return the line without the parts that depend on the machine, the Python or the run."""
     line = re.sub(r"\bgoroutine \d+|Task-\d+|0x[0-9a-f]+|\t+", " ", line)
     line = re.sub(r" /\S+/", " ", line).replace("docs.demo.", "")
     line = re.sub(r"^\d+ (?=\d+ @ )", "N ", line)  # nanoseconds
-    line = re.sub(r"^(loop_stalls_total\S*) [1-9]\d*$", r"\1 N", line)  # a slow machine's too
+    line = re.sub(r"^(loop_stalls_total\S*) [1-9]\d*$", r"\1 N", line)  # more if it is slow
     if "stuck" not in line:
-        line = re.sub(r"\+ |:\d+", "", line)  # lines of other people's files
+        line = re.sub(r"\+ |:\d+", "", line)  # line numbers in files of other packages
     if " @ " in line:
-        line = line.partition(" @ ")[0]  # addresses are of lines, too
+        line = line.partition(" @ ")[0]  # addresses depend on line numbers
     return " ".join(line.split())
 
 
 @pytest.fixture(scope="module", params=["asyncio", "uvloop"])
 def stuck(request):
-    """The service, with all its faults brought about."""
+    """The service, after all its faults have been triggered."""
     server = ServerProcess("docs.demo.stuck:app", request.param, (), {})
     with contextlib.ExitStack() as clients:
         with contextlib.suppress(AssertionError):
@@ -60,13 +60,13 @@ def stuck(request):
             assert ask(server.port, "/invoice/1").text == "1"
             yield server
         finally:
-            server.process.kill()  # it would wait for its requests for ever
+            server.process.kill()  # a shutdown would wait for its requests for ever
             server.process.communicate()
 
 
 @pytest.mark.parametrize(("command", "excerpt"), steps())
 def test_the_fault_is_found(stuck, command, excerpt):
-    """The command prints the lines that the page shows, in that order."""
+    """The command prints the lines shown on the page, in the same order."""
     arguments = shlex.split(command.replace("localhost:8000", f"localhost:{stuck.port}"))
     done = subprocess.run(
         [*arguments, "--fail", "--silent", "--show-error"],
@@ -81,8 +81,8 @@ def test_the_fault_is_found(stuck, command, excerpt):
             assert as_compared(line) in lines, f"not found, or not in order: {line}"
 
 
-def test_what_is_found_is_the_whole_of_it(stuck):
-    """Two leaks, two tasks at the second lock, forty threads, and two tasks that wait for one."""
+def test_nothing_else_is_found(stuck):
+    """There are two leaks, two tasks at the second lock, forty threads, and two tasks that wait."""
     leaks = stuck.get("goroutineleak?debug=1").text
     assert leaks.startswith("goroutineleak profile: total 2\n")
     dump = stuck.get("goroutine?debug=2").text

@@ -1,4 +1,4 @@
-"""The index page, in Go's grammar; the golden pages are a real Go server's."""
+"""The index page, compared with pages of a real Go server."""
 
 import html
 import re
@@ -23,7 +23,7 @@ def rows(page):
 
 
 class Links(HTMLParser):
-    """Collects links and text as a browser would understand them."""
+    """Collects the links, tags and text of a page as a browser would see them."""
 
     def __init__(self, page):
         super().__init__()
@@ -40,7 +40,7 @@ class Links(HTMLParser):
 
 @pytest.mark.parametrize("name", ["index.body", "custom_index.body"])
 def test_the_page_is_gos_byte_for_byte(name):
-    """Rows, links, descriptions and all that is around them."""
+    """Rows, links, descriptions and the page around them are equal."""
     page = (GOLDEN / name).read_text()
     counts = [int(count) for count, _, _ in rows(page)]
     descriptions = [tuple(map(html.unescape, pair)) for pair in DESCRIPTION.findall(page)]
@@ -55,14 +55,14 @@ def test_the_page_is_gos_byte_for_byte(name):
 
 
 def test_rows_keep_the_order_they_are_given():
-    """Sorting is for those who know all profiles."""
+    """The page does not sort; its caller knows all profiles."""
     page = index_page([("heap", 3, "Live.", ""), ("allocs", 0, "Past.", ""), ("b", 1, "", "")])
     assert rows(page) == [("3", "heap", "heap"), ("0", "allocs", "allocs"), ("1", "b", "b")]
     assert DESCRIPTION.findall(page) == [("heap", "Live."), ("allocs", "Past."), ("b", "")]
 
 
 def test_a_note_follows_the_description():
-    """Such as how to switch a profile on."""
+    """A note says, for example, how to switch a profile on."""
     page = index_page([("block", 0, "Blocking.", 'off: use "block=1"')])
     assert (
         "<li><div class=profile-name>block: </div>"
@@ -71,13 +71,13 @@ def test_a_note_follows_the_description():
 
 
 def test_every_link_is_relative_and_asks_for_text():
-    """So the page works below any prefix, and a click shows something readable."""
+    """The page works below any prefix, and a click shows readable text."""
     page = index_page([("heap", 0, "", ""), ("profile", 0, "", "")], "figure 1\n")
     assert Links(page).hrefs == ["heap?debug=1", "profile?debug=1", "goroutine?debug=2", "stats"]
 
 
-def test_figures_come_behind_everything_that_is_gos():
-    """As text, and nothing else changes."""
+def test_figures_follow_gos_part_of_the_page():
+    """They are escaped, and the rest of the page does not change."""
     rows = [("heap", 3, "Live.", "")]
     plain, page = index_page(rows), index_page(rows, 'a{loop="<b>$rows&"} 1\nb 2\n')
     shown = "<pre>\na{loop=&#34;&lt;b&gt;$rows&amp;&#34;} 1\nb 2\n</pre>\n"
@@ -109,7 +109,7 @@ def test_figures_come_behind_everything_that_is_gos():
     ],
 )
 def test_names_are_escaped_as_go_escapes_them(name, text, href):
-    """In the text, in the link and in the description; checked against Go 1.27.3."""
+    """This holds for text, link and description, and was compared with Go 1.27.3."""
     page = index_page([(name, 1, "", "")])
     ((_, shown_href, shown),) = rows(page)
     assert shown == text
@@ -136,7 +136,7 @@ def test_names_are_escaped_as_go_escapes_them(name, text, href):
     + ["javascript:alert(1)", "é", "x\udcff"],
 )
 def test_a_browser_follows_a_link_to_the_profile_of_that_name(name):
-    """Whatever the name: a link is a path below this page, never another scheme or host."""
+    """Any name gives a path below this page, never another scheme or host."""
     page = index_page([(name, 1, "", "")])
     url = urlsplit(urljoin("http://localhost/debug/pprof/", Links(page).hrefs[0]))
     assert (url.scheme, url.netloc, url.query) == ("http", "localhost", "debug=1")
@@ -146,7 +146,7 @@ def test_a_browser_follows_a_link_to_the_profile_of_that_name(name):
 
 @pytest.mark.parametrize("text", ["<script>alert(1)</script>", "</ul><h1>", "&lt;", "$rows", "'\""])
 def test_markup_in_descriptions_and_notes_is_only_text(text):
-    """It is shown as it is, and adds no element."""
+    """Markup is shown as text and adds no element."""
     plain = Links(index_page([("heap", 1, "x", "x")]))
     marked = Links(index_page([("heap", 1, text, text)]))
     assert marked.tags == plain.tags

@@ -1,1 +1,1 @@
-"""Profiles as bytes and text. Encoders read the model and never see a collector."""
+"""Encode profiles as protobuf and as text. Encoders import the profile model and no collector."""

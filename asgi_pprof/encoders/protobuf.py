@@ -1,11 +1,11 @@
 """
-A Profile as gzipped profile.proto, in the one shape that go tool pprof, Alloy,
-Pyroscope and Parca all accept.
+Encode a Profile as gzipped profile.proto, in the one form that go tool pprof,
+Alloy, Pyroscope and Parca all accept.
 
 - Ids count up from 1 in order of appearance; string 0 is empty.
-- One mapping, flagged as symbolised, so that no reader looks for a binary.
-- `system_name` stays unset: pprof would demangle `<lambda>` into nothing.
-- Equal profiles encode to equal bytes: gzip carries no time.
+- There is one mapping, flagged as symbolised, so that readers look for no binary.
+- `system_name` stays unset: pprof would demangle `<lambda>` to an empty name.
+- Equal profiles encode to equal bytes: the gzip header has no time.
 
 Source: google/pprof, proto/profile.proto; runtime/pprof/proto.go; Parca's and
 Alloy's validation.
@@ -73,12 +73,12 @@ def encode(profile: Profile) -> bytes:
 
 
 def encode_uncompressed(profile: Profile) -> bytes:
-    """Return the bare protobuf message."""
+    """Return the protobuf message without gzip."""
     return _Encoder().profile(profile)
 
 
 class _Encoder:
-    """The tables of one message: every string, function and location once."""
+    """Encodes one message; its tables hold every string, function and location once."""
 
     def __init__(self) -> None:
         self._strings: dict[str, int] = {"": 0}
@@ -167,6 +167,6 @@ class _Encoder:
 
 
 def _utf8(text: str) -> bytes:
-    # Names may hold lone surrogates (undecodable file names); strict protobuf
-    # readers refuse a message with bad UTF-8, so these become \udcxx.
+    # Names may contain lone surrogates (from file names that cannot be decoded). Strict
+    # readers refuse a message with invalid UTF-8, so surrogates are written as \udcxx.
     return text.encode("utf-8", "backslashreplace")

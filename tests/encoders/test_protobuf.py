@@ -1,4 +1,4 @@
-"""Profiles as protobuf, read back by our own small decoder and by Google's runtime."""
+"""Protobuf profiles, read back by the tests' own small decoder and by Google's runtime."""
 
 import gzip
 import os
@@ -24,7 +24,7 @@ NOT_NEGATIVE = st.integers(0, 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SOME_TEXT = TEXT.filter(bool)
 
-# Few different ones, so that tables are shared.
+# Few different functions and lines, so that samples share entries of the tables.
 functions = st.builds(
     Function, st.sampled_from(["<module>", "build_cart", "é"]) | TEXT, TEXT, NOT_NEGATIVE
 )
@@ -38,7 +38,7 @@ label_sets = st.dictionaries(SOME_TEXT, SOME_TEXT | INT64, max_size=3).map(
 
 @st.composite
 def profiles(draw):
-    """Profiles within the rules, of one to four sample types."""
+    """Draw a valid profile with one to four sample types."""
     types = draw(st.lists(st.builds(ValueType, SOME_TEXT, SOME_TEXT), min_size=1, max_size=4))
     sample = st.builds(Sample, stacks, st.tuples(*[INT64] * len(types)), label_sets)
     profile = Profile(
@@ -58,7 +58,7 @@ def profiles(draw):
 
 
 def plain(profile):
-    """Return a profile as `tests.decode` tells it: plain values only."""
+    """Return a profile in the form of `tests.decode`: plain values only."""
     return {
         "sample_types": tuple(map(tuple, profile.sample_types)),
         "samples": tuple(
@@ -79,7 +79,7 @@ def plain(profile):
 
 
 def plain_of_official(message):
-    """Return the same of the official message."""
+    """Return an official protobuf message in the same form."""
     strings = message.string_table
     functions = {
         each.id: (strings[each.name], strings[each.filename], each.start_line)
@@ -134,13 +134,13 @@ PROFILE = Profile(
 
 @given(profiles())
 def test_what_is_encoded_is_read_back(profile):
-    """Nothing is lost or changed, and order is kept."""
+    """Decoding gives the same values in the same order."""
     assert decode(encode(profile)) == plain(profile)
 
 
 @given(profiles())
 def test_googles_runtime_reads_the_same(profile):
-    """And finds no field that profile.proto does not have."""
+    """Google's runtime gives the same values, and finds no unknown field."""
     message = official.parse(encode(profile))
     assert plain_of_official(message) == plain(profile)
     whole = message.SerializeToString()
@@ -150,14 +150,14 @@ def test_googles_runtime_reads_the_same(profile):
 
 @given(profiles())
 def test_equal_profiles_give_equal_bytes(profile):
-    """Also when they are not the same objects."""
+    """A copy of a profile encodes to the same bytes."""
     copy = pickle.loads(pickle.dumps(profile))
     assert copy == profile
     assert encode(copy) == encode(profile)
 
 
 def test_another_process_gives_equal_bytes():
-    """Whatever its hash seed."""
+    """Encoding does not depend on the hash seed."""
     program = (
         "import pickle, sys; from asgi_pprof.encoders.protobuf import encode;"
         "sys.stdout.buffer.write(encode(pickle.load(sys.stdin.buffer)))"
@@ -173,7 +173,7 @@ def test_another_process_gives_equal_bytes():
 
 
 def test_the_profile_is_gzip_without_a_time_or_a_name():
-    """As Go's: magic, deflate, no flags, time 0."""
+    """The gzip header is Go's: magic, deflate, no flags, time 0."""
     body = encode(PROFILE)
     assert body[:8] == bytes.fromhex("1f8b080000000000")
     assert gzip.decompress(body) == encode_uncompressed(PROFILE)
@@ -181,7 +181,7 @@ def test_the_profile_is_gzip_without_a_time_or_a_name():
 
 @given(profiles())
 def test_ids_count_up_from_1_in_order_of_appearance(profile):
-    """For locations as samples need them, for functions as locations do."""
+    """Locations appear in the order of samples, functions in that of locations."""
     raw = tables(encode(profile))
     location_ids = [location["id"] for location in raw["locations"]]
     function_ids = [function["id"] for function in raw["functions"]]
@@ -195,7 +195,7 @@ def test_ids_count_up_from_1_in_order_of_appearance(profile):
 
 @given(profiles())
 def test_tables_hold_everything_once(profile):
-    """Each place, function and string; the first string is empty."""
+    """Each location, function and string is there once; the first string is empty."""
     raw = tables(encode(profile))
     places = {place for sample in profile.samples for place in sample.stack}
     assert len(raw["locations"]) == len(places)
@@ -206,7 +206,7 @@ def test_tables_hold_everything_once(profile):
 
 @given(profiles())
 def test_every_location_is_one_line_in_the_one_mapping_at_its_address(profile):
-    """Addresses are what scrapers tell stacks apart by."""
+    """Scrapers tell stacks apart by addresses."""
     raw = tables(encode(profile))
     addresses = {place.address for sample in profile.samples for place in sample.stack}
     assert {location["address"] for location in raw["locations"]} == addresses
@@ -217,7 +217,7 @@ def test_every_location_is_one_line_in_the_one_mapping_at_its_address(profile):
 
 @pytest.mark.parametrize("profile", [PROFILE, replace(PROFILE, samples=())])
 def test_the_one_mapping_is_flagged_as_symbolised(profile):
-    """So that no reader looks for a binary; it is there even if nothing needs it."""
+    """Readers then look for no binary. A profile without samples has the mapping too."""
     assert tables(encode(profile))["mappings"] == [
         {
             "id": 1,
@@ -232,7 +232,7 @@ def test_the_one_mapping_is_flagged_as_symbolised(profile):
 
 
 def test_an_embedded_interpreter_has_a_mapping_too(monkeypatch):
-    """Its `sys.executable` may be empty or None, and a mapping needs a name."""
+    """`sys.executable` may be empty or None there, and a mapping needs a name."""
     for executable in ("", None):
         monkeypatch.setattr(sys, "executable", executable)
         (mapping,) = tables(encode(PROFILE))["mappings"]
@@ -240,21 +240,21 @@ def test_an_embedded_interpreter_has_a_mapping_too(monkeypatch):
 
 
 def test_the_system_name_is_never_set():
-    """pprof would demangle `<lambda>` and `<module>` into nothing."""
+    """pprof would demangle `<lambda>` and `<module>` to empty names."""
     names = {each["name"]: each["system_name"] for each in tables(encode(PROFILE))["functions"]}
     assert names == {"shop.serve": "", "<module>": ""}
 
 
-def test_a_place_that_comes_again_in_one_stack_is_kept():
-    """Recursion shows as often as it happens."""
+def test_a_location_that_is_repeated_in_one_stack_is_kept():
+    """A stack shows each level of a recursion."""
     assert tables(encode(PROFILE))["sample_location_ids"] == [(1, 2), (2,), (1, 1, 2)]
 
 
 @pytest.mark.parametrize(
     ("duration_ns", "times"), [(0, {"time_nanos"}), (5, {"time_nanos", "duration_nanos"})]
 )
-def test_only_what_covers_a_time_has_a_duration(duration_ns, times):
-    """Readers take a duration as the mark of a delta or a CPU profile."""
+def test_only_profiles_of_a_time_span_have_a_duration(duration_ns, times):
+    """Readers recognise deltas and CPU profiles by their duration."""
     message = official.parse(encode(replace(PROFILE, duration_ns=duration_ns)))
     present = {field.name for field, _ in message.ListFields()}
     assert present & {"time_nanos", "duration_nanos"} == times
@@ -262,13 +262,13 @@ def test_only_what_covers_a_time_has_a_duration(duration_ns, times):
 
 
 def test_the_time_is_there_once():
-    """Twice, and pprof says that profiles were concatenated."""
+    """If it was there twice, pprof would report concatenated profiles."""
     numbers = [number for number, _ in fields(encode_uncompressed(PROFILE))]
     assert numbers.count(9) == 1
 
 
 def test_what_go_does_not_set_is_not_set():
-    """No drop_frames, keep_frames or doc_url, no comments unless there are some."""
+    """There is no drop_frames, keep_frames or doc_url, and no comment if there is none to make."""
     present = {field.name for field, _ in official.parse(encode(PROFILE)).ListFields()}
     assert present == {
         "sample_type",
@@ -285,7 +285,7 @@ def test_what_go_does_not_set_is_not_set():
 
 
 def test_an_empty_profile_has_types_a_mapping_and_a_string_table():
-    """Which is what readers need to see that nothing happened."""
+    """Readers need these three to show an empty profile."""
     message = official.parse(encode(replace(PROFILE, samples=(), duration_ns=0)))
     present = {field.name for field, _ in message.ListFields()}
     assert present == {
@@ -298,11 +298,11 @@ def test_an_empty_profile_has_types_a_mapping_and_a_string_table():
     }
 
 
-SURROGATES = "caf\udce9"  # an undecodable file name, as os.fsdecode gives it
+SURROGATES = "caf\udce9"  # os.fsdecode returns this for a file name that cannot be decoded
 
 
 def test_lone_surrogates_are_escaped_everywhere():
-    """Strict readers refuse a message with bad UTF-8 as a whole."""
+    """Strict readers refuse a whole message with invalid UTF-8."""
     place = Location(Function(SURROGATES, f"/srv/{SURROGATES}.py", 1), 1)
     profile = replace(
         PROFILE,
@@ -321,14 +321,14 @@ def test_lone_surrogates_are_escaped_everywhere():
 
 
 def test_names_beyond_the_basic_plane_are_kept():
-    """Real characters are not surrogates."""
+    """Characters outside the basic plane are not lone surrogates."""
     place = Location(Function("😀.日本", "/srv/é.py", 1), 1)
     profile = replace(PROFILE, samples=(Sample((place,), (1, 1)),))
     assert decode(encode(profile))["samples"][0][0] == (("😀.日本", "/srv/é.py", 1, 1),)
 
 
-def test_encoding_leaves_the_profile_as_it_was():
-    """It may be encoded again, as something else."""
+def test_encoding_does_not_change_the_profile():
+    """A profile can be encoded more than once."""
     copy = pickle.loads(pickle.dumps(PROFILE))
     encode(PROFILE)
     assert copy == PROFILE

@@ -1,4 +1,4 @@
-"""Profiles as text, measured by what a real Go server sent (tests/golden/README.md)."""
+"""Text profiles, compared with texts of a real Go server (tests/golden/README.md)."""
 
 import re
 from dataclasses import replace
@@ -32,19 +32,19 @@ def read(name):
 
 
 def unaligned(text):
-    """Return the text as it was before it was aligned: one tab between cells."""
+    """Return the text as it was before alignment: with one tab between cells."""
     return "\n".join(re.sub(r"(?<=[^\t])\t+", "\t", line) for line in text.split("\n"))
 
 
 def test_there_are_golden_texts():
-    """An empty table of tests would pass."""
+    """Without golden files the tests below would not run."""
     assert len(ALIGNED) >= 11
     assert len(DUMPS) == 4
 
 
 @pytest.mark.parametrize("name", [name for name in ALIGNED if "index" not in name])
 def test_columns_line_up_as_in_gos_own_texts(name):
-    """Byte for byte: one tab between cells becomes as many as Go wrote."""
+    """Aligning one tab between cells gives as many tabs as Go wrote, byte for byte."""
     go = read(name)
     assert "\n#\t0x" in go
     assert align(unaligned(go)) == go
@@ -63,7 +63,7 @@ def test_columns_line_up_as_in_gos_own_texts(name):
         ("a\tb\n12345678\tb\n", "a\t\tb\n12345678\tb\n"),
         ("a\tb\n123456789012345\tb\n", "a\t\tb\n123456789012345\tb\n"),
         ("a\tb\n1234567890123456\tb\n", "a\t\t\tb\n1234567890123456\tb\n"),
-        # the last cell of a line is never padded and has no part in a column
+        # the last cell of a line is never padded and does not widen a column
         ("a\n12345678\tb\n", "a\n12345678\tb\n"),
         ("a\tb\n1234567890\nc\td\n", "a\tb\n1234567890\nc\td\n"),
         # a line without the column ends it
@@ -73,7 +73,7 @@ def test_columns_line_up_as_in_gos_own_texts(name):
         # empty cells are cells
         ("\ta\n12345678\tb\n", "\t\ta\n12345678\tb\n"),
         ("a\t\tb\nc\t12345678\td\n", "a\t\t\tb\nc\t12345678\td\n"),
-        # characters count, not bytes
+        # widths are counted in characters, not bytes
         ("ééééééé\tb\n", "ééééééé\tb\n"),
         ("a\tb\néééééééé\tb\n", "a\t\tb\néééééééé\tb\n"),
         # a trailing tab ends a cell as well
@@ -82,13 +82,13 @@ def test_columns_line_up_as_in_gos_own_texts(name):
     ],
 )
 def test_a_column_is_a_run_of_lines_as_wide_as_its_longest_cell(text, aligned):
-    """text/tabwriter's rules with minwidth 1, tabwidth 8, padding 1."""
+    """The rules are text/tabwriter's, with minwidth 1, tabwidth 8, padding 1."""
     assert align(text) == aligned
 
 
 @given(st.text("ab12345678\t\n", max_size=80))
 def test_aligning_adds_nothing_but_tabs(text):
-    """And never takes one away."""
+    """Aligning removes no tab either."""
     aligned = align(text)
     assert aligned.replace("\t", "") == text.replace("\t", "")
     assert aligned.count("\t") >= text.count("\t")
@@ -127,7 +127,7 @@ def frame_line(each, function, where):
 
 
 def test_a_record_is_a_line_of_return_addresses_and_a_line_for_each_frame():
-    """Frame lines show the address itself, which is one lower, as in Go."""
+    """Frame lines show the location's address, which is one lower, as in Go."""
     lines = collapsed(count_text("goroutine", counts(Sample((CART, MAIN), (3,)))))
     assert lines == [
         "goroutine profile: total 3",
@@ -139,7 +139,7 @@ def test_a_record_is_a_line_of_return_addresses_and_a_line_for_each_frame():
 
 
 def test_the_columns_of_a_stack_line_up():
-    """Each stack by itself."""
+    """Each stack is aligned by itself."""
     text = count_text("goroutine", counts(Sample((CART, MAIN), (3,)), Sample((PAGE,), (1,))))
     assert text == align(unaligned(text))
     head, cart, main = text.splitlines()[1:4]
@@ -160,12 +160,12 @@ def test_records_are_sorted_by_count_then_by_text():
 
 @pytest.mark.parametrize("name", ["goroutine", "threadcreate", "example.com/conns"])
 def test_the_header_is_the_one_the_parser_knows(name):
-    """NAME profile: total N, also when there is nothing."""
+    """The header is `NAME profile: total N`, and an empty profile has one too."""
     assert count_text(name, counts()) == f"{name} profile: total 0\n"
 
 
 def test_labels_stand_between_the_record_and_its_frames():
-    """As JSON would have them but for the missing space, keys in order."""
+    """Labels look like JSON without the space after a colon, sorted by key."""
     sample = Sample((MAIN,), (1,), (("bytes", 64), ("tenant", "acme")))
     lines = collapsed(count_text("goroutine", counts(sample)))
     assert lines[2] == '# labels: {"bytes":"64", "tenant":"acme"}'
@@ -173,7 +173,7 @@ def test_labels_stand_between_the_record_and_its_frames():
 
 
 def test_labels_have_the_form_of_gos():
-    """The same pattern matches both."""
+    """One pattern matches Go's label lines and these."""
     pattern = re.compile(r'# labels: \{"[^"]+":"[^"]+"(, "[^"]+":"[^"]+")*\}')
     go = [line for line in read("goroutine_debug1.body").splitlines() if "# labels" in line]
     sample = Sample((MAIN,), (1,), (("endpoint", "/x"), ("tenant", "acme")))
@@ -204,7 +204,7 @@ def test_labels_have_the_form_of_gos():
     ],
 )
 def test_labels_are_quoted_as_go_quotes_them(value, quoted):
-    """%q: what is printable stays, also beyond ASCII."""
+    """Printable characters are kept, as by %q, and not only ASCII."""
     for sample in (Sample((MAIN,), (1,), (("k", value),)), Sample((MAIN,), (1,), ((value, "v"),))):
         line = count_text("goroutine", counts(sample)).split("\n")[2]
         assert line in (f'# labels: {{"k":{quoted}}}', f'# labels: {{{quoted}:"v"}}')
@@ -226,7 +226,7 @@ def test_labels_are_quoted_as_go_quotes_them(value, quoted):
     ],
 )
 def test_a_name_cannot_fake_a_cell_or_a_line(text, shown):
-    """Tabs, line breaks of every kind and surrogates are written out; the rest stays."""
+    """Tabs, line breaks of every kind and surrogates are escaped; other characters are kept."""
     odd = place(text, 3, filename=f"/srv/{text}.py")
     profile = counts(Sample((odd,), (1,)))
     frame = count_text("goroutine", profile).split("\n")[2]
@@ -243,7 +243,7 @@ def test_a_name_cannot_fake_a_cell_or_a_line(text, shown):
 
 
 def test_an_unknown_start_gives_no_negative_offset():
-    """Offsets are hexadecimal and never below 0."""
+    """Offsets are hexadecimal and not negative."""
     later = place("f", 3, start=9)
     assert "f+0x0\t" in count_text("goroutine", counts(Sample((later,), (1,))))
     far = place("f", 300, start=1)
@@ -252,7 +252,7 @@ def test_an_unknown_start_gives_no_negative_offset():
 
 @pytest.mark.parametrize("comment", ["lost 3 samples", "two\nlines", "a\tb"])
 def test_comments_come_last_and_are_comments_to_parsers(comment):
-    """One line each, whatever is in them; Go has none."""
+    """Each comment is one line, whatever it contains. Go has no comments."""
     profile = counts(Sample((MAIN,), (1,)), comments=(comment,))
     heap = replace(HEAP, samples=(), comments=(comment,))
     for text in (
@@ -284,7 +284,7 @@ HEAP = Profile(
 
 
 def test_heap_records_show_what_is_in_use_and_what_was_allocated():
-    """Ascending by bytes in use, without labels; a blank line more before the trailer."""
+    """Records are sorted by bytes in use and have no labels; two blank lines end them."""
     lines = collapsed(heap_text(HEAP, "# runtime.MemStats\n# Alloc = 1\n"))
     assert lines == [
         "heap profile: 5: 176 [20: 800] @ heap/1048576",
@@ -306,7 +306,7 @@ def test_heap_records_show_what_is_in_use_and_what_was_allocated():
 
 @pytest.mark.parametrize(("period", "rate"), [(524_288, "heap/1048576"), (1, "heap/2")])
 def test_the_rate_is_twice_the_period(period, rate):
-    """The parser halves it."""
+    """The parser divides it by 2."""
     assert heap_text(replace(HEAP, period=period), "").splitlines()[0].endswith(f" @ {rate}")
 
 
@@ -323,20 +323,20 @@ def test_the_rate_is_twice_the_period(period, rate):
     ],
 )
 def test_the_totals_are_never_equal(samples, totals):
-    """Two equal pairs would be the old form, without allocations; records may be equal."""
+    """Two equal pairs would be the old format, without allocations. Records may be equal."""
     text = heap_text(replace(HEAP, samples=samples), "")
     assert text.startswith(f"heap profile: {totals} @ ")
 
 
 def test_only_the_header_is_changed_where_totals_are_equal():
-    """The record shows what is."""
+    """The record shows the true values."""
     text = heap_text(replace(HEAP, samples=(Sample((MAIN,), (1, 64, 1, 64)),)), "")
     assert text.splitlines()[1].startswith("1: 64 [1: 64] @ ")
 
 
 @pytest.mark.parametrize("name", [name for name in ALIGNED if name.startswith(("heap", "allocs"))])
 def test_heap_lines_have_the_form_of_gos(name):
-    """The same patterns match every line of both, but for hidden inlined frames."""
+    """The same patterns match every line of Go's text and of this one."""
     header = re.compile(r"heap profile: \d+: \d+ \[\d+: \d+\] @ heap/\d+")
     record = re.compile(r"\d+: \d+ \[\d+: \d+\] @( 0x[0-9a-f]+)+")
     frame = re.compile(r"#\t0x[0-9a-f]+\t+[^\t]+\+0x[0-9a-f]+\t+[^\t]+:\d+")
@@ -367,7 +367,7 @@ BLOCK = Profile(
     ],
 )
 def test_contentions_are_sorted_by_delay(name, head):
-    """Delay, count, addresses; a cycle is a nanosecond; the longest first."""
+    """A record has delay, count and addresses. A cycle is a nanosecond. The longest is first."""
     assert collapsed(contention_text(name, BLOCK)) == [
         *head,
         f"9000 3 @ {record_addresses((CART, MAIN))}",
@@ -386,7 +386,7 @@ def test_contentions_are_sorted_by_delay(name, head):
 
 @pytest.mark.parametrize("name", ["block", "mutex"])
 def test_the_head_of_contentions_has_the_form_of_gos(name):
-    """Line by line, but for the number of cycles."""
+    """The lines are equal except for the number of cycles."""
 
     def head(text):
         lines = text.split("\n")
@@ -415,7 +415,7 @@ LABELS = re.compile(rf"{LABEL_WORD}: {LABEL_WORD}(?:, {LABEL_WORD}: {LABEL_WORD}
 
 
 def parse_dump(text):
-    """Return the matches of all stacks, after checking that they are the whole dump."""
+    """Return the matches of all stacks; check first that they make up the whole dump."""
     assert text.endswith("\n")
     found = [DUMP_STACK.fullmatch(f"{stack}\n") for stack in text[:-1].split("\n\n")]
     assert all(found)
@@ -425,7 +425,7 @@ def parse_dump(text):
 
 @pytest.mark.parametrize("name", DUMPS)
 def test_the_grammar_is_that_of_gos_dumps(name):
-    """Else the tests below would prove nothing."""
+    """The parser of these tests must accept Go's own dumps."""
     stacks = parse_dump(read(name))
     assert len(stacks) > 10
     assert stacks[0]["state"] == "running"
@@ -439,7 +439,7 @@ GOROUTINES = [
 
 
 def test_a_dump_shows_every_task_with_its_state_and_stack():
-    """In the order given, blank lines between."""
+    """Tasks are in the given order, separated by blank lines."""
     assert goroutine_dump(GOROUTINES) == (
         'goroutine 7 [running] {tenant: acme, route: "/cart/{id}"}:\n'
         "shop.build_cart(...)\n"
@@ -458,7 +458,7 @@ def test_a_dump_shows_every_task_with_its_state_and_stack():
 
 
 def test_a_dump_keeps_to_gos_grammar():
-    """The tools that read Go's panics read it."""
+    """Tools that read Go's crash dumps can read ours."""
     found = parse_dump(goroutine_dump(GOROUTINES))
     assert [(each["id"], each["state"]) for each in found] == [
         ("7", "running"),
@@ -477,7 +477,7 @@ def test_a_dump_keeps_to_gos_grammar():
     ],
 )
 def test_minutes_and_leaks_follow_the_state(minutes, leaked, status):
-    """As Go has it: always plural, and only once a minute has passed."""
+    """Minutes are always plural, as in Go, and left out if there are none."""
     goroutine = Goroutine(3, "Lock.acquire", (MAIN,), minutes=minutes, leaked=leaked)
     text = goroutine_dump([goroutine])
     assert text.split("\n")[0] == f"goroutine 3 [{status}]:"
@@ -491,8 +491,8 @@ def test_minutes_and_leaks_follow_the_state(minutes, leaked, status):
 @pytest.mark.parametrize(
     ("creator", "by"), [(0, "created by shop.build_page"), (7, "shop.build_page in goroutine 7")]
 )
-def test_who_made_a_task_comes_last(creator, by):
-    """Function, number and place; without the number if no task made it."""
+def test_the_creator_of_a_task_comes_last(creator, by):
+    """It has function, number and line; there is no number if no task created it."""
     goroutine = Goroutine(9, "sleep", (CART, MAIN), created_by=PAGE, creator=creator)
     lines = goroutine_dump([goroutine]).split("\n")
     assert lines[-3].startswith("created by ")
@@ -501,8 +501,8 @@ def test_who_made_a_task_comes_last(creator, by):
     parse_dump(goroutine_dump([goroutine, *GOROUTINES]))
 
 
-def test_who_made_a_task_is_not_elided():
-    """However deep the stack."""
+def test_the_creator_of_a_task_is_not_elided():
+    """It is shown after the deepest stack, too."""
     stack = tuple(place(f"f{number}", number + 1) for number in range(128))
     text = goroutine_dump([Goroutine(1, "sleep", stack, created_by=PAGE, creator=2)])
     parse_dump(text)
@@ -510,13 +510,13 @@ def test_who_made_a_task_is_not_elided():
     assert text.endswith("created by shop.build_page in goroutine 2\n\t/srv/shop.py:5 +0x4\n")
 
 
-def test_without_a_maker_there_is_no_such_line():
-    """A number alone says nothing: it is that of a place."""
+def test_without_a_known_creation_there_is_no_such_line():
+    """The creator's number alone is not shown: it belongs to the line of the call."""
     assert "created by" not in goroutine_dump([Goroutine(1, "sleep", (MAIN,), creator=2)])
 
 
-def test_the_parts_are_where_gos_golden_dump_has_them():
-    """A header and a last part of Go's own are written alike."""
+def test_minutes_and_creators_are_where_gos_dumps_have_them():
+    """Header lines and last lines of Go's dumps have the form that is tested above."""
     blocks = [read(name) for name in DUMPS]
     minutes = [line for text in blocks for line in text.split("\n") if " minutes]" in line]
     created = [line for text in blocks for line in text.split("\n") if "created by" in line]
@@ -528,7 +528,7 @@ def test_the_parts_are_where_gos_golden_dump_has_them():
 
 
 def test_a_dump_of_nothing_is_empty():
-    """There are no tasks without a loop."""
+    """Without an event loop there are no tasks."""
     assert goroutine_dump([]) == ""
 
 
@@ -536,7 +536,7 @@ def test_a_dump_of_nothing_is_empty():
     ("depth", "elided"), [(1, None), (99, None), (100, None), (101, 1), (128, 28), (1_000, 900)]
 )
 def test_the_middle_of_a_deep_stack_is_elided(depth, elided):
-    """50 frames at either end stay, and the line between says how many do not."""
+    """50 frames at each end are kept. A line between gives the number of the others."""
     stack = tuple(place(f"f{number}", number + 1) for number in range(depth))
     text = goroutine_dump([Goroutine(1, "running", stack)])
     parse_dump(text)
@@ -579,7 +579,7 @@ def test_the_middle_of_a_deep_stack_is_elided(depth, elided):
     ],
 )
 def test_words_of_labels_are_bare_or_quoted(value, word):
-    """Bare if all is ASCII letters, digits, `.`, `/` and `_`; else printable ASCII in quotes."""
+    """ASCII letters, digits, `.`, `/` and `_` need no quotes. Else printable ASCII is quoted."""
     text = goroutine_dump([Goroutine(1, "running", (MAIN,), (("k", value),))])
     assert text.split("\n")[0] == f"goroutine 1 [running] {{k: {word}}}:"
     parse_dump(text)
@@ -590,7 +590,7 @@ def test_words_of_labels_are_bare_or_quoted(value, word):
 
 @given(st.text(max_size=8), st.text(max_size=8), st.text(max_size=8))
 def test_no_name_or_label_breaks_a_text(name, filename, value):
-    """Whatever characters there are, the lines and cells are those of the grammar."""
+    """Lines and cells follow the grammar whatever characters there are."""
     odd = place(name or "f", 3, filename=filename or "f.py")
     goroutine = Goroutine(1, "running", (odd,), (("k", value or "v"),))
     (found,) = parse_dump(goroutine_dump([goroutine]))

@@ -1,4 +1,4 @@
-"""The protobuf wire format, by the examples of its specification and by the decoder of ours."""
+"""The wire format, checked by the specification's examples and by the tests' decoder."""
 
 import pytest
 from hypothesis import given
@@ -35,7 +35,7 @@ FIELD = st.integers(1, 2**29 - 1)
     ],
 )
 def test_varints_are_those_of_the_specification(number, encoded):
-    """Seven bits a byte, lowest first; negative numbers take ten bytes."""
+    """A byte has seven bits, the lowest first. Negative numbers take ten bytes."""
     assert varint(number).hex() == encoded
 
 
@@ -57,28 +57,28 @@ def test_varints_are_those_of_the_specification(number, encoded):
     ],
 )
 def test_fields_are_those_of_the_specification(encoded, expected):
-    """A number that is 0 is left out; an empty string and zeros in a list are not."""
+    """A number field of 0 is left out. Empty strings and zeros in lists are kept."""
     assert encoded.hex() == expected
 
 
 @given(FIELD, INT64.filter(bool))
 def test_a_number_field_is_read_back(field, number):
-    """Any field, any 64-bit number."""
+    """Every field number and every 64-bit number can be encoded."""
     assert fields(int_field(field, number)) == [(field, number % 2**64)]
 
 
 @given(FIELD, st.binary(max_size=300))
 def test_a_bytes_field_is_read_back(field, payload):
-    """Also with lengths that take more than a byte."""
+    """The length may take more than one byte."""
     assert fields(bytes_field(field, payload)) == [(field, payload)]
 
 
 @given(st.lists(INT64 | UINT64, min_size=1))
 def test_packed_numbers_are_read_back(numbers):
-    """In order, zeros included."""
+    """Numbers keep their order, and zeros are kept."""
     ((field, payload),) = fields(packed_field(4, numbers))
     assert field == 4
-    # A packed list is varints one after another: give each a tag, and it is fields.
+    # A packed list is a sequence of varints. With a tag before each it is a list of fields.
     tagged, start = b"", 0
     for end, byte in enumerate(payload, 1):
         if byte < 0x80:
