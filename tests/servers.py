@@ -15,11 +15,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import uvicorn
 
 ROOT = Path(__file__).parent.parent
 PROFILES = "/debug/pprof"
+T = TypeVar("T")
 
 
 @dataclass
@@ -174,9 +176,10 @@ def serve_process(
     return ServerProcess(app, loop, python_options, env or {})
 
 
-def until(condition: Callable[[], object], seconds: float = 20) -> None:
-    """Wait for something to become true; fail when it does not."""
+def until(condition: Callable[[], T], seconds: float = 20) -> T:
+    """Block until the condition is true, and return its value; fail if it stays false."""
     end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
+    while not (found := condition()):
+        assert time.monotonic() < end, "the condition stayed false"
+        time.sleep(0.005)
+    return found

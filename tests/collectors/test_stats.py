@@ -19,7 +19,6 @@ from html import unescape
 import anyio
 import anyio.to_thread
 import pytest
-import uvloop
 from fastapi import Depends, FastAPI
 
 from asgi_pprof import PprofMiddleware
@@ -29,9 +28,8 @@ from asgi_pprof.collectors.stats import NAMES, Stats
 from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, unique
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
+from tests.loops import LOOPS, run
 from tests.servers import PROFILES, ask, serve, until
-
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 # Prometheus's exposition_formats.md: a metric name, labels with escaped values, a number.
 NAME = r"[a-zA-Z_:][a-zA-Z0-9_:]*"
@@ -74,11 +72,6 @@ def of_pool(name, values):
     return [values.get(f'thread_pool_{kind}{{pool="{name}"}}') for kind in kinds]
 
 
-def run(loop_name, main):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
-
-
 async def figures():
     return parse(await Stats(stall_watch, gc_pauses).text())
 
@@ -88,7 +81,7 @@ class OtherLoop:
 
     def __init__(self, loop_name, name, tasks=0):
         self._begun, self._free = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=run, args=(loop_name, self._main(tasks)), name=name)
+        self._thread = threading.Thread(target=run, args=(self._main(tasks), loop_name), name=name)
 
     async def _main(self, number):
         self.loop, self._end = asyncio.get_running_loop(), asyncio.Event()
@@ -228,7 +221,7 @@ def test_tasks_are_those_of_asyncio(loop_name):
         await asyncio.gather(*tasks)
         return found, all_tasks
 
-    found, all_tasks = run(loop_name, main())
+    found, all_tasks = run(main(), loop_name)
     assert found['loop_tasks{loop="MainThread"}'] == all_tasks == 18
 
 
@@ -242,7 +235,7 @@ def test_ready_callbacks_are_counted(loop_name):
             asyncio.get_running_loop().call_soon(nothing)
         return before, await figures()
 
-    before, after = run(loop_name, main())
+    before, after = run(main(), loop_name)
     ready = 'loop_ready{loop="MainThread"}'
     assert after[ready] - before[ready] == 5
 
@@ -250,7 +243,7 @@ def test_ready_callbacks_are_counted(loop_name):
 def test_loops_of_other_threads_have_their_own_figures(loop_name):
     """By the names of their threads, in which white space is replaced."""
     with OtherLoop(loop_name, "second loop", tasks=4):
-        found = run(loop_name, figures())
+        found = run(figures(), loop_name)
     assert found['loop_tasks{loop="second_loop"}'] == 5
     assert found['loop_tasks{loop="MainThread"}'] == 1
     assert found['loop_ready{loop="second_loop"}'] == 0
@@ -259,7 +252,7 @@ def test_loops_of_other_threads_have_their_own_figures(loop_name):
 def test_threads_of_one_name_are_told_apart_by_age(loop_name):
     """The younger one gets a number."""
     with OtherLoop(loop_name, "twin", tasks=1), OtherLoop(loop_name, "twin", tasks=2):
-        found = run(loop_name, figures())
+        found = run(figures(), loop_name)
     assert found['loop_tasks{loop="twin"}'] == 2
     assert found['loop_tasks{loop="twin#2"}'] == 3
 
@@ -282,7 +275,7 @@ def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name)
     ident = _thread.start_new_thread(run_loop, ())
     assert begun.wait(20)
     try:
-        found = run(loop_name, figures())
+        found = run(figures(), loop_name)
     finally:
         end.set()
         assert ended.wait(20)
@@ -294,10 +287,10 @@ def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
     """It is read from outside: what is ready in it, and its tasks."""
     ready = 'loop_ready{loop="held"}'
     with OtherLoop(loop_name, "held", tasks=2) as other, other.held():
-        before = run(loop_name, figures())
+        before = run(figures(), loop_name)
         for _ in range(3):
             other.soon(nothing)
-        found = run(loop_name, figures())
+        found = run(figures(), loop_name)
     assert found[ready] - before[ready] == 3
     assert found['loop_tasks{loop="held"}'] == 3
 
@@ -306,7 +299,7 @@ def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
     """While a loop is held its lateness grows, and afterwards it is one stall."""
 
     def ask_for():
-        return of_loop("watched", run("asyncio", figures()))
+        return of_loop("watched", run(figures()))
 
     with OtherLoop(loop_name, "watched") as other:
         assert "loop_stalls_total" not in ask_for()
@@ -341,7 +334,7 @@ def test_what_is_not_watched_has_no_line(loop_name):
             stall_watch.set_threshold(threshold_ms)
             stall_watch.detach(loop)
 
-    assert set(of_loop("MainThread", run(loop_name, main()))) == {"loop_tasks", "loop_ready"}
+    assert set(of_loop("MainThread", run(main(), loop_name))) == {"loop_tasks", "loop_ready"}
 
 
 @pytest.mark.skipif(
@@ -359,7 +352,7 @@ def test_tasks_of_a_loop_that_nobody_runs(loop_name):
 
         tasks = stopped.run(start())
         with ThreadPoolExecutor(1, thread_name_prefix="asking") as thread:
-            found = thread.submit(run, loop_name, _asked_with(stopped.get_loop())).result()
+            found = thread.submit(run, _asked_with(stopped.get_loop()), loop_name).result()
         assert found['loop_tasks{loop="asking_0"}'] == 1
         assert found['loop_tasks{loop="not_running"}'] == len(tasks)
 
@@ -427,7 +420,7 @@ def test_reading_many_tasks_lets_the_loop_turn(loop_name):
         await asyncio.gather(*tasks)
         return found, turns_at_looks
 
-    found, turns_at_looks = run(loop_name, main())
+    found, turns_at_looks = run(main(), loop_name)
     assert found['loop_tasks{loop="MainThread"}'] == 51
     assert len(set(turns_at_looks)) > 50
 
@@ -462,7 +455,7 @@ def test_an_executor_is_busy_and_has_a_queue(loop_name):
             await asyncio.gather(*jobs)
             return first, second, await figures(), times
 
-    first, second, last, (least, most) = run(loop_name, main())
+    first, second, last, (least, most) = run(main(), loop_name)
     assert of_pool("my_pool", first)[:3] == [2, 2, 3]
     *known, waited = of_pool("my_pool", second)
     assert known == [2, 2, 3]
@@ -487,7 +480,7 @@ def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
             pool.submit(work)
             pool.submit(nothing)
             assert begun.wait(20)
-            found = run("asyncio", figures())
+            found = run(figures())
         finally:
             end.set()
     assert of_pool("plain", found) == [1, 1, 1, None]
@@ -499,7 +492,7 @@ def test_pools_of_one_name_are_told_apart():
         for size in (2, 3):
             pool = stack.enter_context(ThreadPoolExecutor(size, thread_name_prefix="same"))
             pool.submit(nothing).result()
-        found = run("asyncio", figures())
+        found = run(figures())
     assert [of_pool(name, found)[0] for name in ("same", "same#2")] == [2, 3]
 
 
@@ -625,7 +618,7 @@ def test_collections_and_pauses_are_those_of_the_collector():
     try:
         gc.collect()
         gc.disable()
-        found = run("asyncio", figures())
+        found = run(figures())
         counted = gc.get_stats()
     finally:
         gc.enable()
@@ -648,17 +641,17 @@ def test_collections_and_pauses_are_those_of_the_collector():
 def test_pauses_that_were_never_timed_have_no_lines(monkeypatch):
     """Before there was a middleware in the process."""
     monkeypatch.setattr(gc_pauses, "_timer", PythonTimer())
-    assert [key for key in run("asyncio", figures()) if "pause" in key] == []
+    assert [key for key in run(figures()) if "pause" in key] == []
 
 
 def test_the_process_is_as_the_system_sees_it():
     """CPU time grows with what is used; memory and threads are /proc's."""
-    before, cpu_s = run("asyncio", figures()), time.process_time()
+    before, cpu_s = run(figures()), time.process_time()
     ballast = bytearray(64 * 2**20)
     for index in range(0, len(ballast), 4096):
         ballast[index] = 1
     with OtherLoop("asyncio", "one more"):
-        after = run("asyncio", figures())
+        after = run(figures())
     assert before["process_cpu_seconds_total"] < cpu_s < after["process_cpu_seconds_total"]
     grown = after["process_resident_memory_bytes"] - before["process_resident_memory_bytes"]
     assert grown > 48 * 2**20
@@ -763,5 +756,5 @@ def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
             await asyncio.gather(*jobs)
         return of_pool("looked", found)[3], asked - seen
 
-    waited, least = run(loop_name, main())
+    waited, least = run(main(), loop_name)
     assert waited >= least
