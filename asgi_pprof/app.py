@@ -31,7 +31,7 @@ from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, heap_sampler
-from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import stats_text
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import (

@@ -42,7 +42,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.offload import run_in_thread, yield_gil
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.runtime.loops import running_loops

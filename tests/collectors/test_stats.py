@@ -24,7 +24,7 @@ from fastapi import Depends, FastAPI
 
 from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
-from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import NAMES, Figure, label, stats_lines, stats_text, unique
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
