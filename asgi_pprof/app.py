@@ -49,7 +49,7 @@ from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
-from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS, stall_watch
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, stall_watch
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from asgi_pprof.app import PprofApp
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
-from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.labels import current
 from asgi_pprof.paths import Target, locate
 from asgi_pprof.recorders import HeapEngine

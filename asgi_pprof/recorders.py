@@ -21,7 +21,7 @@ from asgi_pprof.collectors.contention.collector import ContentionSwitch
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.heap.sampler import MAX_RATE, HeapSampler
 from asgi_pprof.collectors.heap.tracing import Tracing
-from asgi_pprof.collectors.stall.stalls import DEFAULT_THRESHOLD_MS, stall_watch
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, stall_watch
 from asgi_pprof.collectors.threadcreate import ThreadStarts
 from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.gc_pauses import gc_pauses

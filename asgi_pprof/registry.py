@@ -18,7 +18,7 @@ from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
 from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.collectors.heap.tracing import Peaks
-from asgi_pprof.collectors.stall.stalls import StallCollector
+from asgi_pprof.collectors.stall.collector import StallCollector
 from asgi_pprof.collectors.threadcreate import ThreadCreateCollector
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.text import contention_text, count_text, heap_text

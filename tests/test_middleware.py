@@ -22,7 +22,7 @@ from starlette.routing import Mount, Route
 
 from asgi_pprof import PprofApp, PprofMiddleware, labels, set_mutex_profile_fraction
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
-from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.labels import current, resolve
 from tests import official
 from tests.servers import ask, serve, until

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames
-from asgi_pprof.runtime.loop_threads import TURN_VARIABLES
+from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
 
 THREADS = 40
 DEPTH = 30  # frames of each besides those of `threading`; a FastAPI request has as many
@@ -46,7 +46,7 @@ def measure(rounds: int) -> list[Look]:
             _compare(
                 f"one of {THREADS} threads with its loop's variables",
                 rounds,
-                lambda read: read(one, locals_of=TURN_VARIABLES),
+                lambda read: read(one, locals_of=ITERATION_VARIABLES),
             ),
             _compare(
                 f"one of {THREADS} threads, two frames", rounds, lambda read: read(one, depth=2)

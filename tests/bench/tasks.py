@@ -15,7 +15,7 @@ import uvloop
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
-from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.runtime.gc_pauses import gc_pauses

@@ -23,7 +23,7 @@ from fastapi import Depends, FastAPI
 
 from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
-from asgi_pprof.collectors.stall.stalls import stall_watch
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import NAMES, Stats
 from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, unique
 from asgi_pprof.native.core import native

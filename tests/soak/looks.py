@@ -23,7 +23,8 @@ import greenlet
 from asgi_pprof.collectors.contention.collector import Contention
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
-from asgi_pprof.collectors.stall.stalls import StallCollector, stall_watch
+from asgi_pprof.collectors.stall.collector import StallCollector
+from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.runtime.frames import capture, current_frames

@@ -21,16 +21,10 @@ import pytest
 import uvloop
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.stall.loop_pulse import (
-    COLLECTING,
-    NOT_RUNNING,
-    WAITING_FOR_GIL,
-    Look,
-    Pace,
-    Sign,
-    Stall,
-)
-from asgi_pprof.collectors.stall.stalls import FURTHER, StallCollector, StallWatch
+from asgi_pprof.collectors.stall.causes import COLLECTING, NOT_RUNNING, WAITING_FOR_GIL
+from asgi_pprof.collectors.stall.collector import StallCollector
+from asgi_pprof.collectors.stall.loop_monitor import Observation, Probe, Stall, Threshold
+from asgi_pprof.collectors.stall.watch import FURTHER, StallWatch
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
 from asgi_pprof.profile import Sample, check_valid
@@ -640,8 +634,8 @@ def test_nothing_is_counted_once_it_is_off(run):
 
 def test_at_a_threshold_of_zero_nothing_is_a_stall():
     """The thread may still be looking when it is switched off."""
-    assert not Pace(0).is_stall(10**12)
-    assert [Pace(100).is_stall(delay_ns) for delay_ns in (99, 100)] == [False, True]
+    assert not Threshold(0).is_stall(10**12)
+    assert [Threshold(100).is_stall(delay_ns) for delay_ns in (99, 100)] == [False, True]
 
 
 @pytest.mark.parametrize(
@@ -665,11 +659,11 @@ def test_at_a_threshold_of_zero_nothing_is_a_stall():
 def test_before_the_asking_only_a_turn_that_is_told_rightly_counts(
     looked, asked, answered, given, stretch
 ):
-    sign = Sign(asked * 10**6, Look((), (), looked * 10**6))
-    sign.turn_ns, sign.given_ns = answered * 10**6, given * 10**6
-    assert tuple(at_ns // 10**6 for at_ns in sign.stretch()) == stretch
-    sign.told_right = False
-    assert tuple(at_ns // 10**6 for at_ns in sign.stretch()) == (asked, given)
+    probe = Probe(asked * 10**6, Observation(iteration_ns=looked * 10**6))
+    probe.iteration_ns, probe.ran_ns = answered * 10**6, given * 10**6
+    assert tuple(at_ns // 10**6 for at_ns in probe.span()) == stretch
+    probe.is_clock_reliable = False
+    assert tuple(at_ns // 10**6 for at_ns in probe.span()) == (asked, given)
 
 
 def test_each_of_many_blocking_turns_counts(run):
@@ -731,7 +725,7 @@ def test_a_watch_of_many_loops_leaves_nothing(loop_name):
             runner.run(short())
     until(lambda: not watching._is_watching)
     assert len(os.listdir("/proc/self/fd")) <= descriptors
-    assert not watching._pulses
+    assert not watching._monitors
 
 
 def test_it_wakes_seldom(run):
@@ -771,7 +765,8 @@ class CountingThread(LoopThread):
 
 def test_nothing_is_watched_where_that_is_not_safe(run, monkeypatch):
     """Without a GIL, or in another than the main interpreter; the index says why."""
-    monkeypatch.setattr("asgi_pprof.collectors.stall.stalls.CANNOT", "off: not here")
+    for module in ("watch", "collector"):
+        monkeypatch.setattr(f"asgi_pprof.collectors.stall.{module}.CANNOT", "off: not here")
 
     async def watched(watching):
         return watching._is_watching, watching.is_on(), StallCollector(watching).note()
@@ -784,7 +779,7 @@ def test_a_process_ends_with_loops_that_still_run(loop_name):
     run_program(
         """
         import asyncio, sys, threading, time, uvloop
-        from asgi_pprof.collectors.stall.stalls import stall_watch as watch
+        from asgi_pprof.collectors.stall.watch import stall_watch as watch
 
         async def work():
             watch.attach(asyncio.get_running_loop())
@@ -902,10 +897,10 @@ def test_stalls_nobody_could_look_at_are_unknown():
 
 def test_the_number_of_stacks_is_bounded(monkeypatch):
     """What is beyond it is counted together, and no stall is lost."""
-    monkeypatch.setattr("asgi_pprof.collectors.stall.stalls._MAX_STACKS", 2)
+    monkeypatch.setattr("asgi_pprof.collectors.stall.watch._MAX_STACKS", 2)
     watch = StallWatch()
     for number in range(5):
-        watch._add(Stall(1, Look((), (("tenant", str(number)),)), None))
+        watch._add(Stall(1, Observation((), (("tenant", str(number)),)), None))
     samples = name_totals(watch.totals())
     assert sum(sample.values[0] for sample in samples) == watch.count() == 5
     assert [sample.values for sample in samples if sample.stack == (FURTHER,)] == [(3, 3)]
@@ -916,7 +911,7 @@ def test_a_forked_process_begins_anew():
     printed = run_program(
         """
         import asyncio, os, sys, time
-        from asgi_pprof.collectors.stall.stalls import stall_watch as watch
+        from asgi_pprof.collectors.stall.watch import stall_watch as watch
 
         async def hold():
             watch.attach(asyncio.get_running_loop())
@@ -970,7 +965,7 @@ def test_finalizers_that_wait_do_not_hang_the_process(native):
     run_program(
         """
         import asyncio, os, threading, time
-        from asgi_pprof.collectors.stall.stalls import StallWatch
+        from asgi_pprof.collectors.stall.watch import StallWatch
 
         def make_frames():
             while True:
@@ -1042,7 +1037,7 @@ def test_a_child_that_has_closed_everything_can_watch():
     run_program(
         """
         import asyncio, os, socket, time
-        from asgi_pprof.collectors.stall.stalls import stall_watch as watch
+        from asgi_pprof.collectors.stall.watch import stall_watch as watch
 
         async def child(taken):
             watch.attach(asyncio.get_running_loop())
@@ -1077,7 +1072,7 @@ def test_a_turn_that_wrappers_hide_is_found():
         import asyncio, time
         original = asyncio.BaseEventLoop._run_once
         asyncio.BaseEventLoop._run_once = lambda self: original(self)
-        from asgi_pprof.collectors.stall.stalls import StallWatch
+        from asgi_pprof.collectors.stall.watch import StallWatch
 
         async def main():
             watch = StallWatch()
