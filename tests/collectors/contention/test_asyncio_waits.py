@@ -85,7 +85,7 @@ def test_tasks_queueing_on_a_lock(kind, made, loop_name):
     assert delay_ns == pytest.approx(waited_ns, rel=0.05)
     stack = seen.stack("block", "contend_c")
     assert stack[0] == acquire
-    assert stack[-1] == "test_contention_asyncio.contend_c"
+    assert stack[-1] == "test_asyncio_waits.contend_c"
     if (kind, made) == ("asyncio.Condition", "before"):
         return  # it keeps its lock's own methods: not seen, as documented
     # All that was waited is charged, but for the moments from a release to the waiter's turn.
@@ -253,7 +253,7 @@ def test_one_wait_is_one_contention_of_the_outermost_primitive(wait, loop_name):
     stack = [name for name in seen.stack("block", wait.__name__) if "lambda" not in name]
     assert stack == [
         WAITS[wait],
-        f"test_contention_asyncio.{wait.__name__}",
+        f"test_asyncio_waits.{wait.__name__}",
         stack[-1],
     ]
     assert stack[-1].endswith("main")

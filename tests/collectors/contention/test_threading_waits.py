@@ -143,7 +143,7 @@ def test_one_wait_is_one_contention_of_the_outermost_primitive(wait_in):
     between = ["_base.wait"] if wait_in is wait_for_futures else []
     assert names(sample)[1 : len(between) + 2] == [
         *between,
-        f"test_contention_threading.{wait_in.__name__}",
+        f"test_threading_waits.{wait_in.__name__}",
     ]
 
 
