@@ -29,7 +29,7 @@ def count_text(name: str, profile: Profile) -> str:
 
     Args:
         name: The profile's name; the parser allows no white space in it.
-        profile: A profile with one sample type.
+        profile: It has a single sample type.
     """
     blocks = sorted(
         (
@@ -48,8 +48,7 @@ def heap_text(profile: Profile, trailer: str) -> str:
     Return a heap profile as debug=1 text; `allocs` is the same text.
 
     Args:
-        profile: A profile with the values alloc_objects, alloc_space, inuse_objects
-            and inuse_space.
+        profile: It has alloc_objects, alloc_space, inuse_objects and inuse_space.
         trailer: The MemStats lines that follow the records.
     """
     totals = [sum(values) for values in zip(*(s.values for s in profile.samples), strict=True)]
@@ -76,7 +75,7 @@ def contention_text(name: str, profile: Profile) -> str:
 
     Args:
         name: "block", "mutex" or "stall"; stall has the same text as block.
-        profile: A profile with the values count and delay, in nanoseconds.
+        profile: It has a count and a delay in nanoseconds.
     """
     head = "--- mutex:\n" if name == "mutex" else "--- contention:\n"
     head += "cycles/second=1000000000\n"
