@@ -5,6 +5,7 @@
 #include <internal/pycore_code.h>
 
 #include "threads.h"
+#include "unwinder.h"
 
 #define MAX_STEPS 20000 /* frames of one thread that are walked; about 0.2 ms */
 #define MAX_LOCALS 4
@@ -38,10 +39,10 @@ typedef struct {
 
 /* What to read. */
 typedef struct {
-    const unsigned long *idents; /* NULL: all threads */
+    unsigned long *idents; /* NULL: all threads */
     size_t ident_count;
     size_t depth;
-    PyObject *locals_of;
+    PyObject *locals_of; /* NULL or empty: no variables */
     const Frame *outermost; /* NULL, or the frame to end with */
 } Request;
 
@@ -212,7 +213,7 @@ read_thread(ThreadStacks *stacks, const PyThreadState *state, const Request *req
     }
     Thread *thread = &stacks->threads[stacks->thread_count++];
     *thread = (Thread){.ident = state->thread_id, .first = stacks->place_count, .found = -1};
-    bool looks_for_locals = PyTuple_GET_SIZE(request->locals_of) != 0;
+    bool looks_for_locals = request->locals_of != NULL && PyTuple_GET_SIZE(request->locals_of) != 0;
     const Frame *called = NULL;
     Py_ssize_t shown = 0;
     Outcome outcome = READ;
@@ -323,7 +324,8 @@ read_threads(const Request *request)
 static bool
 are_valid_locals(PyObject *locals_of)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(locals_of); i++) {
+    Py_ssize_t count = locals_of != NULL ? PyTuple_GET_SIZE(locals_of) : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *wanted = PyTuple_GET_ITEM(locals_of, i);
         if (!PyTuple_Check(wanted) || PyTuple_GET_SIZE(wanted) < 1 ||
             PyTuple_GET_SIZE(wanted) > MAX_LOCALS + 1 ||
@@ -339,33 +341,46 @@ are_valid_locals(PyObject *locals_of)
     return true;
 }
 
-PyObject *
-frames_current(PyObject *idents, Py_ssize_t depth, PyObject *locals_of)
+/* Make the request's numbers of an iterable; false with an exception set. */
+static bool
+take_idents(Request *request, PyObject *idents)
 {
-    if (depth < 1 || !are_valid_locals(locals_of)) {
-        PyErr_Format(PyExc_ValueError,
-                     "a depth of 1 or more and tuples of a code and at most %d names", MAX_LOCALS);
+    PyObject *sequence = PySequence_Fast(idents, "idents are a sequence or None");
+    if (sequence == NULL) {
+        return false;
+    }
+    request->ident_count = (size_t)PySequence_Fast_GET_SIZE(sequence);
+    request->idents = calloc(request->ident_count + 1, sizeof *request->idents);
+    if (request->idents == NULL) {
+        PyErr_NoMemory();
+    }
+    for (size_t i = 0; i < request->ident_count && !PyErr_Occurred(); i++) {
+        PyObject *ident = PySequence_Fast_GET_ITEM(sequence, (Py_ssize_t)i);
+        request->idents[i] = PyLong_AsUnsignedLong(ident);
+    }
+    Py_DECREF(sequence);
+    return !PyErr_Occurred();
+}
+
+PyObject *
+frames_current(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"idents", "depth", "locals_of", NULL};
+    PyObject *idents = Py_None, *locals_of = NULL;
+    Py_ssize_t depth = MAX_DEPTH + 1; /* one more shows that it was cut */
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OnO!", names, &idents, &depth, &PyTuple_Type,
+                                     &locals_of)) {
         return NULL;
     }
-    Request request = {.depth = (size_t)depth, .locals_of = locals_of};
-    unsigned long *numbers = NULL;
-    if (idents != Py_None) {
-        PyObject *sequence = PySequence_Fast(idents, "idents are a sequence or None");
-        if (sequence == NULL) {
-            return NULL;
-        }
-        request.ident_count = (size_t)PySequence_Fast_GET_SIZE(sequence);
-        request.idents = numbers = calloc(request.ident_count + 1, sizeof *numbers);
-        for (size_t i = 0; numbers != NULL && i < request.ident_count; i++) {
-            numbers[i] = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(sequence, (Py_ssize_t)i));
-        }
-        Py_DECREF(sequence);
-        if (numbers == NULL) {
-            return PyErr_NoMemory();
-        }
+    if (depth < 1 || !are_valid_locals(locals_of)) {
+        return PyErr_Format(PyExc_ValueError,
+                            "a depth of 1 or more and tuples of a code and at most %d names",
+                            MAX_LOCALS);
     }
-    PyObject *stacks = PyErr_Occurred() ? NULL : (PyObject *)read_threads(&request);
-    free(numbers);
+    Request request = {.depth = (size_t)depth, .locals_of = locals_of};
+    bool taken = idents == Py_None || take_idents(&request, idents);
+    PyObject *stacks = taken ? (PyObject *)read_threads(&request) : NULL;
+    free(request.idents);
     return stacks;
 }
 
@@ -643,7 +658,7 @@ generator_frame(PyObject *object)
 }
 
 PyObject *
-frames_of_generator(PyObject *generator)
+frames_of_generator(PyObject *Py_UNUSED(module), PyObject *generator)
 {
     const Frame *frame = generator_frame(generator);
     PyCodeObject *code = frame != NULL ? living_code(frame) : NULL;
@@ -673,7 +688,7 @@ holds_awaited(const PyGenObject *generator, const Frame *frame)
 }
 
 PyObject *
-frames_awaited(PyObject *generator)
+frames_awaited(PyObject *Py_UNUSED(module), PyObject *generator)
 {
     const Frame *frame = generator_frame(generator);
     if (frame == NULL || !holds_awaited((PyGenObject *)generator, frame)) {
@@ -685,8 +700,12 @@ frames_awaited(PyObject *generator)
 }
 
 PyObject *
-frames_generator_local(PyObject *generator, PyObject *name)
+frames_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
 {
+    PyObject *generator, *name;
+    if (!PyArg_ParseTuple(args, "OU", &generator, &name)) {
+        return NULL;
+    }
     const Frame *frame = generator_frame(generator);
     PyCodeObject *code = frame != NULL ? living_code(frame) : NULL;
     PyObject *value = code != NULL ? local_of(frame, code, name) : NULL;
@@ -694,19 +713,14 @@ frames_generator_local(PyObject *generator, PyObject *name)
 }
 
 PyObject *
-frames_running(PyObject *coroutine, Py_ssize_t depth)
+frames_running(PyObject *Py_UNUSED(module), PyObject *coroutine)
 {
     const Frame *frame = generator_frame(coroutine);
     if (frame == NULL || ((PyGenObject *)coroutine)->gi_frame_state != FRAME_EXECUTING) {
         return PyErr_Occurred() ? NULL : PyTuple_New(0);
     }
-    PyObject *nothing = PyTuple_New(0);
-    if (nothing == NULL) {
-        return NULL;
-    }
-    Request request = {.depth = (size_t)depth, .locals_of = nothing, .outermost = frame};
+    Request request = {.depth = MAX_DEPTH + 1, .outermost = frame};
     ThreadStacks *stacks = read_threads(&request);
-    Py_DECREF(nothing);
     PyObject *places = stacks != NULL ? places_of(stacks, 0) : NULL;
     Py_XDECREF(stacks);
     return places;

@@ -224,8 +224,8 @@ look_around(uint32_t *stack, uint32_t *label)
     *label = set != NULL ? pending_label(set) : 0;
 }
 
-void
-heap_allocated(void *address, size_t size)
+static void
+on_allocated(void *address, size_t size)
 {
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
@@ -237,8 +237,8 @@ heap_allocated(void *address, size_t size)
     pthread_mutex_unlock(&heap.mutex);
 }
 
-void
-heap_freed(void *address)
+static void
+on_freed(void *address)
 {
     pthread_mutex_lock(&heap.mutex);
     Block *block = blocks_find((uintptr_t)address);
@@ -254,8 +254,8 @@ heap_freed(void *address)
  * taken again when it has doubled, not at each of the million reallocations of a string
  * that grows by a byte.
  */
-void
-heap_resized(void *before, void *after, size_t size, bool sampled)
+static void
+on_resized(void *before, void *after, size_t size, bool sampled)
 {
     pthread_mutex_lock(&heap.mutex);
     Block *known = blocks_find((uintptr_t)before);
@@ -280,6 +280,19 @@ heap_resized(void *before, void *after, size_t size, bool sampled)
             count_sample(block.stack, block.label, size);
         }
     }
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+static const HookSampler hook_sampler = {on_allocated, on_freed, on_resized};
+
+/* Samples under a pending number have this label from now on: their label set dies. */
+static void
+on_label_set_death(uint32_t pending, uint32_t label)
+{
+    pthread_mutex_lock(&heap.mutex);
+    heap.pending[pending].set = NULL;
+    heap.pending[pending].label = label;
+    heap.died++;
     pthread_mutex_unlock(&heap.mutex);
 }
 
@@ -327,6 +340,7 @@ heap_start(uint64_t rate)
         PyErr_SetString(PyExc_RuntimeError, "heap profiling already in use");
         return false;
     }
+    labels_on_death(on_label_set_death);
     pthread_mutex_lock(&heap.mutex);
     bool opened = open_tables();
     if (opened) {
@@ -340,7 +354,7 @@ heap_start(uint64_t rate)
         PyErr_NoMemory();
         return false;
     }
-    if (!hooks_install(rate)) {
+    if (!hooks_install(rate, &hook_sampler)) {
         heap_stop();
         return false;
     }
@@ -523,18 +537,6 @@ heap_stack(uint64_t numbered)
     uint32_t places[MAX_DEPTH + 1] = {PLACE_LOST};
     uint32_t depth = copy_places(numbered, places);
     return places_tuple(places, depth != 0 ? depth : 1);
-}
-
-void
-heap_resolve(uint32_t pending, uint32_t label)
-{
-    if (pending != 0) {
-        pthread_mutex_lock(&heap.mutex);
-        heap.pending[pending].set = NULL;
-        heap.died++;
-        heap.pending[pending].label = label;
-        pthread_mutex_unlock(&heap.mutex);
-    }
 }
 
 void

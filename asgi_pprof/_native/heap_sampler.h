@@ -44,17 +44,8 @@ PyObject *heap_pending(void);
 /* A new tuple of the places of a stack; PLACE_LOST when sampling has begun anew since. */
 PyObject *heap_stack(uint64_t stack);
 
-/* Tell that samples under a pending number have this label (0: none). */
-void heap_resolve(uint32_t pending, uint32_t label);
-
 /* The size of the class that a size belongs to: eight classes to a doubling. */
 uint64_t heap_size_class(uint64_t size);
-
-/* From the hooks: an allocation that is sampled; a free of what may be in the sample. */
-void heap_allocated(void *address, size_t size);
-void heap_freed(void *address);
-/* A block that may be in the sample has moved or changed its size, and is drawn or not. */
-void heap_resized(void *before, void *after, size_t size, bool sampled);
 
 void heap_before_fork(void);
 void heap_after_fork_in_parent(void);

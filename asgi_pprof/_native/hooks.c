@@ -5,7 +5,6 @@
 #include <time.h>
 
 #include "blocks.h"
-#include "heap_sampler.h"
 #include "threads.h"
 
 #define NEVER (INT64_MAX / 2)
@@ -38,6 +37,7 @@ typedef struct {
 static Hook hooks[HOOKS];
 static THREAD_LOCAL Counters counters;
 static uint64_t hook_rate;
+static const HookSampler *sampler; /* set before the first hook is installed, never taken away */
 static pthread_key_t key; /* whose destructor notices the end of a thread */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static Counters *threads;
@@ -152,7 +152,7 @@ sampled_malloc(const PyMemAllocatorEx *original, size_t size)
     bool sampled = draw(&counters);
     void *address = original->malloc(original->ctx, size);
     if (sampled && address != NULL) {
-        heap_allocated(address, size);
+        sampler->allocated(address, size);
     }
     return address;
 }
@@ -170,7 +170,7 @@ sampled_calloc(const PyMemAllocatorEx *original, size_t count, size_t size)
     bool sampled = draw(&counters);
     void *address = original->calloc(original->ctx, count, size);
     if (sampled && address != NULL) {
-        heap_allocated(address, count * size);
+        sampler->allocated(address, count * size);
     }
     return address;
 }
@@ -190,10 +190,10 @@ sampled_realloc(const PyMemAllocatorEx *original, void *address, size_t size, bo
     /* The old address may be another interpreter's by now, and two blocks be taken for
        each other: of the same size class and just as likely, so no harm is done. */
     if (resized != NULL && known) {
-        heap_resized(address, resized, size, sampled);
+        sampler->resized(address, resized, size, sampled);
     }
     else if (resized != NULL && sampled) {
-        heap_allocated(resized, size);
+        sampler->allocated(resized, size);
     }
     return resized;
 }
@@ -214,7 +214,7 @@ hook_realloc(const PyMemAllocatorEx *original, void *address, size_t size)
 static __attribute__((noinline)) void
 sampled_free(const PyMemAllocatorEx *original, void *address)
 {
-    heap_freed(address); /* before the address can be anybody else's */
+    sampler->freed(address); /* before the address can be anybody else's */
     original->free(original->ctx, address);
 }
 
@@ -313,7 +313,7 @@ uninstall(Hook *hook)
 }
 
 bool
-hooks_install(uint64_t rate)
+hooks_install(uint64_t rate, const HookSampler *new_sampler)
 {
     static bool has_key;
     if (!has_key && pthread_key_create(&key, end_thread) != 0) {
@@ -321,6 +321,7 @@ hooks_install(uint64_t rate)
         return false;
     }
     has_key = true;
+    sampler = new_sampler;
     pthread_mutex_lock(&mutex);
     hook_rate = rate;
     ended = (Counters){0};

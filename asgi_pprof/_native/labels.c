@@ -3,8 +3,6 @@
 #include <stdatomic.h>
 #include <structmember.h>
 
-#include "heap_sampler.h"
-
 #define MAGIC 0x61736769706c6273u
 #define MARKS 65536
 
@@ -12,6 +10,7 @@ static PyObject *variable;
 static int32_t variable_hash;
 static PyTypeObject *bitmap_type, *array_type;
 static PyObject *writer;
+static void (*resolve_pending)(uint32_t pending, uint32_t label);
 static uint64_t last_number;
 static LabelSet *living;
 static _Atomic uint8_t marks[MARKS];
@@ -34,11 +33,20 @@ labelset_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 static void
+resolve(LabelSet *set)
+{
+    if (set->pending != 0) {
+        resolve_pending(set->pending, set->label);
+        set->pending = 0;
+    }
+}
+
+static void
 labelset_finalize(PyObject *object)
 {
     LabelSet *self = (LabelSet *)object;
-    bool on_cpu = atomic_load_explicit(&marks[self->number % MARKS], memory_order_relaxed);
-    if ((self->pending == 0 && !on_cpu) || writer == NULL) {
+    bool marked = atomic_load_explicit(&marks[self->number % MARKS], memory_order_relaxed);
+    if ((self->pending == 0 && !marked) || writer == NULL) {
         return; /* labelset_dealloc sees to the rest */
     }
 #if PY_VERSION_HEX >= 0x030c0000
@@ -50,15 +58,14 @@ labelset_finalize(PyObject *object)
     PyObject *called = Py_NewRef(writer); /* at exit it is taken away, maybe meanwhile */
     PyObject *label = PyObject_CallFunction(called, "OKO", object,
                                             (unsigned long long)self->number,
-                                            on_cpu ? Py_True : Py_False);
+                                            marked ? Py_True : Py_False);
     Py_DECREF(called);
     if (label != NULL) {
         self->label = (uint32_t)PyLong_AsUnsignedLong(label);
         Py_DECREF(label);
     }
     PyErr_Clear();
-    heap_resolve(self->pending, self->label);
-    self->pending = 0;
+    resolve(self);
 #if PY_VERSION_HEX >= 0x030c0000
     PyErr_SetRaisedException(raised);
 #else
@@ -74,7 +81,7 @@ labelset_dealloc(PyObject *object)
         return;
     }
     /* Sampled once more after it was written down: by another finalizer in its context. */
-    heap_resolve(self->pending, self->label);
+    resolve(self);
     self->magic = 0;
     if (self->next != NULL) {
         self->next->previous = self->previous;
@@ -164,6 +171,12 @@ void
 labels_set_writer(PyObject *new_writer)
 {
     Py_XSETREF(writer, Py_XNewRef(new_writer));
+}
+
+void
+labels_on_death(void (*new_resolve)(uint32_t pending, uint32_t label))
+{
+    resolve_pending = new_resolve;
 }
 
 static bool

@@ -15,7 +15,7 @@ typedef struct LabelSet {
     PyObject_HEAD
     uint64_t magic; /* tells it from anything else a context may hold */
     uint64_t number;
-    uint32_t pending; /* the heap sampler's, see heap_sampler.c */
+    uint32_t pending; /* the number under which samples wait for its label; 0: none do */
     uint32_t label;   /* what it was last written down as */
     struct LabelSet *next, *previous;
 } LabelSet;
@@ -24,13 +24,20 @@ extern PyTypeObject LabelSet_Type;
 
 /* Learn the variable, and the types a context's mapping is made of. Needs the GIL. */
 bool labels_use(PyObject *variable);
-/* The function that writes a dying set down: called with (set, number, seen on CPU). */
+/* The function that writes a dying set down: called with (set, number, is it marked). */
 void labels_set_writer(PyObject *writer);
+
+/*
+ * Call `resolve` with a set's number `pending`, unless that is 0, and its label (0: none) when
+ * the set has been written down, and once more before its memory is freed if it has got another
+ * such number since. One function, which must not need anything but the GIL.
+ */
+void labels_on_death(void (*resolve)(uint32_t pending, uint32_t label));
 
 /* The set in a thread's context, copied to `found`; its address, NULL if there is none. */
 LabelSet *labels_find(Reader *reader, const PyThreadState *state, LabelSet *found);
 
-/* Note that a CPU sample carries this number; and forget all such notes. */
+/* Note that a sample carries this number; and forget all such notes. */
 void labels_mark(uint64_t number);
 void labels_clear_marks(void);
 

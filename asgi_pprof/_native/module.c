@@ -1,6 +1,25 @@
 /*
- * asgi_pprof._native: the samplers as Python sees them. All functions need the
- * GIL of the main interpreter, in which alone the module can be imported.
+ * asgi_pprof._native: binds the C core to Python. All functions need the GIL of the main
+ * interpreter, the only one that can import the module.
+ *
+ * Each file is built on the files that it includes, without a cycle. The allocator hooks and
+ * the labels do not know the heap sampler: they call functions that it registers.
+ *
+ *   blocks:
+ *   layout:
+ *   reader:
+ *   store:
+ *   threads:       layout
+ *   gc_timer:      layout
+ *   labels:        layout reader
+ *   names:         layout reader store
+ *   hooks:         blocks layout threads
+ *   asyncio_state: layout reader threads
+ *   unwinder:      layout names reader
+ *   frames:        layout threads unwinder
+ *   cpu_sampler:   labels layout names reader store unwinder
+ *   heap_sampler:  blocks hooks labels layout names reader store unwinder
+ *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels names reader
  */
 #include "asyncio_state.h"
 #include "cpu_sampler.h"
@@ -10,7 +29,6 @@
 #include "labels.h"
 #include "names.h"
 #include "reader.h"
-#include "unwinder.h"
 
 #include <pthread.h>
 
@@ -221,50 +239,6 @@ native_running_loops(PyObject *Py_UNUSED(module), PyObject *own)
     return asyncio_running_loops(own);
 }
 
-static PyObject *
-native_current_frames(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"idents", "depth", "locals_of", NULL};
-    PyObject *idents = Py_None, *locals_of = NULL;
-    Py_ssize_t depth = MAX_DEPTH + 1; /* one more shows that it was cut */
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OnO!", names, &idents, &depth, &PyTuple_Type,
-                                     &locals_of)) {
-        return NULL;
-    }
-    PyObject *wanted = locals_of != NULL ? Py_NewRef(locals_of) : PyTuple_New(0);
-    PyObject *stacks = wanted != NULL ? frames_current(idents, depth, wanted) : NULL;
-    Py_XDECREF(wanted);
-    return stacks;
-}
-
-static PyObject *
-native_running_frames(PyObject *Py_UNUSED(module), PyObject *coroutine)
-{
-    return frames_running(coroutine, MAX_DEPTH + 1);
-}
-
-static PyObject *
-native_generator_frame(PyObject *Py_UNUSED(module), PyObject *generator)
-{
-    return frames_of_generator(generator);
-}
-
-static PyObject *
-native_awaited(PyObject *Py_UNUSED(module), PyObject *generator)
-{
-    return frames_awaited(generator);
-}
-
-static PyObject *
-native_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    PyObject *generator, *name;
-    if (!PyArg_ParseTuple(args, "OU", &generator, &name)) {
-        return NULL;
-    }
-    return frames_generator_local(generator, name);
-}
-
 /* At exit: while the interpreter takes itself apart nothing may be sampled. */
 static PyObject *
 native_close(NO_ARGUMENTS)
@@ -282,7 +256,7 @@ static PyMethodDef methods[] = {
      PyDoc_STR("Raise OSError where the system lets no process read itself.")},
     {"use_labels", native_use_labels, METH_VARARGS,
      PyDoc_STR("use_labels(variable, writer): where label sets are found, and who writes"
-               " down those that die: writer(set, number, on_cpu) -> label.")},
+               " down those that die: writer(set, number, marked) -> label.")},
     {"describe", native_describe, METH_O,
      PyDoc_STR("describe(place) -> (name, file, first line, line)")},
     {"cpu_start", native_cpu_start, METH_O,
@@ -320,17 +294,17 @@ static PyMethodDef methods[] = {
     {"running_loops", native_running_loops, METH_O,
      PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
                " None)], or None where it cannot be told.")},
-    {"current_frames", (PyCFunction)(void (*)(void))native_current_frames,
+    {"current_frames", (PyCFunction)(void (*)(void))frames_current,
      METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("current_frames(idents=None, depth=129, locals_of=()) -> ThreadStacks")},
-    {"running_frames", native_running_frames, METH_O,
+    {"running_frames", frames_running, METH_O,
      PyDoc_STR("running_frames(coroutine) -> ((code, offset), ...) from the innermost frame"
                " to the coroutine's own; () if it does not run")},
-    {"generator_frame", native_generator_frame, METH_O,
+    {"generator_frame", frames_of_generator, METH_O,
      PyDoc_STR("generator_frame(generator) -> (code, offset), None if it has ended")},
-    {"awaited", native_awaited, METH_O,
+    {"awaited", frames_awaited, METH_O,
      PyDoc_STR("awaited(generator) -> what it awaits, None if it is not suspended at that")},
-    {"generator_local", native_generator_local, METH_VARARGS,
+    {"generator_local", frames_generator_local, METH_VARARGS,
      PyDoc_STR("generator_local(generator, name) -> its value, None if it has none")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
     {NULL, NULL, 0, NULL},

@@ -22,17 +22,17 @@ class LabelBook:
     def __init__(self) -> None:
         self._pairs: list[Pairs] = [()]
         self._labels: dict[Pairs, int] = {(): 0}
-        self._seen_on_cpu: dict[int, Pairs] = {}
+        self._seen_marked: dict[int, Pairs] = {}
 
-    def write(self, label_set: LabelSet, number: int, on_cpu: bool) -> int:
+    def write(self, label_set: LabelSet, number: int, marked: bool) -> int:
         """
         Note what a dying set says, and return the label it has from now on.
 
         Called in the middle of its deallocation, so it does nothing but that.
         """
         pairs = resolve(label_set)
-        if on_cpu:
-            self._seen_on_cpu[number] = pairs
+        if marked:
+            self._seen_marked[number] = pairs
         label = self._labels.get(pairs)
         if label is None:
             if len(self._pairs) >= _MAX_LABELS:
@@ -48,11 +48,11 @@ class LabelBook:
     def by_number(self, living: Iterable[LabelSet]) -> dict[int, Pairs]:
         """Return labels by the number of their set, for CPU samples that have just ended."""
         asked = {label_set.number: resolve(label_set) for label_set in living}
-        return {**self._seen_on_cpu, **asked}
+        return {**self._seen_marked, **asked}
 
     def forget_cpu(self) -> None:
         """Drop what only the samples of the last CPU profile needed."""
-        self._seen_on_cpu.clear()
+        self._seen_marked.clear()
 
 
 book = LabelBook()
