@@ -1,4 +1,5 @@
 #include "asyncio_state.h"
+#include "lists.h"
 #include "reader.h"
 #include "threads.h"
 
@@ -13,9 +14,9 @@
 
 typedef struct llist_node Node;
 
-static size_t node_offset;       /* of the link in a task; 0 until it is learnt */
-static PyTypeObject *task_type;  /* asyncio's own, of which all linked tasks are */
-static Reader reader;            /* used for single copies only */
+static size_t node_offset;       /* of the link in a task; 0 until asyncio_learn succeeds */
+static PyTypeObject *task_type;  /* asyncio's own type, the base of all linked tasks */
+static Reader reader;            /* for single copies only */
 
 static bool
 copy(const void *from, void *to, size_t size)
@@ -30,7 +31,7 @@ task_of(const Node *node)
     return (PyObject *)((uintptr_t)node - node_offset);
 }
 
-/* A future's first field is its loop, which the collector of garbage clears first. */
+/* The first field of a future is its loop, which the garbage collector clears first. */
 static PyObject *
 loop_of(PyObject *task)
 {
@@ -69,7 +70,7 @@ asyncio_learn(PyObject *task)
     return true;
 }
 
-/* References to tasks: no list of Python's, which may not be made while threads are locked. */
+/* References to tasks. No Python list may be made while the list of threads is locked. */
 typedef struct {
     PyObject **items;
     size_t count, capacity;
@@ -94,11 +95,11 @@ append(Tasks *tasks, PyObject *task)
 }
 
 /*
- * Each link must point back at the one it was reached by, so a list that is not
- * sound ends the walk, and none can make it endless.
+ * Add the tasks of a list; false if the list is broken or there is no memory. Each link must
+ * point back at the one before it, so that a broken list ends the walk, which cannot be endless.
  */
 static bool
-take(Tasks *tasks, const Node *list)
+add_list(Tasks *tasks, const Node *list)
 {
     const Node *before = list;
     for (const Node *node = list->next; node != list; before = node, node = node->next) {
@@ -107,7 +108,7 @@ take(Tasks *tasks, const Node *list)
             return false;
         }
         PyObject *task = task_of(node);
-        /* Not one whose end has begun: it is freed, or the collector takes it apart. */
+        /* Skip a task that is being freed, or that the garbage collector takes apart. */
         if (Py_REFCNT(task) > 0 && loop_of(task) != NULL && !append(tasks, task)) {
             return false;
         }
@@ -132,8 +133,8 @@ is_task(const PyObject *at)
 }
 
 /*
- * Whether a list is one of tasks. A thread's own list has been learnt from; that
- * the interpreter's is where the header says is known only from what is found.
+ * Return whether a list is one of tasks. The offset was learnt from a thread's list; that the
+ * interpreter's list is where the header says can only be told from its content.
  */
 static bool
 is_list_of_tasks(const Node *list)
@@ -145,22 +146,22 @@ is_list_of_tasks(const Node *list)
 }
 
 static void
-take_all(Tasks *tasks)
+add_all(Tasks *tasks)
 {
     const Node *list = &PyInterpreterState_Main()->asyncio_tasks_head;
     if (!is_list_of_tasks(list)) {
         tasks->state = BROKEN;
         return;
     }
-    bool on = take(tasks, list);
+    bool on = add_list(tasks, list);
     for (PyThreadState *thread = threads_first(); on && thread != NULL; thread = thread->next) {
         list = &((_PyThreadStateImpl *)thread)->asyncio_tasks_head;
-        /* NULL in a thread's state that is not set up yet. */
-        on = list->next == NULL || take(tasks, list);
+        /* It is NULL in a thread state that is not set up yet. */
+        on = list->next == NULL || add_list(tasks, list);
     }
 }
 
-/* Hand the references over to a list. */
+/* Return a new list, which takes over the references. */
 static PyObject *
 list_of(Tasks *tasks)
 {
@@ -179,7 +180,7 @@ asyncio_tasks(void)
         Py_RETURN_NONE;
     }
     Tasks tasks = {NULL, 0, 0, SOUND};
-    take_all(&tasks);
+    add_all(&tasks);
     threads_unlock();
     PyObject *result = NULL;
     switch (tasks.state) {
@@ -215,7 +216,7 @@ asyncio_tasks(void)
 
 #endif
 
-/* What a thread's state says: its loop and task, or before 3.13 the dict with its loop. */
+/* A thread's loop and task, from its state; before 3.13 the dict that has the loop. */
 typedef struct {
     unsigned long ident;
     PyObject *loop;
@@ -243,7 +244,7 @@ running_task(PyThreadState *thread)
 #endif
 }
 
-/* The loop, a new reference or NULL, of what a thread's state has. */
+/* Return the loop, a new reference or NULL, from what loop_or_dict returned. */
 static PyObject *
 resolve_loop(PyObject *found)
 {
@@ -251,7 +252,7 @@ resolve_loop(PyObject *found)
     found = found != NULL ? PyDict_GetItemString(found, "__asyncio_running_event_loop__") : NULL;
 #endif
 #if PY_VERSION_HEX < 0x030c0000
-    /* 3.11 has a holder in between, private to _asynciomodule.c: PyRunningLoopHolder. */
+    /* In 3.11 a holder refers to the loop, private to _asynciomodule.c: PyRunningLoopHolder. */
     typedef struct {
         PyObject_HEAD
         PyObject *loop;
@@ -269,7 +270,7 @@ resolve_loop(PyObject *found)
     return found == Py_None ? NULL : Py_XNewRef(found);
 }
 
-/* Whether threads' states are laid out as compiled: this thread's own must say what it runs. */
+/* Return whether thread states are laid out as compiled: our own must have our own loop. */
 static bool
 knows_own_loop(PyObject *own)
 {
@@ -278,9 +279,9 @@ knows_own_loop(PyObject *own)
     return loop == (own == Py_None ? NULL : own);
 }
 
-/* Threads that run a loop, or might; NULL if there is no memory for them. */
+/* Return the threads that run a loop, or might; NULL without memory. */
 static Running *
-take_running(size_t *count)
+copy_running(size_t *count)
 {
     size_t threads = 0;
     for (PyThreadState *each = threads_first(); each != NULL; each = each->next) {
@@ -297,18 +298,14 @@ take_running(size_t *count)
     return running;
 }
 
-static int
-append_running(PyObject *list, const Running *running)
+static void
+append_running(PyObject **list, const Running *running)
 {
     PyObject *loop = resolve_loop(running->loop);
-    if (loop == NULL) {
-        return 0;
+    if (loop != NULL) {
+        PyObject *task = running->task != NULL ? running->task : Py_None;
+        list_append_new(list, Py_BuildValue("(kNO)", running->ident, loop, task));
     }
-    PyObject *task = running->task != NULL ? running->task : Py_None;
-    PyObject *row = Py_BuildValue("(kNO)", running->ident, loop, task);
-    int failed = row == NULL || PyList_Append(list, row) < 0;
-    Py_XDECREF(row);
-    return failed;
 }
 
 PyObject *
@@ -318,15 +315,15 @@ asyncio_running_loops(PyObject *own)
         Py_RETURN_NONE;
     }
     size_t count;
-    Running *running = take_running(&count);
+    Running *running = copy_running(&count);
     threads_unlock();
     if (running == NULL) {
         return PyErr_NoMemory();
     }
     PyObject *list = PyList_New(0);
     for (size_t i = 0; i < count; i++) {
-        if (list != NULL && append_running(list, &running[i])) {
-            Py_CLEAR(list);
+        if (list != NULL) {
+            append_running(&list, &running[i]);
         }
         Py_DECREF(running[i].loop);
         Py_XDECREF(running[i].task);

@@ -1,15 +1,15 @@
 /*
- * What asyncio keeps where Python cannot read it: tasks and running loops.
+ * Reads what asyncio keeps where Python code cannot read it: tasks and running loops.
  *
- * From CPython 3.14 on tasks are linked in lists of the thread that made them,
- * and those of ended threads in one of the interpreter. The place of the link in
- * a task is private to _asynciomodule.c, so it is measured: a task just made is
- * the last of its thread's list, and the link lies within it. What the lists say
- * of themselves is checked as they are walked; where they are not as expected
- * there is no answer, and Python's own registries serve.
+ * From CPython 3.14 on each thread's state has a linked list of the tasks made in that thread,
+ * and the interpreter has one of the tasks of ended threads. The offset of the link in a task
+ * is private to _asynciomodule.c, so it is measured: a task that has just been made is the last
+ * one of its thread's list, and the link lies within it. The lists are checked while they are
+ * walked. Where one is not as expected the result is None, and the caller uses Python's own
+ * registries.
  *
- * All of this needs the GIL, under which alone lists and loops change,
- * and the lock of the list of threads, for which nobody is waited for long.
+ * All of this needs the GIL, which guards lists and loops, and takes the lock of the list of
+ * threads, for which it never waits long.
  *
  * Source: Modules/_asynciomodule.c, register_task, set_running_loop;
  * InternalDocs/asyncio.md.
@@ -19,19 +19,19 @@
 
 #include "layout.h"
 
-/* Learn where tasks are linked from one just made in this thread; false if it cannot be told. */
+/* Learn where tasks are linked, from a task just made in this thread; false if it cannot. */
 bool asyncio_learn(PyObject *task);
 
 /*
- * A list of all registered tasks that live, of all threads; None where they are
- * not in lists, the lists are not known, or are not sound.
+ * Return a list of all registered living tasks, of all threads; None if CPython does not link
+ * tasks, if asyncio_learn has not succeeded, or if a list is not as expected.
  */
 PyObject *asyncio_tasks(void);
 
 /*
- * [(thread, loop, task or None)]: the loop each thread runs. None where it cannot
- * be told; `own` is what the calling thread runs, or None, by which that is known.
- * Tasks from 3.14 on.
+ * Return the loop that each thread runs: [(thread, loop, task or None)], with tasks from 3.14
+ * on. `own` is the loop of the calling thread or None: if that is not what the thread's state
+ * says, the state is not as expected, and the result is None.
  */
 PyObject *asyncio_running_loops(PyObject *own);
 

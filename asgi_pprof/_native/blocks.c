@@ -90,7 +90,7 @@ blocks_insert(const Block *block)
     put(block);
     _Atomic uint8_t *filter = blocks_filter_of(block->address);
     uint8_t known = atomic_load_explicit(filter, memory_order_relaxed);
-    if (known < UINT8_MAX) { /* a full one stays so */
+    if (known < UINT8_MAX) { /* a counter that is full stays full */
         atomic_store_explicit(filter, known + 1, memory_order_relaxed);
     }
     return true;
@@ -99,7 +99,7 @@ blocks_insert(const Block *block)
 Block *
 blocks_find(uintptr_t address)
 {
-    if (slots == NULL || address == 0) { /* which marks empty slots; free(NULL) comes here */
+    if (slots == NULL || address == 0) { /* 0 marks empty slots; free(NULL) comes here */
         return NULL;
     }
     uint32_t at = slot_of(address);
@@ -120,7 +120,7 @@ blocks_remove(Block *block)
     if (known < UINT8_MAX) {
         atomic_store_explicit(filter, known - 1, memory_order_relaxed);
     }
-    /* Close the gap: move up those that it kept from their place. */
+    /* Close the gap: move up the blocks that it kept from their own slots. */
     uint32_t mask = slot_count - 1, at = (uint32_t)(block - slots);
     for (uint32_t next = (at + 1) & mask; slots[next].address != 0; next = (next + 1) & mask) {
         uint32_t home = slot_of(slots[next].address);

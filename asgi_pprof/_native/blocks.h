@@ -1,7 +1,7 @@
 /*
- * The sampled blocks that are alive, by address; one table for the process.
+ * The table of sampled blocks that are alive, by address. One table for the process.
  *
- * All but the filter is guarded by the heap sampler's lock.
+ * The heap sampler's lock guards all of it but the filter.
  */
 #ifndef ASGI_PPROF_BLOCKS_H
 #define ASGI_PPROF_BLOCKS_H
@@ -13,41 +13,41 @@
 typedef struct {
     uintptr_t address; /* 0: an empty slot */
     uint64_t size;
-    uint64_t captured_size; /* what it was when its stack was taken */
+    uint64_t captured_size; /* its size when its stack was recorded */
     uint32_t stack, label;
 } Block;
 
 #define BLOCKS_FILTER (1u << 18)
 
-/* How many sampled blocks have an address of this kind: `free` looks here first. */
+/* Counts sampled blocks by a part of their address, so that `free` can skip most others. */
 extern _Atomic uint8_t blocks_filter[BLOCKS_FILTER];
 
 static inline _Atomic uint8_t *
 blocks_filter_of(uintptr_t address)
 {
-    /* Neighbours share a cache line; 16 is what all allocators align to. */
+    /* All allocators align to 16 bytes. Neighbours share a cache line. */
     return &blocks_filter[(address >> 4) & (BLOCKS_FILTER - 1)];
 }
 
-/* Whether a block may be in the table; false is certain. */
+/* Return whether a block may be in the table; false is certain. */
 static inline bool
 blocks_may_have(const void *address)
 {
     return atomic_load_explicit(blocks_filter_of((uintptr_t)address), memory_order_relaxed) != 0;
 }
 
-/* Begin with an empty table; false without memory. */
+/* Start with an empty table; false without memory. */
 bool blocks_open(void);
 void blocks_close(void);
 
-/* False if there is no room. May move all others. */
+/* Add a block; false if there is no room. May move all other blocks. */
 bool blocks_insert(const Block *block);
 Block *blocks_find(uintptr_t address);
-/* May move others. */
+/* Remove a block; may move others. */
 void blocks_remove(Block *block);
 
 uint32_t blocks_count(void);
-/* The block after this one, in no order; NULL after the last; the first after NULL. */
+/* Return the next block, in no particular order: the first for NULL, NULL after the last. */
 Block *blocks_next(const Block *block);
 
 #endif

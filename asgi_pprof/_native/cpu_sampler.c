@@ -9,10 +9,11 @@
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clocks.h"
 #include "labels.h"
+#include "lists.h"
 #include "names.h"
 #include "reader.h"
 #include "store.h"
@@ -24,7 +25,7 @@
 
 #define MAX_THREADS 1024
 #define MAX_INTERPRETERS 1024
-#define WATCH_NS 40000000 /* new threads are found within 50 ms */
+#define WATCH_NS 40000000 /* so new threads are found within 50 ms */
 #define SAMPLE_UNITS (1u << 22) /* 64 MiB of address space */
 #define SAMPLE_SLOTS (1u << 20)
 #define STOP_PATIENCE_S 5
@@ -37,7 +38,7 @@ typedef struct {
 
 #define SAMPLE_KEY_SIZE(depth) (offsetof(SampleKey, places) + (depth) * sizeof(uint32_t))
 
-/* A thread that has a timer, and room for its handler to work in. */
+/* A thread that has a timer, and the memory that its handler works in. */
 typedef struct {
     pid_t thread;
     timer_t timer;
@@ -53,29 +54,27 @@ static struct {
     _Atomic bool on;
     _Atomic bool displaced;
     bool started; /* between start and stop */
-    bool active;  /* until stop is over: a fork may come in the middle of it */
+    bool active;  /* until the end of cpu_stop: a fork may come in the middle of it */
     long period_ns;
     Slot *slots;
-    int slot_count; /* slots that have ever been used since start */
+    int slot_count; /* slots used since the start */
     ByteStore samples;
     struct sigaction replaced;
     pthread_t watcher;
     pid_t watcher_id;
     bool has_watcher;
     bool stopping;
-    pthread_mutex_t mutex; /* the watcher's sleep */
+    pthread_mutex_t mutex; /* for the watcher's sleep, and held while it works */
     pthread_cond_t wake;
     uint64_t watcher_ns, unsampled;
     unsigned seed;
-    Reader walker; /* what looks for threads reads with */
+    Reader walker; /* for find_threads */
 } cpu = {.mutex = PTHREAD_MUTEX_INITIALIZER};
 
 static uint64_t
 thread_cpu_ns(void)
 {
-    struct timespec now;
-    clock_gettime(CLOCK_THREAD_CPUTIME_ID, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+    return clock_ns(CLOCK_THREAD_CPUTIME_ID);
 }
 
 static void
@@ -92,8 +91,8 @@ take_sample(Slot *slot, uint64_t periods)
     LabelSet found;
     reader_begin(reader);
     slot->key.label_set = 0;
-    /* A plain look into thread-local storage: no lock, no allocation. NULL once
-       the thread's state is gone. */
+    /* This only reads thread-local storage: no lock, no allocation. NULL once the thread's
+       state is gone. */
     const PyThreadState *state = PyGILState_GetThisThreadState();
     if (state == NULL) {
         slot->stack.depth = 1;
@@ -128,9 +127,9 @@ on_signal(int number, siginfo_t *info, void *context)
     Slot *slot = info->si_value.sival_ptr;
     if (info->si_code == SI_TIMER && slot >= cpu.slots && slot < cpu.slots + MAX_THREADS) {
         uint64_t periods = 1 + (uint64_t)info->si_overrun;
-        /* In this order; cpu_stop does it the other way round. */
+        /* First set busy, then read cpu.on. cpu_stop first clears cpu.on, then reads busy. */
         if (atomic_exchange(&slot->busy, true)) {
-            add(&slot->lost, periods); /* a late signal of a thread that had the slot before */
+            add(&slot->lost, periods); /* a late signal to the thread that had the slot before */
         }
         else {
             if (atomic_load(&cpu.on)) {
@@ -145,7 +144,7 @@ on_signal(int number, siginfo_t *info, void *context)
 static bool
 timer_has_ended(timer_t timer)
 {
-    /* The kernel disarms the timer of a thread that is gone. */
+    /* The kernel disarms the timer of a thread that has ended. */
     struct itimerspec left;
     return timer_gettime(timer, &left) < 0 ||
            (left.it_value.tv_sec == 0 && left.it_value.tv_nsec == 0);
@@ -158,8 +157,8 @@ release_slot(Slot *slot)
     slot->thread = 0;
 }
 
-/* Start a timer on a thread; its first signal comes at a random part of a period, so
-   that threads which live shortly are seen as often as they deserve. */
+/* Start a thread's timer. Its first signal comes after a random part of a period, so that
+   short-lived threads are sampled without bias. */
 static bool
 arm(Slot *slot, pid_t thread)
 {
@@ -206,7 +205,7 @@ sample_thread(pid_t thread)
 {
     Slot *slot = slot_of(0);
     if (slot != NULL && atomic_load(&slot->busy)) {
-        slot = NULL; /* with a handler still in it */
+        slot = NULL; /* a handler still uses it */
     }
     if (slot == NULL && cpu.slot_count < MAX_THREADS) {
         slot = &cpu.slots[cpu.slot_count++];
@@ -217,10 +216,10 @@ sample_thread(pid_t thread)
 }
 
 /*
- * The native ids of all threads that have a Python thread state, in any
- * interpreter: at most MAX_THREADS. Nothing is locked and threads come and go,
- * so this reads as carefully as a handler, and what it finds is only a hint:
- * the kernel refuses a timer on what is no thread of ours.
+ * Write the native ids of all threads that have a Python thread state, in any interpreter: at
+ * most MAX_THREADS. Return how many. Nothing is locked, and threads come and go. So this reads
+ * as carefully as a signal handler, and an id is only a hint: the kernel refuses to make a timer
+ * for anything that is not a thread of this process.
  */
 static int
 find_threads(pid_t *threads)
@@ -261,9 +260,9 @@ contains(const pid_t *threads, int count, pid_t thread)
     return false;
 }
 
-/* Give every thread its timer, and take those of ended ones away. */
+/* Give a timer to each new thread, and delete the timers of ended threads. */
 static void
-look_for_threads(void)
+update_timers(void)
 {
     static pid_t threads[MAX_THREADS];
     int count = find_threads(threads);
@@ -278,6 +277,16 @@ look_for_threads(void)
     for (int i = 0; i < count; i++) {
         if (slot_of(threads[i]) == NULL) {
             sample_thread(threads[i]);
+        }
+    }
+}
+
+static void
+release_slots(void)
+{
+    for (int i = 0; i < cpu.slot_count; i++) {
+        if (cpu.slots[i].thread != 0) {
+            release_slot(&cpu.slots[i]);
         }
     }
 }
@@ -309,15 +318,11 @@ watch(void *unused)
             break;
         }
         if (signal_is_ours()) {
-            look_for_threads();
+            update_timers();
         }
-        else { /* the application's now: not one more signal of ours */
+        else { /* the application has taken it: it must get no more signals from us */
             atomic_store(&cpu.displaced, true);
-            for (int i = 0; i < cpu.slot_count; i++) {
-                if (cpu.slots[i].thread != 0) {
-                    release_slot(&cpu.slots[i]);
-                }
-            }
+            release_slots();
             break;
         }
     }
@@ -336,7 +341,7 @@ start_watcher(void)
     pthread_cond_init(&cpu.wake, &clock);
     pthread_condattr_destroy(&clock);
     cpu.stopping = false;
-    /* No signal of the application's is ever handled there. */
+    /* The watcher must never handle a signal of the application. */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     int failed = pthread_create(&cpu.watcher, NULL, watch, NULL);
@@ -372,7 +377,7 @@ cpu_start(long hz)
         return refuse(PyExc_RuntimeError, "the application uses ITIMER_PROF");
     }
     if (cpu.slots == NULL) {
-        /* Never given back: a handler may be late. Touched only as far as there are threads. */
+        /* Never unmapped: a handler may be late. Only the slots of threads are ever touched. */
         void *memory = mmap(NULL, MAX_THREADS * sizeof(Slot), PROT_READ | PROT_WRITE,
                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (memory == MAP_FAILED) {
@@ -403,14 +408,14 @@ cpu_start(long hz)
     labels_clear_marks();
     atomic_store(&cpu.displaced, false);
 
-    /* On Go's threads and under faulthandler there is an alternate stack to run on. */
+    /* SA_ONSTACK, because Go's threads and faulthandler provide an alternate stack to run on. */
     struct sigaction ours = {.sa_flags = SA_SIGINFO | SA_RESTART | SA_ONSTACK};
     ours.sa_sigaction = on_signal;
     sigemptyset(&ours.sa_mask);
     sigaction(SIGPROF, &ours, &cpu.replaced);
     cpu.started = cpu.active = true;
     atomic_store(&cpu.on, true);
-    look_for_threads();
+    update_timers();
     if (!start_watcher()) {
         PyErr_SetFromErrno(PyExc_OSError);
         cpu_stop();
@@ -455,13 +460,9 @@ cpu_stop(void)
     }
     cpu.started = false;
     stop_watcher();
-    for (int i = 0; i < cpu.slot_count; i++) {
-        if (cpu.slots[i].thread != 0) {
-            release_slot(&cpu.slots[i]);
-        }
-    }
+    release_slots();
     if (signal_is_ours()) {
-        /* Ignoring it discards one that is on its way; the default would end the process. */
+        /* To ignore a signal discards one that is pending; the default action ends the process. */
         struct sigaction ignore = {.sa_handler = SIG_IGN};
         sigaction(SIGPROF, &ignore, NULL);
         sigaction(SIGPROF, &cpu.replaced, NULL);
@@ -482,7 +483,7 @@ cpu_free(void)
 {
     if (!cpu.active && cpu.samples.slots != NULL) {
         if (any_handler_runs()) {
-            cpu.samples.slots = NULL; /* rather a leak than a crash; never seen */
+            cpu.samples.slots = NULL; /* leak it rather than crash; this has never been seen */
         }
         store_close(&cpu.samples);
     }
@@ -506,9 +507,9 @@ cpu_stats(void)
 }
 
 /*
- * Copy the sample at `*id`, and move on to the next; the caller then makes an object of
- * the copy. Making one may collect garbage and let other threads run, and the samples be
- * freed: so no pointer into them outlives this, and each call looks whether they are there.
+ * Copy the sample at `*id`, and move `*id` to the next; false if there is none. The caller makes
+ * an object of the copy, which may collect garbage and let other threads run, and these may free
+ * the samples. So no pointer into them outlives this call, which first checks that they exist.
  */
 static bool
 next_sample(uint32_t *id, SampleKey *key, uint32_t *depth, uint64_t *periods)
@@ -518,7 +519,7 @@ next_sample(uint32_t *id, SampleKey *key, uint32_t *depth, uint64_t *periods)
         const RecordHeader *record = store_record(samples, *id);
         *id = store_next(samples, *id, sizeof(uint64_t));
         *periods = atomic_load((const _Atomic uint64_t *)record_extra(record));
-        if (*periods != 0) { /* else two handlers added the same at once: the other one counts */
+        if (*periods != 0) { /* else two handlers added this at once; the other has the count */
             memcpy(key, record_key(record), record_size(record));
             *depth = (record_size(record) - (uint32_t)SAMPLE_KEY_SIZE(0)) / sizeof(uint32_t);
             return true;
@@ -544,21 +545,9 @@ cpu_read(uint32_t *id, int limit)
                                           : Py_BuildValue("(NKK)", places,
                                                           (unsigned long long)key.label_set,
                                                           (unsigned long long)periods);
-        if (sample == NULL || PyList_Append(list, sample) < 0) {
-            Py_CLEAR(list);
-        }
-        Py_XDECREF(sample);
+        list_append_new(&list, sample);
     }
     return list;
-}
-
-static bool
-append_id(PyObject *list, pid_t thread)
-{
-    PyObject *id = PyLong_FromLong(thread);
-    bool appended = id != NULL && PyList_Append(list, id) == 0;
-    Py_XDECREF(id);
-    return appended;
 }
 
 PyObject *
@@ -575,9 +564,7 @@ cpu_threads(void)
     pthread_mutex_unlock(&cpu.mutex);
     PyObject *list = PyList_New(0);
     for (int i = 0; list != NULL && i < count; i++) {
-        if (!append_id(list, threads[i])) {
-            Py_CLEAR(list);
-        }
+        list_append_new(&list, PyLong_FromLong(threads[i]));
     }
     return list;
 }
@@ -588,7 +575,7 @@ cpu_after_fork_in_child(void)
     if (!cpu.active) {
         return;
     }
-    /* Timers and the watcher were not inherited; the handler was. */
+    /* A child inherits the handler, but neither timers nor the watcher. */
     if (signal_is_ours()) {
         sigaction(SIGPROF, &cpu.replaced, NULL);
     }

@@ -4,7 +4,9 @@
 
 #include <internal/pycore_code.h>
 
+#include "lists.h"
 #include "threads.h"
+#include "unwinder.h"
 
 #define MAX_STEPS 20000 /* frames of one thread that are walked; about 0.2 ms */
 #define MAX_LOCALS 4
@@ -16,9 +18,9 @@ typedef struct {
 
 typedef struct {
     unsigned long ident;
-    size_t first, count;          /* of the places */
-    Py_ssize_t found;             /* how many frames are above the one with the variables; -1 */
-    PyObject *names;              /* strong: the tuple they were asked by */
+    size_t first, count;          /* its part of the places */
+    Py_ssize_t found;             /* frames above the one with the variables; -1: none has them */
+    PyObject *names;              /* strong: the request's tuple of the code and the names */
     PyObject *values[MAX_LOCALS]; /* strong, or NULL */
 } Thread;
 
@@ -38,11 +40,11 @@ typedef struct {
 
 /* What to read. */
 typedef struct {
-    const unsigned long *idents; /* NULL: all threads */
+    unsigned long *idents; /* NULL: all threads */
     size_t ident_count;
     size_t depth;
-    PyObject *locals_of;
-    const Frame *outermost; /* NULL, or the frame to end with */
+    PyObject *locals_of; /* NULL or empty: no variables */
+    const Frame *outermost; /* the frame to end with, or NULL */
 } Request;
 
 /* --- frames ------------------------------------------------------------------- */
@@ -58,8 +60,8 @@ innermost_frame(const PyThreadState *state)
 }
 
 /*
- * The code of a frame, NULL if it has none that lives: before 3.11.2 a frame that returns is
- * linked until its code has been let go of, which may run callbacks of weak references.
+ * Return the code of a frame; NULL if the code is being freed. Before 3.11.2 a returning frame
+ * stays linked until its code has been released, which may run callbacks of weak references.
  */
 static PyCodeObject *
 living_code(const Frame *frame)
@@ -76,7 +78,7 @@ offset_in(const Frame *frame, const PyCodeObject *code)
     return offset < 0 ? -1 : (int)offset;
 }
 
-/* Whether a frame is being set up, and is shown by nobody (_PyFrame_IsIncomplete). */
+/* Return whether a frame is being set up; CPython does not show it (_PyFrame_IsIncomplete). */
 static bool
 is_incomplete(const Frame *frame, const PyCodeObject *code)
 {
@@ -85,10 +87,10 @@ is_incomplete(const Frame *frame, const PyCodeObject *code)
 }
 
 /*
- * Whether a thread's frame has its variables. Before 3.11.2 a frame that returns lets go of
- * them one by one, which may run finalizers, while it is still linked and its slots still
- * have the old addresses. Its stack pointer is stored then, which that of a running
- * frame is only where it waits for a call within the same evaluation loop.
+ * Return whether a frame still has its variables. Before 3.11.2 a returning frame releases them
+ * one by one, which may run finalizers, while the frame is still linked and its slots have the
+ * old addresses. Its stack pointer is stored then. The stack pointer of a running frame is
+ * stored only while the frame waits for a call within the same evaluation loop.
  *
  * Source: gh-99729; Python/ceval.c, 3.11, pop_frame and CALL; Python/frame.c, _PyFrame_Clear.
  */
@@ -103,7 +105,7 @@ has_locals(const Frame *frame, const Frame *called)
 #endif
 }
 
-/* How many of a frame's slots hold something to be read. */
+/* Return how many of a frame's slots may be read. */
 static Py_ssize_t
 slots_set(const Frame *frame, Py_ssize_t slots)
 {
@@ -112,7 +114,7 @@ slots_set(const Frame *frame, Py_ssize_t slots)
     bool cleared = top >= frame->localsplus && top < frame->localsplus + slots;
     return cleared ? top - frame->localsplus : slots;
 #else
-    /* -1 while it runs. */
+    /* -1 while the frame runs. */
     return frame->stacktop >= 0 && frame->stacktop < slots ? frame->stacktop : slots;
 #endif
 }
@@ -121,7 +123,7 @@ static PyObject *
 slot_value(const Frame *frame, Py_ssize_t slot)
 {
 #if PY_VERSION_HEX >= 0x030e0000
-    /* Tagged: 1 for a borrowed reference, and alone for none; 2 and 3 are no references. */
+    /* Tag 1 is a borrowed reference, or NULL if it is alone. Tags 2 and 3 are no references. */
     uintptr_t bits = frame->localsplus[slot].bits;
     return bits & 2 ? NULL : (PyObject *)(bits & ~(uintptr_t)3);
 #else
@@ -129,7 +131,7 @@ slot_value(const Frame *frame, Py_ssize_t slot)
 #endif
 }
 
-/* The value of a fast local, or a cell's content: a new reference, NULL if there is none. */
+/* Return a new reference to a fast local's value, or its cell's content; NULL if there is none. */
 static PyObject *
 local_of(const Frame *frame, const PyCodeObject *code, PyObject *name)
 {
@@ -141,7 +143,7 @@ local_of(const Frame *frame, const PyCodeObject *code, PyObject *name)
         }
         PyObject *value = slot_value(frame, i);
         int kind = PyBytes_AS_STRING(code->co_localspluskinds)[i];
-        /* A cell's slot has the argument itself until the function has begun. */
+        /* Until the function starts, the slot of a cell has the argument itself. */
         if (value != NULL && kind & (CO_FAST_CELL | CO_FAST_FREE) && PyCell_Check(value)) {
             value = PyCell_GET(value);
         }
@@ -154,7 +156,7 @@ local_of(const Frame *frame, const PyCodeObject *code, PyObject *name)
 
 /* --- reading threads ------------------------------------------------------------ */
 
-/* Make room for one more; false without memory. */
+/* Make room for one more item; false without memory. */
 static bool
 reserve(void **items, size_t count, size_t *capacity, size_t size)
 {
@@ -202,7 +204,7 @@ keep_locals(Thread *thread, const Frame *frame, const PyCodeObject *code, PyObje
 
 typedef enum { READ, REACHED, NO_MEMORY } Outcome;
 
-/* Add a thread; none is added that is in no frame. */
+/* Add a thread, unless it has no frame. */
 static Outcome
 read_thread(ThreadStacks *stacks, const PyThreadState *state, const Request *request)
 {
@@ -212,7 +214,7 @@ read_thread(ThreadStacks *stacks, const PyThreadState *state, const Request *req
     }
     Thread *thread = &stacks->threads[stacks->thread_count++];
     *thread = (Thread){.ident = state->thread_id, .first = stacks->place_count, .found = -1};
-    bool looks_for_locals = PyTuple_GET_SIZE(request->locals_of) != 0;
+    bool looks_for_locals = request->locals_of != NULL && PyTuple_GET_SIZE(request->locals_of) != 0;
     const Frame *called = NULL;
     Py_ssize_t shown = 0;
     Outcome outcome = READ;
@@ -272,7 +274,7 @@ is_asked_for(const Request *request, const PyThreadState *state)
 static void
 clear(ThreadStacks *stacks)
 {
-    /* Taken away first: what is let go of may run code that looks here again. */
+    /* The object is emptied first: to release a reference may run code that uses the object. */
     Thread *threads = stacks->threads;
     Place *places = stacks->places;
     size_t thread_count = stacks->thread_count, place_count = stacks->place_count;
@@ -323,7 +325,8 @@ read_threads(const Request *request)
 static bool
 are_valid_locals(PyObject *locals_of)
 {
-    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(locals_of); i++) {
+    Py_ssize_t count = locals_of != NULL ? PyTuple_GET_SIZE(locals_of) : 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *wanted = PyTuple_GET_ITEM(locals_of, i);
         if (!PyTuple_Check(wanted) || PyTuple_GET_SIZE(wanted) < 1 ||
             PyTuple_GET_SIZE(wanted) > MAX_LOCALS + 1 ||
@@ -339,53 +342,66 @@ are_valid_locals(PyObject *locals_of)
     return true;
 }
 
-PyObject *
-frames_current(PyObject *idents, Py_ssize_t depth, PyObject *locals_of)
+/* Take the thread numbers from a sequence; false with an exception set. */
+static bool
+take_idents(Request *request, PyObject *idents)
 {
-    if (depth < 1 || !are_valid_locals(locals_of)) {
-        PyErr_Format(PyExc_ValueError,
-                     "a depth of 1 or more and tuples of a code and at most %d names", MAX_LOCALS);
+    PyObject *sequence = PySequence_Fast(idents, "idents are a sequence or None");
+    if (sequence == NULL) {
+        return false;
+    }
+    request->ident_count = (size_t)PySequence_Fast_GET_SIZE(sequence);
+    request->idents = calloc(request->ident_count + 1, sizeof *request->idents);
+    if (request->idents == NULL) {
+        PyErr_NoMemory();
+    }
+    for (size_t i = 0; i < request->ident_count && !PyErr_Occurred(); i++) {
+        PyObject *ident = PySequence_Fast_GET_ITEM(sequence, (Py_ssize_t)i);
+        request->idents[i] = PyLong_AsUnsignedLong(ident);
+    }
+    Py_DECREF(sequence);
+    return !PyErr_Occurred();
+}
+
+PyObject *
+frames_current(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
+{
+    static char *names[] = {"idents", "depth", "locals_of", NULL};
+    PyObject *idents = Py_None, *locals_of = NULL;
+    Py_ssize_t depth = MAX_DEPTH + 1; /* one more shows that it was cut */
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OnO!", names, &idents, &depth, &PyTuple_Type,
+                                     &locals_of)) {
         return NULL;
     }
-    Request request = {.depth = (size_t)depth, .locals_of = locals_of};
-    unsigned long *numbers = NULL;
-    if (idents != Py_None) {
-        PyObject *sequence = PySequence_Fast(idents, "idents are a sequence or None");
-        if (sequence == NULL) {
-            return NULL;
-        }
-        request.ident_count = (size_t)PySequence_Fast_GET_SIZE(sequence);
-        request.idents = numbers = calloc(request.ident_count + 1, sizeof *numbers);
-        for (size_t i = 0; numbers != NULL && i < request.ident_count; i++) {
-            numbers[i] = PyLong_AsUnsignedLong(PySequence_Fast_GET_ITEM(sequence, (Py_ssize_t)i));
-        }
-        Py_DECREF(sequence);
-        if (numbers == NULL) {
-            return PyErr_NoMemory();
-        }
+    if (depth < 1 || !are_valid_locals(locals_of)) {
+        return PyErr_Format(PyExc_ValueError,
+                            "a depth of 1 or more and tuples of a code and at most %d names",
+                            MAX_LOCALS);
     }
-    PyObject *stacks = PyErr_Occurred() ? NULL : (PyObject *)read_threads(&request);
-    free(numbers);
+    Request request = {.depth = (size_t)depth, .locals_of = locals_of};
+    bool taken = idents == Py_None || take_idents(&request, idents);
+    PyObject *stacks = taken ? (PyObject *)read_threads(&request) : NULL;
+    free(request.idents);
     return stacks;
 }
 
-/* --- what was read, as objects ---------------------------------------------------- */
+/* --- Python objects of what was read ---------------------------------------------- */
 
-/* The place's own memory is not held over the making of a tuple, which may collect garbage. */
+/* Takes a copy: to make a tuple may collect garbage, and so free the stacks' memory. */
 static PyObject *
 pair_of(Place place)
 {
     return Py_BuildValue("(Ni)", Py_NewRef(place.code), place.offset);
 }
 
-/* A new tuple of a thread's places. */
+/* Return a new tuple of a thread's places. */
 static PyObject *
 places_of(const ThreadStacks *stacks, size_t index)
 {
     size_t count = index < stacks->thread_count ? stacks->threads[index].count : 0;
     PyObject *tuple = PyTuple_New((Py_ssize_t)count);
     for (size_t i = 0; tuple != NULL && i < count; i++) {
-        /* Cleared meanwhile, by a finalizer. */
+        /* A finalizer may have cleared the stacks meanwhile. */
         PyObject *pair = index < stacks->thread_count
                              ? pair_of(stacks->places[stacks->threads[index].first + i])
                              : PyTuple_New(0);
@@ -417,7 +433,7 @@ stack_dealloc(PyObject *self)
     PyObject_Free(self);
 }
 
-/* The thread, NULL when it has been cleared. */
+/* Return the thread; NULL if the stacks have been cleared. */
 static const Thread *
 thread_of(PyObject *self)
 {
@@ -485,14 +501,14 @@ static PyMethodDef stack_methods[] = {
 };
 static PyGetSetDef stack_members[] = {
     {"found", stack_found, NULL,
-     PyDoc_STR("How many frames are above the one with the variables; -1 without one."), NULL},
+     PyDoc_STR("Number of frames above the one with the variables; -1 if none has them."), NULL},
     {NULL, NULL, NULL, NULL, NULL},
 };
 
 PyTypeObject ThreadStack_Type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "asgi_pprof._native.ThreadStack",
-    .tp_doc = PyDoc_STR("What one thread was at."),
+    .tp_doc = PyDoc_STR("The stack of one thread."),
     .tp_basicsize = sizeof(ThreadStack),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .tp_dealloc = stack_dealloc,
@@ -514,7 +530,7 @@ stacks_length(PyObject *self)
     return (Py_ssize_t)((ThreadStacks *)self)->thread_count;
 }
 
-/* A thread's stack or NULL; with an exception set if that failed. */
+/* Return a thread's stack; NULL if there is none, or with an exception set. */
 static PyObject *
 find_stack(PyObject *self, PyObject *key)
 {
@@ -567,11 +583,7 @@ list_of(PyObject *self, PyObject *(*make)(ThreadStacks *, size_t))
     ThreadStacks *stacks = (ThreadStacks *)self;
     PyObject *list = PyList_New(0);
     for (size_t i = 0; list != NULL && i < stacks->thread_count; i++) {
-        PyObject *made = make(stacks, i);
-        if (made == NULL || PyList_Append(list, made) < 0) {
-            Py_CLEAR(list);
-        }
-        Py_XDECREF(made);
+        list_append_new(&list, make(stacks, i));
     }
     return list;
 }
@@ -611,14 +623,14 @@ static PyMethodDef stacks_methods[] = {
     {"get", stacks_get, METH_O, PyDoc_STR("get(ident) -> its stack, or None")},
     {"values", stacks_values, METH_NOARGS, PyDoc_STR("A list of the stacks.")},
     {"items", stacks_items, METH_NOARGS, PyDoc_STR("A list of (ident, stack).")},
-    {"clear", stacks_clear, METH_NOARGS, PyDoc_STR("Let go of what has been read.")},
+    {"clear", stacks_clear, METH_NOARGS, PyDoc_STR("Release everything that was read.")},
     {NULL, NULL, 0, NULL},
 };
 
 PyTypeObject ThreadStacks_Type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "asgi_pprof._native.ThreadStacks",
-    .tp_doc = PyDoc_STR("What the threads of this interpreter were at, by their numbers."),
+    .tp_doc = PyDoc_STR("The stacks of this interpreter's threads, by thread number."),
     .tp_basicsize = sizeof(ThreadStacks),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
     .tp_dealloc = stacks_dealloc,
@@ -629,7 +641,7 @@ PyTypeObject ThreadStacks_Type = {
 
 /* --- coroutines and generators ------------------------------------------------------ */
 
-/* The frame of a generator that has not ended; NULL, with or without an exception. */
+/* Return the frame of a generator; NULL if it has ended, or with an exception set. */
 static const Frame *
 generator_frame(PyObject *object)
 {
@@ -638,12 +650,12 @@ generator_frame(PyObject *object)
         return NULL;
     }
     PyGenObject *generator = (PyGenObject *)object;
-    /* Its end comes in two steps, and code may run between them: past running is ended. */
+    /* A generator ends in two steps, and code may run in between: any later state is ended. */
     return generator->gi_frame_state > FRAME_EXECUTING ? NULL : (Frame *)&generator->gi_iframe;
 }
 
 PyObject *
-frames_of_generator(PyObject *generator)
+frames_of_generator(PyObject *Py_UNUSED(module), PyObject *generator)
 {
     const Frame *frame = generator_frame(generator);
     PyCodeObject *code = frame != NULL ? living_code(frame) : NULL;
@@ -654,9 +666,9 @@ frames_of_generator(PyObject *generator)
 }
 
 /*
- * Whether a suspended frame has what it awaits on its stack. The attribute itself does not
- * look: up to 3.12 it goes by the next instruction alone, and reads what is below the stack
- * of one that runs, or that is just letting go of what it awaited (Objects/genobject.c,
+ * Return whether a frame is suspended with what it awaits on its stack. CPython's attribute does
+ * not check that: up to 3.12 it looks at the next instruction only, and then reads below the
+ * stack of a frame that runs, or that is just releasing what it awaited (Objects/genobject.c,
  * _PyGen_yf and _gen_throw).
  */
 static bool
@@ -673,7 +685,7 @@ holds_awaited(const PyGenObject *generator, const Frame *frame)
 }
 
 PyObject *
-frames_awaited(PyObject *generator)
+frames_awaited(PyObject *Py_UNUSED(module), PyObject *generator)
 {
     const Frame *frame = generator_frame(generator);
     if (frame == NULL || !holds_awaited((PyGenObject *)generator, frame)) {
@@ -685,8 +697,12 @@ frames_awaited(PyObject *generator)
 }
 
 PyObject *
-frames_generator_local(PyObject *generator, PyObject *name)
+frames_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
 {
+    PyObject *generator, *name;
+    if (!PyArg_ParseTuple(args, "OU", &generator, &name)) {
+        return NULL;
+    }
     const Frame *frame = generator_frame(generator);
     PyCodeObject *code = frame != NULL ? living_code(frame) : NULL;
     PyObject *value = code != NULL ? local_of(frame, code, name) : NULL;
@@ -694,19 +710,14 @@ frames_generator_local(PyObject *generator, PyObject *name)
 }
 
 PyObject *
-frames_running(PyObject *coroutine, Py_ssize_t depth)
+frames_running(PyObject *Py_UNUSED(module), PyObject *coroutine)
 {
     const Frame *frame = generator_frame(coroutine);
     if (frame == NULL || ((PyGenObject *)coroutine)->gi_frame_state != FRAME_EXECUTING) {
         return PyErr_Occurred() ? NULL : PyTuple_New(0);
     }
-    PyObject *nothing = PyTuple_New(0);
-    if (nothing == NULL) {
-        return NULL;
-    }
-    Request request = {.depth = (size_t)depth, .locals_of = nothing, .outermost = frame};
+    Request request = {.depth = MAX_DEPTH + 1, .outermost = frame};
     ThreadStacks *stacks = read_threads(&request);
-    Py_DECREF(nothing);
     PyObject *places = stacks != NULL ? places_of(stacks, 0) : NULL;
     Py_XDECREF(stacks);
     return places;

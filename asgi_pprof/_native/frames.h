@@ -1,10 +1,10 @@
 /*
- * Where threads and coroutines are, read from interpreter frames under the GIL.
+ * Reads where threads and coroutines are from their interpreter frames, under the GIL.
  *
- * No frame object is made: making one may collect garbage (CPython 3.11), whose
- * finalizers let other threads run, and the frame it is for may be gone by then.
- * All of a moment is copied into memory of our own, with references of our own, before
- * the first Python object is made of it; nothing in between runs anybody's code.
+ * No frame object is made: making one may collect garbage (CPython 3.11), whose finalizers let
+ * other threads run, and by then the frame may have ended. All frames of one moment are copied
+ * into memory of our own, with references of our own, before the first Python object is made of
+ * them. Nothing in between runs other code.
  *
  * Sources: Python/pystate.c, _PyThread_CurrentFrames; Include/internal/pycore_frame.h;
  * Python/ceval.c, which says when a frame may be read.
@@ -14,33 +14,38 @@
 
 #include "layout.h"
 
-/* What threads were at, by their number: a mapping, not tracked by the garbage collector. */
+/* The stacks of threads by thread number: a mapping, which the garbage collector does not track. */
 extern PyTypeObject ThreadStacks_Type;
-/* One of them. */
+/* The stack of one thread. */
 extern PyTypeObject ThreadStack_Type;
 
+/* The following are functions of the Python module, so their first argument is the module. */
+
 /*
- * A new ThreadStacks of the threads that run Python code now; empty if the list of
- * threads stays locked.
+ * current_frames(idents=None, depth=129, locals_of=()): return a new ThreadStacks of the
+ * threads that run Python code now. It is empty if the list of threads stays locked.
  *
  * Args:
  *   idents: A sequence of the threads' numbers; None for all.
  *   depth: How many frames of each are kept, from the innermost one on.
- *   locals_of: A tuple of tuples (code, name, ...): of the innermost frame of one of
- *     these codes the values of these variables are kept.
+ *   locals_of: A tuple of tuples (code, name, ...). The values of these variables are kept,
+ *     of the innermost frame that runs one of these codes.
  */
-PyObject *frames_current(PyObject *idents, Py_ssize_t depth, PyObject *locals_of);
+PyObject *frames_current(PyObject *module, PyObject *args, PyObject *kwargs);
 
-/* [(code, offset)] of a coroutine that runs: the frames from the innermost to its own; else (). */
-PyObject *frames_running(PyObject *coroutine, Py_ssize_t depth);
+/*
+ * running_frames(coroutine): return ((code, offset), ...) of a running coroutine, from the
+ * innermost frame to its own; () if it does not run.
+ */
+PyObject *frames_running(PyObject *module, PyObject *coroutine);
 
-/* (code, offset) of a generator or coroutine; None if it has ended. */
-PyObject *frames_of_generator(PyObject *generator);
+/* generator_frame(generator or coroutine): return (code, offset); None if it has ended. */
+PyObject *frames_of_generator(PyObject *module, PyObject *generator);
 
-/* A new reference to what a suspended generator or coroutine awaits; None if it does not. */
-PyObject *frames_awaited(PyObject *generator);
+/* awaited(generator or coroutine): return what it awaits; None if it is not suspended there. */
+PyObject *frames_awaited(PyObject *module, PyObject *generator);
 
-/* The value of a variable of a generator or coroutine; None if it is unset or there is none. */
-PyObject *frames_generator_local(PyObject *generator, PyObject *name);
+/* generator_local(generator, name): return a variable's value; None if unset or unknown. */
+PyObject *frames_generator_local(PyObject *module, PyObject *args);
 
 #endif

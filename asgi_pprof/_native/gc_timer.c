@@ -1,7 +1,8 @@
 #include "gc_timer.h"
 
 #include <structmember.h>
-#include <time.h>
+
+#include "clocks.h"
 
 #define RING 256 /* as Go's PauseNs and PauseEnd */
 
@@ -11,18 +12,10 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    uint64_t started_ns; /* 0: none is being timed */
+    uint64_t started_ns; /* 0: no collection is being timed */
     uint64_t count, total_ns, last_end_ns;
     Pause pauses[RING];
 } GcTimer;
-
-static uint64_t
-read_clock(clockid_t clock)
-{
-    struct timespec now;
-    clock_gettime(clock, &now);
-    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
-}
 
 static PyObject *
 timer_call(PyObject *self, PyObject *args, PyObject *Py_UNUSED(kwargs))
@@ -33,13 +26,13 @@ timer_call(PyObject *self, PyObject *args, PyObject *Py_UNUSED(kwargs))
         return NULL;
     }
     if (PyUnicode_CompareWithASCIIString(phase, "start") == 0) {
-        timer->started_ns = read_clock(CLOCK_MONOTONIC);
+        timer->started_ns = clock_ns(CLOCK_MONOTONIC);
         Py_RETURN_NONE;
     }
-    if (timer->started_ns != 0) { /* else it was switched on in the middle of this one */
+    if (timer->started_ns != 0) { /* else the timer was added in the middle of this collection */
         Pause *pause = &timer->pauses[timer->count % RING];
-        pause->duration_ns = read_clock(CLOCK_MONOTONIC) - timer->started_ns;
-        pause->ended_ns = timer->last_end_ns = read_clock(CLOCK_REALTIME);
+        pause->duration_ns = clock_ns(CLOCK_MONOTONIC) - timer->started_ns;
+        pause->ended_ns = timer->last_end_ns = clock_ns(CLOCK_REALTIME);
         timer->total_ns += pause->duration_ns;
     }
     timer->count++;
@@ -62,7 +55,7 @@ timer_begin(PyObject *self, PyObject *argument)
 static PyObject *
 timer_pauses(PyObject *self, PyObject *Py_UNUSED(unused))
 {
-    Pause pauses[RING]; /* of one moment: making tuples may collect garbage */
+    Pause pauses[RING]; /* a copy of one moment: making tuples may collect garbage */
     memcpy(pauses, ((GcTimer *)self)->pauses, sizeof pauses);
     PyObject *tuple = PyTuple_New(RING);
     for (Py_ssize_t i = 0; tuple != NULL && i < RING; i++) {
@@ -80,18 +73,18 @@ timer_pauses(PyObject *self, PyObject *Py_UNUSED(unused))
 
 static PyMemberDef members[] = {
     {"count", T_ULONGLONG, offsetof(GcTimer, count), READONLY,
-     PyDoc_STR("Collections, timed or not, with those that `begin` was told of.")},
+     PyDoc_STR("How many collections there have been, including those passed to `begin`.")},
     {"total_ns", T_ULONGLONG, offsetof(GcTimer, total_ns), READONLY,
-     PyDoc_STR("Nanoseconds of all that were timed.")},
+     PyDoc_STR("Nanoseconds of all timed collections.")},
     {"last_end_ns", T_ULONGLONG, offsetof(GcTimer, last_end_ns), READONLY,
-     PyDoc_STR("When the last one ended, by `time.time_ns`; 0 before the first.")},
+     PyDoc_STR("When the last timed collection ended, by `time.time_ns`; 0 before.")},
     {NULL, 0, 0, 0, NULL},
 };
 static PyMethodDef methods[] = {
     {"begin", timer_begin, METH_O,
-     PyDoc_STR("begin(count): go on from so many collections; none is being timed.")},
+     PyDoc_STR("begin(count): set the count of collections; none is being timed.")},
     {"pauses", timer_pauses, METH_NOARGS,
-     PyDoc_STR("The last 256 as (nanoseconds, end by `time.time_ns`), in Go's ring.")},
+     PyDoc_STR("The last 256 as (nanoseconds, end by `time.time_ns`), a ring as Go's.")},
     {NULL, NULL, 0, NULL},
 };
 

@@ -1,8 +1,8 @@
 /*
- * GcTimer, an entry of `gc.callbacks` that times collections.
+ * GcTimer, an entry of `gc.callbacks` that times garbage collections.
  *
- * In C, because what is called there runs in the middle of whatever allocates: a function
- * in Python may let other threads run, and ours would do so in every application.
+ * A callback runs in the middle of whatever allocates. One written in Python may let other
+ * threads run there, and would do so in every application that uses us; so this one is in C.
  *
  * Sources: Modules/gcmodule.c, invoke_gc_callback; runtime/mstats.go, PauseNs and PauseEnd.
  */

@@ -9,6 +9,7 @@
 #include "blocks.h"
 #include "hooks.h"
 #include "labels.h"
+#include "lists.h"
 #include "names.h"
 #include "reader.h"
 #include "store.h"
@@ -17,19 +18,19 @@
 #define MAX_PENDING 4096
 #define MAX_WAITING 8192
 #define WAITING_SLOTS (2 * MAX_WAITING)
-#define WORTH_SETTLING 256 /* settling looks at everything: not for one set that has died */
-#define SMALL 512 /* pymalloc serves up to here, in classes of 16 bytes */
+#define MANY_DEAD 256 /* resolve_labels visits everything, so not for one dead set */
+#define SMALL 512 /* pymalloc serves sizes up to this, in classes of 16 bytes */
 
-/* Samples that wait for their label set to be written down: a bucket for the time being. */
+/* Samples that wait for the label of their set: a temporary bucket. */
 typedef struct {
     uint32_t stack, label; /* label 0: an empty slot */
     uint64_t size_class, objects, bytes;
 } Waiting;
 
-/* A label set that has samples: while it lives its route may still become known. */
+/* A label set that has samples. While it lives, its route may still become known. */
 typedef struct {
     LabelSet *set; /* borrowed; NULL when it has died */
-    uint32_t label; /* what it was written down as */
+    uint32_t label; /* its label, once it has died */
     bool used;
 } Pending;
 
@@ -43,7 +44,7 @@ typedef struct {
 } Bucket;
 
 typedef struct {
-    uint64_t stack; /* the sampling it belongs to, in the upper half */
+    uint64_t stack; /* with heap.generation in the upper half */
     uint64_t size_class, label;
     uint64_t alloc_objects, alloc_bytes, live_objects, live_bytes;
 } Row;
@@ -52,13 +53,13 @@ static struct {
     bool on;
     uint64_t rate;
     pthread_mutex_t mutex; /* guards all that follows, and blocks.c; held for microseconds */
-    uint32_t generation;   /* counts samplings: ids of one mean nothing in the next */
+    uint32_t generation;   /* counts starts: ids are invalid after the next one */
     ByteStore stacks, buckets;
-    Waiting *waiting; /* one of two tables; the other one is empty, for settling */
+    Waiting *waiting; /* one of the two tables; the other is empty, for resolve_labels */
     Waiting tables[2][WAITING_SLOTS];
     uint32_t waiting_count;
     Pending pending[MAX_PENDING];
-    uint32_t died; /* sets with samples, since labels were settled */
+    uint32_t dead_sets; /* sets with samples that have died since the last resolve_labels */
     uint64_t lost, unlabelled, unreadable;
     Reader reader;
     PyThreadState state;
@@ -115,9 +116,9 @@ add_waiting(const Waiting *samples)
     }
 }
 
-/* The label that is known by now; a pending one if it is not. */
+/* Return a label, or for a pending one the label of its set if that has died. */
 static uint32_t
-settled(uint32_t label)
+resolved_label(uint32_t label)
 {
     if (label < HEAP_PENDING) {
         return label;
@@ -126,16 +127,16 @@ settled(uint32_t label)
     return pending->set == NULL ? pending->label : label;
 }
 
-/* Move samples whose label has become known to their buckets, and free its number. */
+/* Move samples whose label set has died to their buckets, and free the set's number. */
 static void
-settle_labels(void)
+resolve_labels(void)
 {
     Waiting *before = heap.waiting;
     heap.waiting = before == heap.tables[0] ? heap.tables[1] : heap.tables[0];
     heap.waiting_count = 0;
     for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
         Waiting samples = before[i];
-        uint32_t label = samples.label == 0 ? 0 : settled(samples.label);
+        uint32_t label = samples.label == 0 ? 0 : resolved_label(samples.label);
         if (label >= HEAP_PENDING) {
             add_waiting(&samples);
         }
@@ -146,18 +147,18 @@ settle_labels(void)
     }
     memset(before, 0, sizeof heap.tables[0]);
     for (Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
-        block->label = settled(block->label);
+        block->label = resolved_label(block->label);
     }
     for (uint32_t i = 0; i < MAX_PENDING; i++) {
         heap.pending[i].used = heap.pending[i].set != NULL;
     }
-    heap.died = 0;
+    heap.dead_sets = 0;
 }
 
 static uint32_t
 pending_label(LabelSet *set)
 {
-    /* Number 0 means none. */
+    /* Number 0 is never used: it means none. */
     for (int round = 0; set->pending == 0 && round < 2; round++) {
         for (uint32_t i = 1; i < MAX_PENDING; i++) {
             if (!heap.pending[i].used) {
@@ -166,11 +167,11 @@ pending_label(LabelSet *set)
                 break;
             }
         }
-        if (set->pending == 0 && heap.died < WORTH_SETTLING) {
+        if (set->pending == 0 && heap.dead_sets < MANY_DEAD) {
             break;
         }
         if (set->pending == 0) {
-            settle_labels();
+            resolve_labels();
         }
     }
     if (set->pending == 0) {
@@ -188,9 +189,9 @@ count_sample(uint32_t stack, uint32_t label, uint64_t size)
         if (add_waiting(&sample)) {
             return;
         }
-        if (heap.died >= WORTH_SETTLING) {
-            settle_labels();
-            label = settled(label);
+        if (heap.dead_sets >= MANY_DEAD) {
+            resolve_labels();
+            label = resolved_label(label);
             if (label >= HEAP_PENDING && add_waiting(&sample)) {
                 return;
             }
@@ -203,9 +204,9 @@ count_sample(uint32_t stack, uint32_t label, uint64_t size)
     add_to_bucket(stack, label, sample.size_class, 1, size);
 }
 
-/* Who allocates here: a stack and a label. */
+/* Record the calling thread's stack, and its label. */
 static void
-look_around(uint32_t *stack, uint32_t *label)
+record_stack_and_label(uint32_t *stack, uint32_t *label)
 {
     const PyThreadState *state = PyGILState_GetThisThreadState();
     LabelSet copy, *set = NULL;
@@ -224,21 +225,21 @@ look_around(uint32_t *stack, uint32_t *label)
     *label = set != NULL ? pending_label(set) : 0;
 }
 
-void
-heap_allocated(void *address, size_t size)
+static void
+on_allocated(void *address, size_t size)
 {
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
         Block block = {.address = (uintptr_t)address, .size = size, .captured_size = size};
-        look_around(&block.stack, &block.label);
+        record_stack_and_label(&block.stack, &block.label);
         heap.lost += !blocks_insert(&block);
         count_sample(block.stack, block.label, size);
     }
     pthread_mutex_unlock(&heap.mutex);
 }
 
-void
-heap_freed(void *address)
+static void
+on_freed(void *address)
 {
     pthread_mutex_lock(&heap.mutex);
     Block *block = blocks_find((uintptr_t)address);
@@ -249,17 +250,17 @@ heap_freed(void *address)
 }
 
 /*
- * A block stays in the sample with the chance that a new one of its size would have,
- * so that what is alive is estimated without bias however often it grows. Its stack is
- * taken again when it has doubled, not at each of the million reallocations of a string
- * that grows by a byte.
+ * A reallocated block stays in the sample with the probability that a new block of its size
+ * would have, so that the estimate of live memory is unbiased however often a block grows. Its
+ * stack is recorded again when its size has doubled, and not at each of the million
+ * reallocations of a string that grows byte by byte.
  */
-void
-heap_resized(void *before, void *after, size_t size, bool sampled)
+static void
+on_resized(void *before, void *after, size_t size, bool drawn)
 {
     pthread_mutex_lock(&heap.mutex);
     Block *known = blocks_find((uintptr_t)before);
-    if (known != NULL && sampled && after == before && size < 2 * known->captured_size) {
+    if (known != NULL && drawn && after == before && size < 2 * known->captured_size) {
         known->size = size;
         count_sample(known->stack, known->label, size);
     }
@@ -269,17 +270,30 @@ heap_resized(void *before, void *after, size_t size, bool sampled)
             block = *known;
             blocks_remove(known);
         }
-        if (sampled && heap.on) {
+        if (drawn && heap.on) {
             block.address = (uintptr_t)after;
             block.size = size;
             if (size >= 2 * block.captured_size) {
-                look_around(&block.stack, &block.label);
+                record_stack_and_label(&block.stack, &block.label);
                 block.captured_size = size;
             }
             heap.lost += !blocks_insert(&block);
             count_sample(block.stack, block.label, size);
         }
     }
+    pthread_mutex_unlock(&heap.mutex);
+}
+
+static const HookSampler hook_sampler = {on_allocated, on_freed, on_resized};
+
+/* A label set dies: its samples have this label from now on. */
+static void
+on_label_set_death(uint32_t pending, uint32_t label)
+{
+    pthread_mutex_lock(&heap.mutex);
+    heap.pending[pending].set = NULL;
+    heap.pending[pending].label = label;
+    heap.dead_sets++;
     pthread_mutex_unlock(&heap.mutex);
 }
 
@@ -293,7 +307,7 @@ clear_tables(void)
         memset(heap.waiting, 0, sizeof heap.tables[0]);
         heap.waiting_count = 0;
     }
-    heap.died = 0;
+    heap.dead_sets = 0;
     for (uint32_t i = 0; i < MAX_PENDING; i++) {
         if (heap.pending[i].used && heap.pending[i].set != NULL) {
             heap.pending[i].set->pending = 0;
@@ -327,6 +341,7 @@ heap_start(uint64_t rate)
         PyErr_SetString(PyExc_RuntimeError, "heap profiling already in use");
         return false;
     }
+    labels_on_death(on_label_set_death);
     pthread_mutex_lock(&heap.mutex);
     bool opened = open_tables();
     if (opened) {
@@ -340,7 +355,7 @@ heap_start(uint64_t rate)
         PyErr_NoMemory();
         return false;
     }
-    if (!hooks_install(rate)) {
+    if (!hooks_install(rate, &hook_sampler)) {
         heap_stop();
         return false;
     }
@@ -428,7 +443,7 @@ add_row(Rows *to, Row row)
     }
 }
 
-/* Everything as rows that may repeat; the caller holds the lock. */
+/* Copy everything as rows, several of which may have one key. The caller holds the lock. */
 static void
 copy_rows(Rows *to)
 {
@@ -459,11 +474,11 @@ heap_read(void)
     Rows all = {NULL, 0, 0};
     size_t count;
     bool failed = false;
-    /* Without the GIL: whoever needs the lock meanwhile holds that. */
+    /* Without the GIL: a thread that waits for the lock meanwhile holds the GIL. */
     Py_BEGIN_ALLOW_THREADS
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
-        settle_labels();
+        resolve_labels();
         all.most = atomic_load(&heap.buckets.count) + heap.waiting_count + blocks_count();
         all.rows = malloc((all.most + 1) * sizeof(Row));
         failed = all.rows == NULL;
@@ -492,17 +507,14 @@ heap_pending(void)
         if (set == NULL || !labels_can_be_asked(set)) {
             continue;
         }
-        /* First of all: making the tuple may end other sets. */
-        PyObject *pair = Py_BuildValue("(kN)", (unsigned long)(HEAP_PENDING + i), Py_NewRef(set));
-        if (pair == NULL || PyList_Append(list, pair) < 0) {
-            Py_CLEAR(list);
-        }
-        Py_XDECREF(pair);
+        /* The reference comes first: to make the tuple may end other sets. */
+        PyObject *kept = Py_NewRef(set);
+        list_append_new(&list, Py_BuildValue("(kN)", (unsigned long)(HEAP_PENDING + i), kept));
     }
     return list;
 }
 
-/* The places of a stack, copied: their table is gone as soon as sampling ends. 0 if it has. */
+/* Copy the places of a stack, and return how many: 0 if sampling, and so their table, has ended. */
 static uint32_t
 copy_places(uint64_t numbered, uint32_t *places)
 {
@@ -519,22 +531,10 @@ copy_places(uint64_t numbered, uint32_t *places)
 PyObject *
 heap_stack(uint64_t numbered)
 {
-    /* Before anything is made: that may collect garbage, and a finalizer may end sampling. */
+    /* Copied before any object is made, which may run a finalizer that ends sampling. */
     uint32_t places[MAX_DEPTH + 1] = {PLACE_LOST};
     uint32_t depth = copy_places(numbered, places);
     return places_tuple(places, depth != 0 ? depth : 1);
-}
-
-void
-heap_resolve(uint32_t pending, uint32_t label)
-{
-    if (pending != 0) {
-        pthread_mutex_lock(&heap.mutex);
-        heap.pending[pending].set = NULL;
-        heap.died++;
-        heap.pending[pending].label = label;
-        pthread_mutex_unlock(&heap.mutex);
-    }
 }
 
 void

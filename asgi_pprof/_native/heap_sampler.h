@@ -1,6 +1,6 @@
 /*
- * Memory by the stack that allocated it: hooks around Python's allocators take
- * one allocation in so many bytes, with its stack, and know when it is freed.
+ * Samples memory by the stack that allocated it. Hooks around Python's allocators draw one
+ * allocation in so many bytes; its stack is recorded, and when it is freed.
  *
  * Sources: Go, runtime/mprof.go; hooks.h.
  */
@@ -10,7 +10,7 @@
 #include "layout.h"
 
 typedef struct {
-    uint64_t rate; /* mean bytes between samples; 0: off */
+    uint64_t rate;                        /* mean bytes between samples; 0: off */
     uint64_t mallocs, frees, total_bytes; /* exact, since the start */
     uint64_t live;                        /* sampled blocks alive */
     uint64_t stacks;                      /* different stacks seen */
@@ -19,42 +19,33 @@ typedef struct {
     uint64_t unreadable;
 } HeapStats;
 
-/* Begin to sample; with the GIL. False with an exception set. */
+/* Start to sample; with the GIL. False with an exception set. */
 bool heap_start(uint64_t rate);
-/* End, and take the hooks out, or let them pass everything on where others stand on them. */
+/* Stop, and remove the hooks; they stay, and only delegate, where others are built on them. */
 void heap_stop(void);
 
-/* Whether it is on and the hooks are still called: another tool may have removed them. */
+/* Return whether it samples, and the hooks are still called: another tool may remove them. */
 bool heap_check(void);
 
 HeapStats heap_stats(void);
 
 /*
- * New bytes: one row a stack, size class and label, of native uint64: stack, size
- * class, label, allocated objects and bytes, live objects and bytes. All as
- * sampled, not scaled. A label above HEAP_PENDING is not known yet: it is that of
- * the label set `heap_pending` has under this number.
+ * Return new bytes: one row for each stack, size class and label, of native uint64: stack, size
+ * class, label, allocated objects and bytes, live objects and bytes. All are as sampled, not
+ * scaled. A label above HEAP_PENDING is not known yet: it is the label of the set that
+ * `heap_pending` returns under this number.
  */
 #define HEAP_PENDING 0x80000000u
 PyObject *heap_read(void);
 
-/* A new list of (number, label set) of all living sets that samples wait for. */
+/* Return a new list of (number, label set), of all living sets that have samples. */
 PyObject *heap_pending(void);
 
-/* A new tuple of the places of a stack; PLACE_LOST when sampling has begun anew since. */
+/* Return a new tuple of a stack's places; PLACE_LOST if sampling has been restarted since. */
 PyObject *heap_stack(uint64_t stack);
 
-/* Tell that samples under a pending number have this label (0: none). */
-void heap_resolve(uint32_t pending, uint32_t label);
-
-/* The size of the class that a size belongs to: eight classes to a doubling. */
+/* Return the largest size of a size's class. There are eight classes to a doubling. */
 uint64_t heap_size_class(uint64_t size);
-
-/* From the hooks: an allocation that is sampled; a free of what may be in the sample. */
-void heap_allocated(void *address, size_t size);
-void heap_freed(void *address);
-/* A block that may be in the sample has moved or changed its size, and is drawn or not. */
-void heap_resized(void *before, void *after, size_t size, bool sampled);
 
 void heap_before_fork(void);
 void heap_after_fork_in_parent(void);

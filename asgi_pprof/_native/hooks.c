@@ -5,25 +5,24 @@
 #include <time.h>
 
 #include "blocks.h"
-#include "heap_sampler.h"
 #include "threads.h"
 
 #define NEVER (INT64_MAX / 2)
 #define HOOKS 2
 
 #if defined(__GLIBC__)
-/* One instruction to reach; musl refuses it in libraries loaded later. */
+/* Reached in one instruction. musl refuses this model in libraries loaded later. */
 #define THREAD_LOCAL __thread __attribute__((tls_model("initial-exec")))
 #else
 #define THREAD_LOCAL __thread
 #endif
 
-/* What each thread counts for itself: the hooks' way is never shared. */
+/* Each thread has its own counters, so that hooks share no memory that they write. */
 typedef struct Counters {
-    int64_t left; /* bytes until the next sample; below 0 it is due */
-    int64_t gap;  /* what `left` began with */
+    int64_t left; /* bytes until the next sample, which is due below 0 */
+    int64_t gap;  /* the initial value of `left` */
     uint64_t mallocs, frees;
-    uint64_t bytes; /* without the current gap */
+    uint64_t bytes; /* allocated before the current gap */
     uint64_t random;
     bool registered;
     struct Counters *next, *previous;
@@ -32,28 +31,29 @@ typedef struct Counters {
 typedef struct {
     PyMemAllocatorDomain domain;
     PyMemAllocatorEx ours, original;
-    bool installed; /* ours is in the chain, as far as we know */
+    bool installed; /* as far as we know, ours is in the chain */
 } Hook;
 
 static Hook hooks[HOOKS];
 static THREAD_LOCAL Counters counters;
 static uint64_t hook_rate;
-static pthread_key_t key; /* whose destructor notices the end of a thread */
+static const HookSampler *sampler; /* set before the first hook is installed; stays set */
+static pthread_key_t key; /* its destructor runs at the end of a thread */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* guards what follows */
 static Counters *threads;
-static Counters ended; /* the sum of threads that are gone */
+static Counters ended; /* the sum of the threads that have ended */
 
 static double
 random_number(Counters *c)
 {
-    /* xorshift64*; above 0, at most 1 */
+    /* xorshift64*; more than 0, at most 1 */
     c->random ^= c->random >> 12;
     c->random ^= c->random << 25;
     c->random ^= c->random >> 27;
     return (double)((c->random * 0x2545f4914f6cdd1du >> 11) + 1) / 9007199254740992.0;
 }
 
-/* Bytes to the next sample: exponential, so that each byte has the same chance. */
+/* Draw the bytes until the next sample: exponential, so that all bytes are equally likely. */
 static int64_t
 draw_gap(Counters *c)
 {
@@ -61,7 +61,7 @@ draw_gap(Counters *c)
         return NEVER;
     }
     if (hook_rate == 1) {
-        return -1; /* the next one, whatever its size */
+        return -1; /* sample the next allocation, whatever its size */
     }
     double gap = -log(random_number(c)) * (double)hook_rate;
     return gap < (double)NEVER ? (int64_t)gap : NEVER;
@@ -114,7 +114,7 @@ end_thread(void *argument)
     memset(c, 0, sizeof *c);
 }
 
-/* A sample is due: whether it is really taken. */
+/* Return whether to take the sample that is due. */
 static __attribute__((noinline)) bool
 draw(Counters *c)
 {
@@ -132,12 +132,12 @@ draw(Counters *c)
 }
 
 /*
- * Each way ends in a call of the original, which the compiler makes a jump: counted
- * before it is done, an allocation costs half of what it does counted after (1.05
- * for 1.10 of the time of a loop that makes lists and tuples).
+ * Every path ends in a call of the original, which the compiler makes a jump. So to count an
+ * allocation before it is made costs half of what it costs to count it afterwards (a loop that
+ * makes lists and tuples takes 1.05 instead of 1.10 times as long as without hooks).
  */
 
-/* Count an allocation; whether one is due to be sampled. */
+/* Count an allocation, and return whether a sample is due. */
 static inline bool
 count_allocation(size_t size)
 {
@@ -152,7 +152,7 @@ sampled_malloc(const PyMemAllocatorEx *original, size_t size)
     bool sampled = draw(&counters);
     void *address = original->malloc(original->ctx, size);
     if (sampled && address != NULL) {
-        heap_allocated(address, size);
+        sampler->allocated(address, size);
     }
     return address;
 }
@@ -170,7 +170,7 @@ sampled_calloc(const PyMemAllocatorEx *original, size_t count, size_t size)
     bool sampled = draw(&counters);
     void *address = original->calloc(original->ctx, count, size);
     if (sampled && address != NULL) {
-        heap_allocated(address, count * size);
+        sampler->allocated(address, count * size);
     }
     return address;
 }
@@ -187,13 +187,13 @@ sampled_realloc(const PyMemAllocatorEx *original, void *address, size_t size, bo
 {
     bool sampled = due && draw(&counters), known = address != NULL && blocks_may_have(address);
     void *resized = original->realloc(original->ctx, address, size);
-    /* The old address may be another interpreter's by now, and two blocks be taken for
-       each other: of the same size class and just as likely, so no harm is done. */
+    /* Another interpreter may have got the old address by now, and the two blocks may be
+       confused. They have one size class and are equally likely, so this does no harm. */
     if (resized != NULL && known) {
-        heap_resized(address, resized, size, sampled);
+        sampler->resized(address, resized, size, sampled);
     }
     else if (resized != NULL && sampled) {
-        heap_allocated(resized, size);
+        sampler->allocated(resized, size);
     }
     return resized;
 }
@@ -214,7 +214,7 @@ hook_realloc(const PyMemAllocatorEx *original, void *address, size_t size)
 static __attribute__((noinline)) void
 sampled_free(const PyMemAllocatorEx *original, void *address)
 {
-    heap_freed(address); /* before the address can be anybody else's */
+    sampler->freed(address); /* before another thread can get the address */
     original->free(original->ctx, address);
 }
 
@@ -231,8 +231,8 @@ hook_free(const PyMemAllocatorEx *original, void *address)
 }
 
 /*
- * Allocators of a domain. They do not use their context, and are installed with
- * the original's: CPython stores context and functions one after the other, and an
+ * The allocators of a domain. They ignore their context, and are installed with the context of
+ * the original: CPython stores the context and the functions one after the other, and an
  * interpreter with a GIL of its own may allocate in between.
  */
 #define DEFINE_HOOKS(domain, index)                                                              \
@@ -281,8 +281,8 @@ is_called(const Hook *hook)
 }
 
 /*
- * Put a hook into the chain; false where that cannot be done now. CPython changes an
- * allocator in steps, and pointers in halves: nobody may be calling it.
+ * Put a hook into the chain; false if that is not possible now. CPython stores an allocator's
+ * pointers one by one, and a store may be torn, so no thread may be calling the allocator.
  */
 static bool
 install(Hook *hook)
@@ -304,8 +304,8 @@ uninstall(Hook *hook)
 {
     PyMemAllocatorEx current;
     PyMem_GetAllocator(hook->domain, &current);
-    /* Under somebody else's hooks ours must stay, and pass everything on; and where other
-       interpreters may be calling them. */
+    /* Ours must stay, and only delegate, if other hooks are built on it, or if interpreters
+       with another GIL may be calling it. */
     if (is_ours(&current, hook) && threads_share_our_gil()) {
         PyMem_SetAllocator(hook->domain, &hook->original);
         hook->installed = false;
@@ -313,7 +313,7 @@ uninstall(Hook *hook)
 }
 
 bool
-hooks_install(uint64_t rate)
+hooks_install(uint64_t rate, const HookSampler *new_sampler)
 {
     static bool has_key;
     if (!has_key && pthread_key_create(&key, end_thread) != 0) {
@@ -321,6 +321,7 @@ hooks_install(uint64_t rate)
         return false;
     }
     has_key = true;
+    sampler = new_sampler;
     pthread_mutex_lock(&mutex);
     hook_rate = rate;
     ended = (Counters){0};
@@ -382,7 +383,7 @@ hooks_after_fork_in_parent(void)
 void
 hooks_after_fork_in_child(void)
 {
-    /* The hooks stay, passing on: allocators are not changed here. */
+    /* The hooks stay, and only delegate: this is no place to change allocators. */
     hook_rate = 0;
     ended = (Counters){0};
     threads = NULL;

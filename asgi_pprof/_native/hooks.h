@@ -1,6 +1,5 @@
 /*
- * Hooks around Python's allocators: they count every allocation and draw the ones
- * that are sampled. What a sample is, heap_sampler.c says.
+ * Hooks around Python's allocators. They count every allocation, and draw the ones to sample.
  *
  * Source: Objects/obmalloc.c, PyMem_SetAllocator; Go, runtime/malloc.go, nextSample.
  */
@@ -13,20 +12,31 @@ typedef struct {
     uint64_t mallocs, frees, bytes;
 } HookTotals;
 
+/* What the hooks call. The caller holds a GIL, which may be another interpreter's. */
+typedef struct {
+    /* A drawn allocation has been made. */
+    void (*allocated)(void *address, size_t size);
+    /* A block that may be in the table of sampled blocks is about to be freed. */
+    void (*freed)(void *address);
+    /* Such a block has been reallocated; `drawn`: and the reallocation is to be sampled. */
+    void (*resized)(void *before, void *after, size_t size, bool drawn);
+} HookSampler;
+
 /*
- * Count from 0, and draw one allocation in `rate` bytes (0: none) in all threads. With the
- * GIL. False with an exception set: RuntimeError while interpreters with another GIL run.
+ * Set the counters to 0, and draw one allocation in `rate` bytes (0: none) in all threads, for
+ * this sampler, which must stay valid for ever. With the GIL. False with an exception set:
+ * RuntimeError while there are interpreters with another GIL.
  */
-bool hooks_install(uint64_t rate);
+bool hooks_install(uint64_t rate, const HookSampler *sampler);
 /*
- * Draw none, and take the hooks out, or let them pass on where others stand on them or
- * interpreters with another GIL run.
+ * Draw no more, and remove the hooks. They stay, and only delegate, where other hooks are built
+ * on them, or while there are interpreters with another GIL.
  */
 void hooks_uninstall(void);
-/* Whether the hooks are called: another tool may have removed them. */
+/* Return whether the hooks are called: another tool may have removed them. */
 bool hooks_are_called(void);
 
-/* Since hooks_install; exact. */
+/* Return the exact totals since hooks_install. */
 HookTotals hooks_totals(void);
 
 void hooks_before_fork(void);

@@ -3,8 +3,6 @@
 #include <stdatomic.h>
 #include <structmember.h>
 
-#include "heap_sampler.h"
-
 #define MAGIC 0x61736769706c6273u
 #define MARKS 65536
 
@@ -12,6 +10,7 @@ static PyObject *variable;
 static int32_t variable_hash;
 static PyTypeObject *bitmap_type, *array_type;
 static PyObject *writer;
+static void (*on_death)(uint32_t pending, uint32_t label);
 static uint64_t last_number;
 static LabelSet *living;
 static _Atomic uint8_t marks[MARKS];
@@ -34,12 +33,21 @@ labelset_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 }
 
 static void
+report_death(LabelSet *set)
+{
+    if (set->pending != 0) {
+        on_death(set->pending, set->label);
+        set->pending = 0;
+    }
+}
+
+static void
 labelset_finalize(PyObject *object)
 {
     LabelSet *self = (LabelSet *)object;
-    bool on_cpu = atomic_load_explicit(&marks[self->number % MARKS], memory_order_relaxed);
-    if ((self->pending == 0 && !on_cpu) || writer == NULL) {
-        return; /* labelset_dealloc sees to the rest */
+    bool marked = atomic_load_explicit(&marks[self->number % MARKS], memory_order_relaxed);
+    if ((self->pending == 0 && !marked) || writer == NULL) {
+        return; /* labelset_dealloc does the rest */
     }
 #if PY_VERSION_HEX >= 0x030c0000
     PyObject *raised = PyErr_GetRaisedException();
@@ -47,18 +55,17 @@ labelset_finalize(PyObject *object)
     PyObject *type, *value, *traceback;
     PyErr_Fetch(&type, &value, &traceback);
 #endif
-    PyObject *called = Py_NewRef(writer); /* at exit it is taken away, maybe meanwhile */
+    PyObject *called = Py_NewRef(writer); /* labels_set_writer may drop it meanwhile, at exit */
     PyObject *label = PyObject_CallFunction(called, "OKO", object,
                                             (unsigned long long)self->number,
-                                            on_cpu ? Py_True : Py_False);
+                                            marked ? Py_True : Py_False);
     Py_DECREF(called);
     if (label != NULL) {
         self->label = (uint32_t)PyLong_AsUnsignedLong(label);
         Py_DECREF(label);
     }
     PyErr_Clear();
-    heap_resolve(self->pending, self->label);
-    self->pending = 0;
+    report_death(self);
 #if PY_VERSION_HEX >= 0x030c0000
     PyErr_SetRaisedException(raised);
 #else
@@ -73,8 +80,8 @@ labelset_dealloc(PyObject *object)
     if (Py_TYPE(object) == &LabelSet_Type && PyObject_CallFinalizerFromDealloc(object) < 0) {
         return;
     }
-    /* Sampled once more after it was written down: by another finalizer in its context. */
-    heap_resolve(self->pending, self->label);
+    /* Another finalizer may have allocated in its context since the set was stored. */
+    report_death(self);
     self->magic = 0;
     if (self->next != NULL) {
         self->next->previous = self->previous;
@@ -97,7 +104,7 @@ static PyMemberDef labelset_members[] = {
 PyTypeObject LabelSet_Type = {
     PyVarObject_HEAD_INIT(NULL, 0)
     .tp_name = "asgi_pprof._native.LabelSet",
-    .tp_doc = PyDoc_STR("Base of label sets: numbered, and found by samplers."),
+    .tp_doc = PyDoc_STR("Base of label sets, which have numbers and which samplers find."),
     .tp_basicsize = sizeof(LabelSet),
     .tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE | Py_TPFLAGS_HAVE_FINALIZE,
     .tp_members = labelset_members,
@@ -106,7 +113,7 @@ PyTypeObject LabelSet_Type = {
     .tp_dealloc = labelset_dealloc,
 };
 
-/* A context whose mapping has nodes of both kinds: with many variables its root is an array. */
+/* Learn the types from a context that gets so many variables that its root is an array. */
 static bool
 learn_types(void)
 {
@@ -164,6 +171,12 @@ void
 labels_set_writer(PyObject *new_writer)
 {
     Py_XSETREF(writer, Py_XNewRef(new_writer));
+}
+
+void
+labels_on_death(void (*callback)(uint32_t pending, uint32_t label))
+{
+    on_death = callback;
 }
 
 static bool
@@ -236,7 +249,7 @@ labels_clear_marks(void)
 bool
 labels_can_be_asked(const LabelSet *set)
 {
-    /* One without references waits for its deallocation (Objects/object.c, trashcan). */
+    /* A set without references waits for its deallocation (Objects/object.c, trashcan). */
     return Py_REFCNT(set) > 0 && !PyObject_GC_IsFinalized((PyObject *)set);
 }
 
@@ -247,7 +260,7 @@ labels_marked(void)
     for (LabelSet *set = living; list != NULL && set != NULL; set = set->next) {
         if (atomic_load_explicit(&marks[set->number % MARKS], memory_order_relaxed) &&
             labels_can_be_asked(set) && PyList_Append(list, (PyObject *)set) < 0) {
-            Py_CLEAR(list); /* may end sets, and so the walk must end */
+            Py_CLEAR(list); /* this may free sets, so the walk must end */
             break;
         }
     }

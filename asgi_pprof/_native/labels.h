@@ -1,9 +1,9 @@
 /*
- * LabelSet, the base of what the labels' context variable holds.
+ * LabelSet, the base class of the label sets in the labels' context variable.
  *
- * A handler cannot keep an object alive, so it notes a set's number. Who wants
- * the labels later asks for the living sets; a set that dies after having been
- * seen in a sample is handed to Python once more, to be written down.
+ * A signal handler cannot keep an object alive, so a sample has the number of its label set.
+ * Whoever wants the labels later asks the living sets. A set that dies after it was sampled is
+ * passed to Python first, which stores its labels.
  */
 #ifndef ASGI_PPROF_LABELS_H
 #define ASGI_PPROF_LABELS_H
@@ -13,34 +13,41 @@
 
 typedef struct LabelSet {
     PyObject_HEAD
-    uint64_t magic; /* tells it from anything else a context may hold */
+    uint64_t magic; /* tells a label set from anything else a context may hold */
     uint64_t number;
-    uint32_t pending; /* the heap sampler's, see heap_sampler.c */
-    uint32_t label;   /* what it was last written down as */
+    uint32_t pending; /* the number under which samples wait for its label; 0: none do */
+    uint32_t label;   /* the label it was last stored under; 0: none */
     struct LabelSet *next, *previous;
 } LabelSet;
 
 extern PyTypeObject LabelSet_Type;
 
-/* Learn the variable, and the types a context's mapping is made of. Needs the GIL. */
+/* Learn the variable, and the types of a context's mapping. Needs the GIL. */
 bool labels_use(PyObject *variable);
-/* The function that writes a dying set down: called with (set, number, seen on CPU). */
+/* Set the function that stores a dying set: it is called with (set, number, is it marked). */
 void labels_set_writer(PyObject *writer);
 
-/* The set in a thread's context, copied to `found`; its address, NULL if there is none. */
+/*
+ * Register the function to call when a set with a number `pending` has been stored under a
+ * label. It is called again before the set's memory is freed, if the set has been given another
+ * such number since. With the GIL, in the middle of a deallocation. There is only one.
+ */
+void labels_on_death(void (*callback)(uint32_t pending, uint32_t label));
+
+/* Copy the set of a thread's context to `found`, and return its address; NULL for none. */
 LabelSet *labels_find(Reader *reader, const PyThreadState *state, LabelSet *found);
 
-/* Note that a CPU sample carries this number; and forget all such notes. */
+/* Mark a set, by its number, because a sample has that number; and remove all marks. */
 void labels_mark(uint64_t number);
 void labels_clear_marks(void);
 
 /*
- * Whether a set can be asked for its labels: not while it is deallocated, nor once the
- * collector of garbage has begun to take it apart; it has been written down by then.
+ * Return whether a set can be asked for its labels. It cannot while it is deallocated, nor once
+ * the garbage collector has begun to take it apart; but then it has been stored already.
  */
 bool labels_can_be_asked(const LabelSet *set);
 
-/* A new list of all living sets that have been marked. */
+/* Return a new list of all living sets that are marked. */
 PyObject *labels_marked(void);
 
 #endif

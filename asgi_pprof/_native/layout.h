@@ -1,9 +1,9 @@
 /*
- * What differs from one CPython to the next, in one place.
+ * What differs from one CPython version to the next, in one place.
  *
- * The structures themselves come from the interpreter's own internal headers,
- * so that offsets are those of the version this is compiled for; layouts do not
- * change within a minor version. What is named here is which field means what.
+ * The structures come from the interpreter's own internal headers, so their offsets are those
+ * of the version that this is compiled for; layouts do not change within a minor version. The
+ * functions here say which field means what.
  *
  * 3.11  Include/internal/pycore_frame.h; the frame is found through tstate->cframe
  * 3.12  the same; frames on the C stack stand between calls (FRAME_OWNED_BY_CSTACK)
@@ -40,18 +40,18 @@
 
 typedef struct _PyInterpreterFrame Frame;
 
-/* What of a frame is read: all but its locals. */
+/* The part of a frame that is read: all but its locals. */
 #define FRAME_SIZE offsetof(Frame, localsplus)
-/* What of a code object is read: all but its bytecode. */
+/* The part of a code object that is read: all but its bytecode. */
 #define CODE_SIZE offsetof(PyCodeObject, co_code_adaptive)
-/* What of a thread state is read: up to its context. */
+/* The part of a thread state that is read: everything up to its context. */
 #define THREAD_STATE_SIZE (offsetof(PyThreadState, context) + sizeof(PyObject *))
 
 #if PY_VERSION_HEX >= 0x030d0000
 #define THREAD_FRAME(state) ((state)->current_frame)
 #define THREAD_HAS_CFRAME 0
 #else
-/* The C frame points to the current one; to be read by itself. */
+/* The C frame points to the current frame, and must be read separately. */
 #define THREAD_CFRAME(state) ((state)->cframe)
 #define THREAD_HAS_CFRAME 1
 #endif
@@ -68,7 +68,7 @@ frame_code(const Frame *frame)
 #endif
 }
 
-/* The address of the instruction a frame is at (3.13 on) or has last begun. */
+/* Return the address of the frame's current instruction; before 3.13, of the last one begun. */
 static inline const char *
 frame_instruction(const Frame *frame)
 {
@@ -79,7 +79,7 @@ frame_instruction(const Frame *frame)
 #endif
 }
 
-/* Whether a frame is no function's: what C code puts before a call into Python. */
+/* Return whether a frame belongs to no function: C code puts one before a call into Python. */
 static inline bool
 frame_is_entry(const Frame *frame)
 {
@@ -94,7 +94,7 @@ frame_is_entry(const Frame *frame)
 }
 
 /*
- * A string that is its own storage ("compact"), which all names of code are.
+ * A string whose characters follow its header ("compact"), as those of all names in code do.
  * Source: Include/cpython/unicodeobject.h, PyASCIIObject.
  */
 #define STRING_HEADER_SIZE sizeof(PyCompactUnicodeObject)
@@ -118,9 +118,9 @@ string_kind(const PyASCIIObject *string)
 }
 
 /*
- * The mapping behind a context: a hash array mapped trie.
+ * The mapping of a context: a hash array mapped trie.
  * Source: Python/hamt.c, "HAMT" and hamt_node_*_find. Array nodes are private to
- * that file; all else has a header.
+ * that file; the others have a header.
  */
 #define HAMT_ARRAY_NODE_SIZE 32
 
@@ -131,7 +131,7 @@ typedef struct {
 } HamtArrayNode;
 
 #if PY_VERSION_HEX < 0x030c0000
-/* 3.11 keeps this one private as well. */
+/* In 3.11 this one is private as well. */
 typedef struct {
     PyObject_VAR_HEAD
     uint32_t b_bitmap;

@@ -1,6 +1,27 @@
 /*
- * asgi_pprof._native: the samplers as Python sees them. All functions need the
- * GIL of the main interpreter, in which alone the module can be imported.
+ * asgi_pprof._native: binds the C core to Python. All functions need the GIL of the main
+ * interpreter, the only one that can import the module.
+ *
+ * Each file is built on the files that it includes, without a cycle. The allocator hooks and
+ * the labels do not know the heap sampler: they call functions that it registers.
+ *
+ *   blocks:
+ *   clocks:
+ *   layout:
+ *   reader:
+ *   store:
+ *   lists:         layout
+ *   threads:       layout
+ *   gc_timer:      clocks layout
+ *   labels:        layout reader
+ *   names:         layout reader store
+ *   hooks:         blocks layout threads
+ *   asyncio_state: layout lists reader threads
+ *   unwinder:      layout names reader
+ *   frames:        layout lists threads unwinder
+ *   cpu_sampler:   clocks labels layout lists names reader store unwinder
+ *   heap_sampler:  blocks hooks labels layout lists names reader store unwinder
+ *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels names reader
  */
 #include "asyncio_state.h"
 #include "cpu_sampler.h"
@@ -10,7 +31,6 @@
 #include "labels.h"
 #include "names.h"
 #include "reader.h"
-#include "unwinder.h"
 
 #include <pthread.h>
 
@@ -221,51 +241,7 @@ native_running_loops(PyObject *Py_UNUSED(module), PyObject *own)
     return asyncio_running_loops(own);
 }
 
-static PyObject *
-native_current_frames(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
-{
-    static char *names[] = {"idents", "depth", "locals_of", NULL};
-    PyObject *idents = Py_None, *locals_of = NULL;
-    Py_ssize_t depth = MAX_DEPTH + 1; /* one more shows that it was cut */
-    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "|OnO!", names, &idents, &depth, &PyTuple_Type,
-                                     &locals_of)) {
-        return NULL;
-    }
-    PyObject *wanted = locals_of != NULL ? Py_NewRef(locals_of) : PyTuple_New(0);
-    PyObject *stacks = wanted != NULL ? frames_current(idents, depth, wanted) : NULL;
-    Py_XDECREF(wanted);
-    return stacks;
-}
-
-static PyObject *
-native_running_frames(PyObject *Py_UNUSED(module), PyObject *coroutine)
-{
-    return frames_running(coroutine, MAX_DEPTH + 1);
-}
-
-static PyObject *
-native_generator_frame(PyObject *Py_UNUSED(module), PyObject *generator)
-{
-    return frames_of_generator(generator);
-}
-
-static PyObject *
-native_awaited(PyObject *Py_UNUSED(module), PyObject *generator)
-{
-    return frames_awaited(generator);
-}
-
-static PyObject *
-native_generator_local(PyObject *Py_UNUSED(module), PyObject *args)
-{
-    PyObject *generator, *name;
-    if (!PyArg_ParseTuple(args, "OU", &generator, &name)) {
-        return NULL;
-    }
-    return frames_generator_local(generator, name);
-}
-
-/* At exit: while the interpreter takes itself apart nothing may be sampled. */
+/* Called at exit: nothing may be sampled while the interpreter is finalized. */
 static PyObject *
 native_close(NO_ARGUMENTS)
 {
@@ -279,60 +255,62 @@ native_close(NO_ARGUMENTS)
 
 static PyMethodDef methods[] = {
     {"check", native_check, METH_NOARGS,
-     PyDoc_STR("Raise OSError where the system lets no process read itself.")},
+     PyDoc_STR("Raise OSError if the system lets no process read its own memory.")},
     {"use_labels", native_use_labels, METH_VARARGS,
-     PyDoc_STR("use_labels(variable, writer): where label sets are found, and who writes"
-               " down those that die: writer(set, number, on_cpu) -> label.")},
+     PyDoc_STR("use_labels(variable, writer): the context variable of the label sets, and the"
+               " function that stores dying ones: writer(set, number, marked) -> label.")},
     {"describe", native_describe, METH_O,
      PyDoc_STR("describe(place) -> (name, file, first line, line)")},
     {"cpu_start", native_cpu_start, METH_O,
      PyDoc_STR("cpu_start(hz): raises RuntimeError if SIGPROF or its timer is in use.")},
-    {"cpu_stop", native_cpu_stop, METH_NOARGS, PyDoc_STR("End sampling; samples stay.")},
+    {"cpu_stop", native_cpu_stop, METH_NOARGS,
+     PyDoc_STR("Stop sampling; samples stay until cpu_free.")},
     {"cpu_free", native_cpu_free, METH_NOARGS, PyDoc_STR("Drop the samples.")},
     {"cpu_read", native_cpu_read, METH_VARARGS,
      PyDoc_STR("cpu_read(position, limit) -> ([(places, label set's number, periods)],"
-               " next position); 0 is the first position.")},
+               " next position). The first position is 0.")},
     {"cpu_threads", native_cpu_threads, METH_NOARGS,
-     PyDoc_STR("Native ids of the threads that are being sampled, and of the one that"
-               " looks for them.")},
-    {"cpu_stats", native_cpu_stats, METH_NOARGS, PyDoc_STR("What sampling has seen and cost.")},
+     PyDoc_STR("Native ids of the sampled threads, and of the watcher that finds them.")},
+    {"cpu_stats", native_cpu_stats, METH_NOARGS,
+     PyDoc_STR("Counters of the sampling, and its cost.")},
     {"heap_start", native_heap_start, METH_O,
-     PyDoc_STR("heap_start(rate): one sample in so many bytes.")},
-    {"heap_stop", native_heap_stop, METH_NOARGS, PyDoc_STR("End sampling and forget.")},
+     PyDoc_STR("heap_start(rate): take one sample in `rate` bytes.")},
+    {"heap_stop", native_heap_stop, METH_NOARGS, PyDoc_STR("Stop sampling, and drop the samples.")},
     {"heap_check", native_heap_check, METH_NOARGS,
-     PyDoc_STR("Whether it samples: another tool may have removed the hooks.")},
+     PyDoc_STR("Return whether it samples: another tool may have removed the hooks.")},
     {"heap_read", native_heap_read, METH_NOARGS,
      PyDoc_STR("Rows of seven native uint64: stack, size class, label, allocated objects"
                " and bytes, live objects and bytes, as sampled.")},
     {"heap_stack", native_heap_stack, METH_O, PyDoc_STR("heap_stack(stack) -> places")},
     {"heap_pending", native_heap_pending, METH_NOARGS,
-     PyDoc_STR("[(label, label set)] of labels that are not written down yet.")},
-    {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and losses.")},
-    {"size_class", native_size_class, METH_O, PyDoc_STR("size_class(size) -> its class")},
+     PyDoc_STR("[(label, label set)] of labels that are not stored yet.")},
+    {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and what was lost.")},
+    {"size_class", native_size_class, METH_O,
+     PyDoc_STR("size_class(size) -> largest size of its class")},
     {"marked_labels", native_marked_labels, METH_NOARGS,
-     PyDoc_STR("Living label sets that CPU samples may carry.")},
+     PyDoc_STR("Living label sets that CPU samples may have.")},
     {"learn_tasks", native_learn_tasks, METH_O,
-     PyDoc_STR("learn_tasks(task) -> whether it shows where tasks are linked: an"
+     PyDoc_STR("learn_tasks(task) -> whether asyncio_tasks works now: `task` is an"
                " _asyncio.Task just made in this thread.")},
     {"asyncio_tasks", native_asyncio_tasks, METH_NOARGS,
-     PyDoc_STR("All registered tasks of all threads; None where they are not linked or"
-               " that is not learnt.")},
+     PyDoc_STR("All registered tasks of all threads; None before 3.14, or before"
+               " learn_tasks has succeeded.")},
     {"running_loops", native_running_loops, METH_O,
      PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
-               " None)], or None where it cannot be told.")},
-    {"current_frames", (PyCFunction)(void (*)(void))native_current_frames,
+               " None)]; None if thread states are not as expected.")},
+    {"current_frames", (PyCFunction)(void (*)(void))frames_current,
      METH_VARARGS | METH_KEYWORDS,
      PyDoc_STR("current_frames(idents=None, depth=129, locals_of=()) -> ThreadStacks")},
-    {"running_frames", native_running_frames, METH_O,
+    {"running_frames", frames_running, METH_O,
      PyDoc_STR("running_frames(coroutine) -> ((code, offset), ...) from the innermost frame"
                " to the coroutine's own; () if it does not run")},
-    {"generator_frame", native_generator_frame, METH_O,
-     PyDoc_STR("generator_frame(generator) -> (code, offset), None if it has ended")},
-    {"awaited", native_awaited, METH_O,
-     PyDoc_STR("awaited(generator) -> what it awaits, None if it is not suspended at that")},
-    {"generator_local", native_generator_local, METH_VARARGS,
-     PyDoc_STR("generator_local(generator, name) -> its value, None if it has none")},
-    {"close", native_close, METH_NOARGS, PyDoc_STR("End everything, for good.")},
+    {"generator_frame", frames_of_generator, METH_O,
+     PyDoc_STR("generator_frame(generator) -> (code, offset); None if it has ended")},
+    {"awaited", frames_awaited, METH_O,
+     PyDoc_STR("awaited(generator) -> what it awaits; None if it is not suspended there")},
+    {"generator_local", frames_generator_local, METH_VARARGS,
+     PyDoc_STR("generator_local(generator, name) -> its value; None if it has none")},
+    {"close", native_close, METH_NOARGS, PyDoc_STR("Stop everything for good.")},
     {NULL, NULL, 0, NULL},
 };
 

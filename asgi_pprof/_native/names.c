@@ -1,8 +1,8 @@
 /*
- * Two caches make a known place cheap: by a code object's address, and by
- * function and instruction. An address is good as long as its code object lives,
- * so while anybody samples, the destructor of code objects is ours: it drops the
- * address, then calls the real one.
+ * Two caches make it cheap to find a known place: one by the address of the code object, one by
+ * function and instruction. An address is valid as long as its code object lives. So while a
+ * sampler runs we replace the destructor of code objects: ours forgets the address, and then
+ * calls the original.
  *
  * Sources: Objects/codeobject.c (code_dealloc), Objects/locations.md (line table).
  */
@@ -15,7 +15,7 @@ enum { KIND_STRING, KIND_FUNCTION, KIND_PLACE };
 typedef struct {
     uint32_t name, file; /* ids of strings */
     int32_t first_line;
-    /* Tells apart functions of one name that start on one line: modules loaded again. */
+    /* Tells apart functions with one name and first line, as of a module that is reloaded. */
     uint64_t table_hash;
 } FunctionKey;
 
@@ -31,7 +31,7 @@ typedef struct {
 #define PLACE_CACHE 16384
 
 static ByteStore store;
-/* By a code object's address: the rest of the address, and the id of its function. */
+/* By the address of a code object: the rest of the address, and the id of its function. */
 static _Atomic uint64_t code_cache[CODE_CACHE];
 /* By function and instruction: both, and the id of the place. */
 static _Atomic uint64_t place_cache[PLACE_CACHE];
@@ -79,7 +79,7 @@ names_open(void)
         return false;
     }
     if (users++ == 0 && PyCode_Type.tp_dealloc != forget_and_dealloc) {
-        /* What was freed while nobody sampled is not known. */
+        /* Code objects may have been freed while no sampler ran. */
         for (size_t i = 0; i < CODE_CACHE; i++) {
             atomic_store_explicit(&code_cache[i], 0, memory_order_relaxed);
         }
@@ -92,7 +92,7 @@ names_open(void)
 void
 names_close(void)
 {
-    /* Somebody else's on top of ours must stay, and ours below it. */
+    /* If another destructor has been put on top of ours, both must stay. */
     if (--users == 0 && PyCode_Type.tp_dealloc == forget_and_dealloc) {
         PyCode_Type.tp_dealloc = code_dealloc;
     }
@@ -130,8 +130,8 @@ utf8_encode(char *to, uint32_t c)
 }
 
 /*
- * Give the id of a string's UTF-8, cut with "..." at about a thousand bytes; 0 if
- * there is no room. False if that is no readable string.
+ * Write the id of a string's UTF-8 to `id`, cut with "..." at about a thousand bytes; 0 if
+ * there is no room. Return false if the object is no readable string.
  */
 static bool
 intern_string(Reader *reader, const PyObject *object, uint32_t *id)
@@ -169,7 +169,7 @@ intern_string(Reader *reader, const PyObject *object, uint32_t *id)
     return true;
 }
 
-/* A line table, read a window at a time. */
+/* A line table, which is read one window at a time. */
 typedef struct {
     Reader *reader;
     const char *data;
@@ -186,7 +186,7 @@ peek_byte(LineTable *table)
         if (window == 0 || !reader_read_once(table->reader, table->data + table->at,
                                              table->reader->raw, window)) {
             table->failed = true;
-            return 0x80; /* ends whatever is being read */
+            return 0x80; /* ends the entry that is being read */
         }
         table->start = table->at;
         table->end = table->at + window;
@@ -233,7 +233,7 @@ hash_lines(Reader *reader, const PyCodeObject *code, size_t size)
     return hash;
 }
 
-/* The line of an instruction; if it has none, of the last one before it that has. */
+/* Return an instruction's line; if it has none, that of the last one before it that has. */
 static int32_t
 find_line(Reader *reader, const PyCodeObject *code, size_t table_size, int64_t instruction)
 {

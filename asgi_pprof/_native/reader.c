@@ -7,9 +7,9 @@
 bool
 reader_works(void)
 {
-    uint64_t there = 42, copy = 0;
-    struct iovec to = {&copy, sizeof copy}, from = {&there, sizeof there};
-    return process_vm_readv(getpid(), &to, 1, &from, 1, 0) == sizeof copy && copy == there;
+    uint64_t value = 42, copy = 0;
+    struct iovec to = {&copy, sizeof copy}, from = {&value, sizeof value};
+    return process_vm_readv(getpid(), &to, 1, &from, 1, 0) == sizeof copy && copy == value;
 }
 
 void
@@ -25,7 +25,7 @@ reader_begin(Reader *reader)
     }
     reader->used = reader->count = 0;
     if (wanted != 0) {
-        /* Ends before the first block that is no longer there. */
+        /* The copy ends before the first block that no longer exists. */
         struct iovec to = {reader->blocks, (size_t)wanted * READER_BLOCK};
         ssize_t got = process_vm_readv(reader->pid, &to, 1, reader->vectors, wanted, 0);
         reader->count = got > 0 ? (uint32_t)got / READER_BLOCK : 0;
@@ -39,7 +39,7 @@ reader_copy(Reader *reader, const void *from, void *to, size_t size)
     return process_vm_readv(reader->pid, &local, 1, &remote, 1, 0) == (ssize_t)size;
 }
 
-/* The block at an address, NULL if it is not there or there are too many. */
+/* Return the block at an address; NULL if it does not exist or there are too many blocks. */
 static const char *
 find_block(Reader *reader, uintptr_t address)
 {

@@ -1,15 +1,14 @@
 /*
- * Reads memory that may not be there.
+ * Copies memory that may not exist.
  *
- * A signal may land while a pointer is half written, so inside a handler no
- * pointer is followed: process_vm_readv(2) on our own process copies, and fails
- * where a plain read would crash. A call costs about 1.6 us, and each further
- * piece in the same call 0.65 us (measured). So memory is read in blocks, which
- * neighbours share, and the blocks that one sample has used are read in one call
- * at the beginning of the next: much of a stack stays where it was.
+ * A signal may arrive while a pointer is half written, so a signal handler must not follow any
+ * pointer. process_vm_readv(2) on our own process copies, and fails where a plain read would
+ * crash. A call costs about 1.6 us, and each further piece in the same call 0.65 us (measured).
+ * So memory is read in blocks, which neighbours share, and the blocks that one sample has used
+ * are read in one call at the beginning of the next: much of a stack stays where it was.
  *
- * With the GIL held and the interpreter at rest (in an allocator hook) memory is
- * trusted, and plain copies do.
+ * With the GIL held, and the interpreter between two steps (in an allocator hook), memory is
+ * trusted, and copied plainly.
  */
 #ifndef ASGI_PPROF_READER_H
 #define ASGI_PPROF_READER_H
@@ -22,60 +21,60 @@
 #include <sys/uio.h>
 
 #define READER_BLOCKS 64
-#define READER_BLOCK 1024 /* bytes; divides a page, so a block is there as a whole or not at all */
+#define READER_BLOCK 1024 /* bytes; divides a page, so a block exists completely or not at all */
 #define READER_TEXT 1024
 
 typedef struct {
     bool trusted;
     pid_t pid;
-    uint32_t count;                      /* blocks at hand */
-    uint64_t used;                       /* a bit for each that this sample has used */
+    uint32_t count;                      /* blocks that have been copied */
+    uint64_t used;                       /* a bit for each block that this sample has used */
     uintptr_t addresses[READER_BLOCKS];
-    /* Room for all that is copied: a handler has no stack to spare. */
+    /* Buffers are here because a handler has no stack to spare. */
     struct iovec vectors[READER_BLOCKS];
     char blocks[READER_BLOCKS][READER_BLOCK];
     char raw[4 * READER_TEXT];
     char text[READER_TEXT];
 } Reader;
 
-/* Whether this system lets a process read itself so; sets errno if not. */
+/* Return whether this system lets a process read itself; if not, errno is set. */
 bool reader_works(void);
 
-/* Begin a sample: read again what the last one has used. */
+/* Start a sample: read the blocks again that the last one has used. */
 void reader_begin(Reader *reader);
 
-/* Copy by a system call; false where there is no such memory. */
+/* Copy by one system call; false if there is no such memory. */
 bool reader_copy(Reader *reader, const void *from, void *to, size_t size);
 
-/* Copy out of blocks. */
+/* Copy from blocks, which are read as needed; false if there is no such memory. */
 bool reader_copy_blocks(Reader *reader, const void *from, void *to, size_t size);
 
-/* Copy what each sample looks at. */
+static inline bool
+reader_copy_by(bool (*copy)(Reader *, const void *, void *, size_t), Reader *reader,
+               const void *from, void *to, size_t size)
+{
+    if ((uintptr_t)from < 4096) {
+        return false;
+    }
+    if (reader->trusted) {
+        memcpy(to, from, size);
+        return true;
+    }
+    return copy(reader, from, to, size);
+}
+
+/* Copy what every sample needs. */
 static inline bool
 reader_read(Reader *reader, const void *from, void *to, size_t size)
 {
-    if ((uintptr_t)from < 4096) {
-        return false;
-    }
-    if (reader->trusted) {
-        memcpy(to, from, size);
-        return true;
-    }
-    return reader_copy_blocks(reader, from, to, size);
+    return reader_copy_by(reader_copy_blocks, reader, from, to, size);
 }
 
-/* Copy what is looked at once and then known. */
+/* Copy what is needed once and then remembered. */
 static inline bool
 reader_read_once(Reader *reader, const void *from, void *to, size_t size)
 {
-    if ((uintptr_t)from < 4096) {
-        return false;
-    }
-    if (reader->trusted) {
-        memcpy(to, from, size);
-        return true;
-    }
-    return reader_copy(reader, from, to, size);
+    return reader_copy_by(reader_copy, reader, from, to, size);
 }
 
 #endif

@@ -9,7 +9,7 @@
 static uint32_t
 hash_of(unsigned kind, const void *key, uint32_t size)
 {
-    /* Multiply and shift over eight bytes at a time: fast, and good enough for slots. */
+    /* Multiplies and shifts eight bytes at a time: fast, and good enough for slots. */
     const char *bytes = key;
     uint64_t hash = 0x9e3779b97f4a7c15u ^ (kind * 0x100000001b3u) ^ size;
     for (uint32_t at = 0; at < size; at += 8) {
@@ -70,7 +70,7 @@ write_record(ByteStore *store, uint32_t hash, uint32_t size_and_kind, const void
     RecordHeader *record = (RecordHeader *)store_record(store, id);
     record->hash = hash;
     memcpy(record + 1, key, size);
-    /* Last: a reader that goes by `store_next` stops at a record without it. */
+    /* Written last: a reader that follows `store_next` stops at a record without a size. */
     atomic_thread_fence(memory_order_release);
     record->size_and_kind = size_and_kind;
     return id;

@@ -1,9 +1,9 @@
 /*
- * A set of byte strings that only grows: the same bytes always get the same id.
+ * A set of byte strings that only grows. Equal strings have the same id.
  *
- * Lock-free, so a signal handler may add to it while anybody else does: a record
- * is written completely, then published with one compare-and-swap. Memory is
- * reserved at the start and used as needed; when it is full, adding fails.
+ * It is lock-free, so a signal handler may add to it while another thread does: a record is
+ * written completely, and then published with one compare-and-swap. Address space is reserved
+ * at the start, and memory used as needed. Once it is full, adding fails.
  */
 #ifndef ASGI_PPROF_STORE_H
 #define ASGI_PPROF_STORE_H
@@ -13,7 +13,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define STORE_UNIT 16 /* bytes; an id is a record's place in units */
+#define STORE_UNIT 16 /* bytes; an id is a record's offset in units */
 
 typedef struct {
     uint32_t hash;
@@ -30,14 +30,14 @@ typedef struct {
     _Atomic uint32_t refused;
 } ByteStore;
 
-/* Reserve room; false without memory. Ids below `first` are left to the caller. */
+/* Reserve address space; false without it. Ids below `first` are never given to a record. */
 bool store_open(ByteStore *store, uint32_t slot_count, uint32_t units, uint32_t first);
 void store_close(ByteStore *store);
 
 /*
- * Return the id of these bytes, 0 if there is no room for them.
+ * Return the id of these bytes; 0 if there is no room for them.
  *
- * `extra` bytes follow the key, zero at first, which the caller may change.
+ * After the key come `extra` bytes, zero at first, which the caller may change.
  */
 uint32_t store_intern(ByteStore *store, unsigned kind, const void *key, uint32_t size, uint32_t extra);
 
@@ -65,14 +65,14 @@ record_key(const RecordHeader *record)
     return record + 1;
 }
 
-/* What follows the key, aligned for any number. */
+/* Return the extra bytes, which are aligned for any number. */
 static inline void *
 record_extra(const RecordHeader *record)
 {
     return (char *)(record + 1) + ((record_size(record) + 7) & ~7u);
 }
 
-/* The id after this one, in order of addition; `id` itself must be a record's. */
+/* Return the id of the record added after this one; `id` must be that of a record. */
 uint32_t store_next(const ByteStore *store, uint32_t id, uint32_t extra);
 
 #endif

@@ -3,9 +3,9 @@
 #include <sched.h>
 
 /*
- * The lock is held for moments only, and never by one that waits for the GIL. It is
- * tried and not waited for: CPython 3.13 does not export the waiting that keeps
- * the GIL, and a wait that gives it up can deadlock.
+ * Threads hold the lock for moments only, and never while they wait for the GIL. We try it and
+ * do not block on it: CPython 3.13 does not export the kind of wait that keeps the GIL, and a
+ * wait that releases the GIL can deadlock.
  */
 #define LOCK_TRIES 1000
 
@@ -50,7 +50,7 @@ threads_share_our_gil(void)
     if (!threads_lock()) {
         return false;
     }
-    /* One that is just being made has no GIL at all. */
+    /* An interpreter that is just being made has no GIL yet. */
     const void *ours = PyInterpreterState_Main()->ceval.gil;
     for (PyInterpreterState *each = PyInterpreterState_Head(); each != NULL; each = each->next) {
         shared = shared && each->ceval.gil == ours;

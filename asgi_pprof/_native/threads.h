@@ -1,26 +1,26 @@
 /*
- * The thread states of the main interpreter, in which alone this module runs.
+ * The thread states of the main interpreter, the only one this module runs in.
  *
- * The list of them changes without the GIL: PyGILState_Ensure adds to it. So it is
- * walked under its own lock, and a thread's frames only with the GIL held as well.
- * States of other interpreters are never looked at: their GIL is not ours.
+ * PyGILState_Ensure adds to the list of thread states without the GIL, so the list is walked
+ * under its own lock. A thread's frames are read only with the GIL held as well. States of
+ * other interpreters are never read: the GIL that guards them is not ours.
  */
 #ifndef ASGI_PPROF_THREADS_H
 #define ASGI_PPROF_THREADS_H
 
 #include "layout.h"
 
-/* Lock the list of threads; with the GIL. False if somebody else holds it for long. */
+/* Lock the list of thread states; with the GIL. False if it stays locked by another thread. */
 bool threads_lock(void);
 void threads_unlock(void);
 
 /*
- * Whether all Python code of the process runs under the GIL that the caller holds, and so
- * none does now; while the caller holds it no interpreter with another one can begin.
+ * Return whether all interpreters share the GIL that the caller holds, so that no other thread
+ * runs Python code now. While the caller holds it, no interpreter with another GIL can start.
  */
 bool threads_share_our_gil(void);
 
-/* The first state of the list; go on with its `next`. Needs the lock. */
+/* Return the first state of the list; its `next` is the second. Needs the lock. */
 PyThreadState *threads_first(void);
 
 #endif

@@ -1,8 +1,8 @@
 #include "unwinder.h"
 
-#define MAX_STEPS (4 * MAX_DEPTH) /* entry frames count here, and a circle ends */
+#define MAX_STEPS (4 * MAX_DEPTH) /* counts entry frames as well, and ends a cycle */
 
-/* The innermost frame of a thread: NULL for none; false if it cannot be read. */
+/* Read the innermost frame of a thread, NULL for none; false if it cannot be read. */
 static bool
 first_frame(Reader *reader, const PyThreadState *state, const Frame **frame)
 {

@@ -1,5 +1,5 @@
 /*
- * From a thread's state over its interpreter frames to places, leaf first.
+ * Walks the interpreter frames of one thread, and returns their places, leaf first.
  */
 #ifndef ASGI_PPROF_UNWINDER_H
 #define ASGI_PPROF_UNWINDER_H
@@ -16,16 +16,16 @@ typedef struct {
 } Stack;
 
 /*
- * Give the stack of a thread; false, and the one place PLACE_UNREADABLE, if it
- * cannot be read. A thread without a frame has the place PLACE_NO_FRAME.
+ * Write the stack of a thread to `stack`. If it cannot be read, return false and write the one
+ * place PLACE_UNREADABLE. A thread without a frame has the one place PLACE_NO_FRAME.
  *
- * `state` is where the thread's state is, and `copy` gets what it holds. Safe in
- * a signal handler on the thread itself; else the thread must hold the GIL and
- * be the calling one (a trusted reader).
+ * `state` is the address of the thread's state, which is copied to `copy`. Safe in a signal
+ * handler on that thread. Elsewhere that thread must be the calling one and hold the GIL (a
+ * trusted reader).
  */
 bool unwind(Reader *reader, const PyThreadState *state, PyThreadState *copy, Stack *stack);
 
-/* A new tuple of places, of which the caller has a copy of its own. */
+/* Return a new tuple of places. They must be a copy, which no garbage collection can free. */
 PyObject *places_tuple(const uint32_t *places, uint32_t depth);
 
 #endif

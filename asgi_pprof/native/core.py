@@ -1,9 +1,9 @@
 """
-The C core `asgi_pprof._native`: the module, or why it is not there.
+Loads the C core `asgi_pprof._native`, or says why it is missing.
 
-It is built where CPython 3.11 to 3.15 runs on Linux and there is a wheel or a
-C compiler; elsewhere the pure Python engines serve, and nothing else changes.
-`ASGI_PPROF_NATIVE=0` in the environment leaves it out.
+It is built for CPython 3.11 to 3.15 on Linux, if there is a wheel or a C
+compiler. Without it the pure Python engines are used, and nothing else changes.
+`ASGI_PPROF_NATIVE=0` in the environment switches it off.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ def _load() -> tuple[Any, str]:
         module = importlib.import_module("asgi_pprof._native")
     except ImportError as error:
         return None, str(error)
-    if not hasattr(module, "cpu_start"):  # in a source tree the name is that of a folder
+    if not hasattr(module, "cpu_start"):  # in a source tree the name finds the C sources' folder
         return None, "not built for this Python"
-    # While an interpreter takes itself apart nothing may be sampled.
+    # Nothing may be sampled while the interpreter is finalized.
     atexit.register(module.close)
     return module, ""
 
 
-# Any: a module that may be missing has no type that says what is in it.
+# Any, because no type can describe a module that may be missing.
 native, reason = _load()
 """The module or None, and why it is None."""
 
 if TYPE_CHECKING:
 
     class LabelNode:
-        """The base of label sets, by which the C core knows them."""
+        """The base class of label sets, by which the C core recognizes them."""
 
         number: int
 

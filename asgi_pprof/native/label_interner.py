@@ -1,9 +1,9 @@
 """
-Labels of native samples, which outlive the label sets they were taken under.
+Stores the labels of native samples, which outlive the label sets they were taken under.
 
-A sample carries a label set's number. A set that dies after it was seen is
-written down here, by its labels at that time; a living one is asked when the
-profile is read, because its route may still become known.
+A sample has the number of its label set. A set that dies after it was sampled is
+stored here, with the labels it has by then. A living set is asked for its labels
+when the profile is read, because its route may still become known.
 """
 
 from __future__ import annotations
@@ -16,23 +16,28 @@ from asgi_pprof.native.core import native
 _MAX_LABELS = 65_536  # different sets of pairs; routes and methods need far fewer
 
 
-class LabelBook:
-    """What label sets said before they died."""
+class LabelInterner:
+    """Numbers the different pairs of dead label sets. These numbers are called labels."""
 
     def __init__(self) -> None:
         self._pairs: list[Pairs] = [()]
         self._labels: dict[Pairs, int] = {(): 0}
-        self._seen_on_cpu: dict[int, Pairs] = {}
+        self._by_number: dict[int, Pairs] = {}
 
-    def write(self, label_set: LabelSet, number: int, on_cpu: bool) -> int:
+    def store(self, label_set: LabelSet, number: int, marked: bool) -> int:
         """
-        Note what a dying set says, and return the label it has from now on.
+        Store the pairs of a dying label set, and return their label.
 
-        Called in the middle of its deallocation, so it does nothing but that.
+        Called in the middle of the set's deallocation, so it does nothing else.
+
+        Args:
+            label_set: The set.
+            number: Its number.
+            marked: Whether CPU samples may have that number.
         """
         pairs = resolve(label_set)
-        if on_cpu:
-            self._seen_on_cpu[number] = pairs
+        if marked:
+            self._by_number[number] = pairs
         label = self._labels.get(pairs)
         if label is None:
             if len(self._pairs) >= _MAX_LABELS:
@@ -42,19 +47,19 @@ class LabelBook:
         return label
 
     def pairs(self, label: int) -> Pairs:
-        """Return what a label stands for."""
+        """Return the pairs of a label."""
         return self._pairs[label]
 
     def by_number(self, living: Iterable[LabelSet]) -> dict[int, Pairs]:
-        """Return labels by the number of their set, for CPU samples that have just ended."""
+        """Return pairs by the number of their set, for CPU samples that have just ended."""
         asked = {label_set.number: resolve(label_set) for label_set in living}
-        return {**self._seen_on_cpu, **asked}
+        return {**self._by_number, **asked}
 
     def forget_cpu(self) -> None:
         """Drop what only the samples of the last CPU profile needed."""
-        self._seen_on_cpu.clear()
+        self._by_number.clear()
 
 
-book = LabelBook()
+book = LabelInterner()
 if native:
-    native.use_labels(current, book.write)
+    native.use_labels(current, book.store)

@@ -1,5 +1,5 @@
 """
-Stacks as the C core numbers them: places that become locations.
+Turns places, which the C core numbers, into locations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _LOST = pseudo_location("lost: too many different names")
 
 
 class Places:
-    """Locations by place, remembered for the length of one collection."""
+    """Caches locations by place, for as long as one profile is read."""
 
     def __init__(self) -> None:
         self._symbols = Symbols()

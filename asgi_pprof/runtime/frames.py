@@ -1,19 +1,23 @@
 """
-Where threads are, and suspended coroutines: code objects, bytecode offsets, single variables.
+Reads where threads and suspended coroutines are: code, bytecode offsets, single variables.
 
-Other threads go on as soon as they can, so everything of one moment is read in one
-call. The C core reads the interpreter's own frames; it makes no frame object and
-runs nobody's code meanwhile, and looks at threads of this interpreter only.
+Other threads continue as soon as they can, so everything of one moment is read in
+one call. The C core reads the interpreter's own frames. It makes no frame object,
+runs no other code meanwhile, and reads the threads of this interpreter only.
 
-Without it frame objects have to do, with these dangers. On CPython 3.11 making one
-may collect garbage, whose finalizers let other threads run: a frame that is being
-read may be freed. So no garbage is collected from the first frame to the last.
-Before 3.11.2 frames that return can be seen while they are let go of, so no other
-thread is read. From 3.12 on `sys._current_frames` looks at the threads of all
-interpreters, without the GIL that guards them: no other thread is read once a
-module that makes interpreters is loaded. What a coroutine in another thread awaits
-is asked of CPython, which up to 3.12 may crash if that thread is just about to let
-go of it, in an exception that was thrown in, and runs a finalizer meanwhile.
+Without the C core, frame objects are used, with these dangers:
+
+- On CPython 3.11 making a frame object may collect garbage, whose finalizers let
+  other threads run, and the frame that is being read may be freed. So garbage
+  collection is off from the first frame to the last.
+- Before 3.11.2 returning frames can be seen while they are released, so no other
+  thread is read.
+- From 3.12 on `sys._current_frames` reads the threads of all interpreters, without
+  the GIL that guards them. So no other thread is read once a module that makes
+  interpreters is loaded.
+- What a coroutine in another thread awaits is asked of CPython. Up to 3.12 that may
+  crash if the other thread is just releasing it, in an exception that was thrown
+  in, and runs a finalizer meanwhile.
 
 Source: CPython, Python/pystate.c, _PyThread_CurrentFrames; Objects/frameobject.c,
 Objects/genobject.c; gh-106883, gh-99729.
@@ -38,41 +42,41 @@ from asgi_pprof.native.core import native
 MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
 
 RawStack = tuple[tuple[CodeType, int], ...]
-"""Codes and bytecode offsets, leaf first: what is cheap to note and to name later."""
+"""Code objects and bytecode offsets, leaf first: cheap to record, and named later."""
 
 LocalsOf = tuple[tuple[Any, ...], ...]
-"""(code, name, ...): variables that are wanted of the innermost frame of one of these codes."""
+"""(code, name, ...): the variables to read of the innermost frame that runs one of the codes."""
 
-_MAX_STEPS = 20_000  # frames of one thread that are walked
+_MAX_STEPS = 20_000  # frames of one thread
 
-# The locals of a generator's or coroutine's frame that has just ended crash (gh-125723,
-# mended in 3.13.6), and the frames of other threads end at any time.
+# To read locals of a generator's or coroutine's frame that has just ended crashes (gh-125723,
+# fixed in 3.13.6), and the frames of other threads end at any time.
 _ENDED_GENERATORS_CRASH = (3, 13) <= sys.version_info < (3, 13, 6)
 _GENERATOR = inspect.CO_GENERATOR | inspect.CO_COROUTINE | inspect.CO_ASYNC_GENERATOR
 
 
 class ThreadStack(Protocol):
-    """What one thread was at."""
+    """The stack of one thread."""
 
     @property
     def found(self) -> int:
-        """How many frames are above the one whose variables were wanted; -1 if there is none."""
+        """Number of frames above the one whose variables were read; -1 if there is none."""
 
     def __len__(self) -> int:
         """Return how many frames were kept."""
 
     def code(self, depth: int) -> CodeType | None:
-        """Return the code of a frame, 0 for the innermost; None beyond those that were kept."""
+        """Return the code of a frame, 0 for the innermost; None if that frame was not kept."""
 
     def places(self) -> RawStack:
         """Return the frames that were kept, leaf first."""
 
     def local(self, name: str) -> Any:
-        """Return the value of a wanted variable; None if it was unset or there is none."""
+        """Return the value of a variable; None if it was unset, unknown or not asked for."""
 
 
 class ThreadStacks(Protocol):
-    """What threads were at, by their numbers."""
+    """The stacks of threads by thread number."""
 
     def __len__(self) -> int: ...
     def __iter__(self) -> Iterator[int]: ...
@@ -84,7 +88,7 @@ class ThreadStacks(Protocol):
 
 
 class CurrentFrames(Protocol):
-    """Reads threads: `current_frames`, or a test's."""
+    """The type of `current_frames`, and of what tests use instead."""
 
     def __call__(
         self,
@@ -93,22 +97,22 @@ class CurrentFrames(Protocol):
         locals_of: LocalsOf = (),
     ) -> ThreadStacks:
         """
-        Return what the threads of this interpreter are at, the calling one included.
+        Return the stacks of the threads of this interpreter, the calling one included.
 
-        One that runs no Python code is left out. About 10 ns a frame with the C core,
-        a tenth of a microsecond without; the GIL is held meanwhile.
+        Threads that run no Python code are left out. It takes about 10 ns a frame with the
+        C core, a tenth of a microsecond without, and holds the GIL.
 
         Args:
             idents: The threads to read; None for all.
-            depth: How many frames of each to keep; one more than are shown tells
-                that a stack was cut.
-            locals_of: Codes, and the names of at most four variables of each. Values
-                are of the innermost frame of any of these codes.
+            depth: How many frames of each to keep: one more than are shown, so that
+                a cut stack is recognized.
+            locals_of: Codes, each with the names of at most four variables. The values
+                are read of the innermost frame that runs one of these codes.
         """
 
 
 class _Stack:
-    """A stack of frame objects, copied."""
+    """A stack, copied from frame objects."""
 
     __slots__ = ("_locals", "_places", "found")
 
@@ -160,14 +164,14 @@ current_frames: CurrentFrames = native.current_frames if native else _read_frame
 @contextmanager
 def frame_objects(own: FrameType) -> Iterator[dict[int, FrameType]]:
     """
-    Give the innermost frame of each thread, by the thread's number, for as long as it is entered.
+    Return the innermost frame of each thread, by the thread's number, until the manager is left.
 
-    Only for what the C core does not read. Nothing to be kept: it holds the
-    caller's own frame, and so itself. The calling thread alone where `why_not`
-    says why.
+    Only for what the C core does not read. The dict must not be kept: it has the
+    caller's own frame, and so itself. It has the calling thread alone if `why_not`
+    gives a reason.
 
     Args:
-        own: The calling thread's; as it is found it would end in this very function.
+        own: The frame of the calling thread, which would otherwise be this function's.
     """
     with no_collections():
         frames = _frames_if_safe() | {threading.get_ident(): own}
@@ -178,25 +182,25 @@ def frame_objects(own: FrameType) -> Iterator[dict[int, FrameType]]:
 
 
 def no_collections() -> AbstractContextManager[None]:
-    """Return a manager that keeps garbage from being collected where making a frame does that."""
+    """Return a manager that switches garbage collection off where making a frame may collect."""
     return nullcontext() if sys.version_info >= (3, 12) else _collecting_off()
 
 
 class _Collecting:
-    """Whether garbage is collected: not while anybody reads frames; and what it was before."""
+    """Switches garbage collection off while there are readers of frames, and on again."""
 
     def __init__(self) -> None:
         self._begin()
         self._renewed_by_fork = False
 
     def _begin(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may read frames in the middle of anything
+        self._lock = threading.RLock()  # a finalizer may read frames at any point, in here too
         self._readers = 0
         self._was_enabled = False
 
     def _renew(self) -> None:
         if self._readers and self._was_enabled:
-            gc.enable()  # who read does not exist in the child
+            gc.enable()  # the child has no reader
         self._begin()
 
     def off(self) -> None:
@@ -242,10 +246,10 @@ _MAKE_INTERPRETERS = (
 
 def _other_interpreters() -> Iterator[object]:
     """
-    Return an iterator, all in C, that gives anything if there may be other interpreters.
+    Return an iterator, all in C, that is not empty if there may be other interpreters.
 
-    To list them is no safe way to find out: one that ends meanwhile is read after it is
-    freed. So it is the last, for who uses the private module on 3.14 and later.
+    Listing them is not a safe way to find out: one that ends meanwhile is read after it is
+    freed. So that comes last, for users of the private module on 3.14 and later.
     """
     loaded = filter(sys.modules.__contains__, _MAKE_INTERPRETERS)
     if sys.version_info < (3, 14):
@@ -262,14 +266,14 @@ def _frames_if_safe() -> dict[int, FrameType]:
         return {}
     if not _SEES_ALL_INTERPRETERS:
         return sys._current_frames()
-    # All of it in one call: between two, another thread could make an interpreter.
+    # All in one call: between two calls another thread could make an interpreter.
     frames = map(operator.call, (sys._current_frames,))
     found = next(itertools.chain(_other_interpreters(), frames))
     return found if isinstance(found, dict) else {}
 
 
 def why_not() -> str:
-    """Return why other threads are not read, "" if they are."""
+    """Return why other threads are not read; "" if they are."""
     if native:
         return ""
     if _FRAMES_SEEN_DYING:
@@ -281,12 +285,12 @@ def why_not() -> str:
 
 def frame_local(frame: FrameType, name: str, default: object = None) -> object:
     """
-    Return the value of a frame's local, of any thread, or the default.
+    Return the value of a frame's local, or the default. The frame may be of any thread.
 
-    For frame objects, so without the C core. No value outlives its variable by this.
+    For frame objects, so without the C core. It does not make a value outlive its variable.
     """
     code = frame.f_code
-    if not code.co_flags & inspect.CO_OPTIMIZED:  # a module's or class's are a dict anyhow
+    if not code.co_flags & inspect.CO_OPTIMIZED:  # of a module or a class, whose locals are a dict
         return frame.f_locals.get(name, default)
     if name not in (*code.co_varnames, *code.co_cellvars, *code.co_freevars):
         return default
@@ -299,26 +303,26 @@ def frame_local(frame: FrameType, name: str, default: object = None) -> object:
 
 def _local_of_snapshot(frame: FrameType, name: str, default: object) -> object:
     """
-    Return a local by way of `f_locals`, which before 3.13 is a dict the frame keeps.
+    Return a local from `f_locals`, which before 3.13 is a dict that the frame keeps.
 
-    It would keep all values alive as long as the frame: for a worker thread's
-    outermost ones, for ever. So it is emptied, unless that could be noticed: by
-    whoever else has it (`locals()` gives the very same dict), or by the frame.
-    After a trace or profile function has returned, the interpreter writes the
-    dict back to the variables, and what is not in it is unset (CPython 3.12,
+    It would keep all values alive as long as the frame: for ever in the outermost
+    frames of a worker thread. So it is emptied, unless the application could notice:
+    through another reference to it (`locals()` returns the same dict), or through the
+    frame. After a trace or profile function has returned, the interpreter writes the
+    dict back to the variables, and unsets those that are not in it (CPython 3.12,
     Python/sysmodule.c, call_trampoline).
     """
     values = frame.f_locals
     value = values.get(name, default)
     references = sys.getrefcount(values)
-    if references == 3 and not _may_be_traced(frame):  # the frame's, ours, the argument's
+    if references == 3 and not _may_be_traced(frame):  # the frame's, ours, getrefcount's
         values.clear()
     return value
 
 
 def _may_be_traced(frame: FrameType) -> bool:
-    # A thread's own functions are not to be seen from outside: the ones for all
-    # threads tell that there is a debugger or a profiler at work.
+    # The functions of another thread cannot be seen; those for all threads show that a
+    # debugger or a profiler is at work.
     return (
         frame.f_trace is not None
         or sys.gettrace() is not None
@@ -330,9 +334,9 @@ def _may_be_traced(frame: FrameType) -> bool:
 
 def capture(at: FrameType | ThreadStack | None) -> RawStack:
     """
-    Return where a frame of the calling thread and its callers are, for `Symbols.stack`.
+    Return the stack of a frame of the calling thread, or of one that `current_frames` has read.
 
-    Of another thread, what `current_frames` has read. About 0.1 us a frame.
+    For `Symbols.stack`. It takes about 0.1 us a frame.
     """
     if at is not None and not isinstance(at, FrameType):
         return at.places()
@@ -352,15 +356,15 @@ _GENERATORS = frozenset(map(id, (CoroutineType, GeneratorType, AsyncGeneratorTyp
 
 
 def is_generator(value: object) -> TypeGuard[Generator]:
-    """Tell whether something has a frame of its own that can be suspended; no proxy has."""
+    """Return whether a value has a frame of its own that can be suspended; a proxy has none."""
     return id(type(value)) in _GENERATORS  # a metaclass may define __eq__
 
 
 def unwrapped(value: object) -> object:
-    """Return the generator or coroutine that a proxy stands for, as wrapt's; else the value."""
+    """Return the generator or coroutine that a proxy (such as wrapt's) wraps; else the value."""
     try:
         wrapped = value if is_generator(value) else getattr(value, "__wrapped__", None)
-    except Exception:  # a proxy's own
+    except Exception:  # raised by a proxy
         return value
     return wrapped if is_generator(wrapped) else value
 
@@ -378,7 +382,7 @@ def _generator_frame(generator: Generator) -> tuple[CodeType, int] | None:
 
 
 def _awaited(generator: Generator) -> object:
-    # One that runs has nothing on its stack where CPython looks.
+    # A running one has nothing on its stack where CPython looks.
     if isinstance(generator, CoroutineType):
         return None if generator.cr_running else generator.cr_await
     if isinstance(generator, GeneratorType):
@@ -409,17 +413,17 @@ def _running_frames(generator: Generator) -> RawStack:
 generator_frame: Callable[[Generator], tuple[CodeType, int] | None] = (
     native.generator_frame if native else _generator_frame
 )
-"""Return code and bytecode offset of a generator or coroutine; None if it has ended."""
+"""Return the code and bytecode offset of a generator or coroutine; None if it has ended."""
 
 awaited: Callable[[Generator], object] = native.awaited if native else _awaited
-"""Return what a suspended one awaits; None if it is not suspended at that."""
+"""Return what a suspended generator or coroutine awaits; None if it is not suspended there."""
 
 generator_local: Callable[[Generator, str], Any] = (
     native.generator_local if native else _generator_local
 )
-"""Return the value of its variable; None if it is unset or there is none of that name."""
+"""Return the value of a variable of a generator or coroutine; None if unset or unknown."""
 
 running_frames: Callable[[Generator], RawStack] = (
     native.running_frames if native else _running_frames
 )
-"""Return the frames from the innermost to its own of one that runs in some thread; else ()."""
+"""Return the frames from the innermost to its own of a running coroutine; () of any other."""

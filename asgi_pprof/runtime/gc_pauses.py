@@ -1,9 +1,9 @@
 """
-How long collections of garbage take, timed by an entry of `gc.callbacks`.
+Times garbage collections with an entry of `gc.callbacks`.
 
-With the C core the entry is in C. One in Python may let other threads run in the
-middle of whatever allocates, which an application need not expect (on CPython 3.11
-it crashes who reads frames just then). It costs well under 1 us a collection.
+With the C core the entry is in C. An entry in Python may let other threads run in
+the middle of whatever allocates, which no application expects (on CPython 3.11 it
+crashes code that is just reading frames). It costs well under 1 us a collection.
 
 Source: runtime/mstats.go, PauseNs and PauseEnd; CPython, gc.callbacks.
 """
@@ -25,27 +25,27 @@ class Timer(Protocol):
 
     @property
     def count(self) -> int:
-        """Collections, timed or not, with those that `begin` was told of."""
+        """How many collections there have been, including those passed to `begin`."""
 
     @property
     def total_ns(self) -> int:
-        """Nanoseconds of all that were timed."""
+        """Nanoseconds of all timed collections."""
 
     @property
     def last_end_ns(self) -> int:
-        """When the last one ended, by `time.time_ns`; 0 before the first."""
+        """When the last timed collection ended, by `time.time_ns`; 0 before the first."""
 
     def __call__(self, phase: str, info: dict[str, int], /) -> None: ...
 
     def begin(self, count: int, /) -> None:
-        """Go on from so many collections; none is being timed."""
+        """Set the count of collections; none is being timed."""
 
     def pauses(self) -> tuple[tuple[int, int], ...]:
-        """Return the last 256 as (nanoseconds, end by `time.time_ns`), in Go's ring."""
+        """Return the last 256 as (nanoseconds, end by `time.time_ns`), a ring as Go's."""
 
 
 class PythonTimer:
-    """The same without the C core."""
+    """The timer for when there is no C core."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -62,7 +62,7 @@ class PythonTimer:
         if phase == "start":
             self._started_ns = time.perf_counter_ns()
             return
-        if self._started_ns:  # else it was switched on in the middle of this one
+        if self._started_ns:  # else the timer was added in the middle of this collection
             pause_ns = time.perf_counter_ns() - self._started_ns
             self.last_end_ns = time.time_ns()
             self._pauses[self.count % _RING] = pause_ns, self.last_end_ns
@@ -75,16 +75,16 @@ class PythonTimer:
 
 
 def is_timing(code: CodeType) -> bool:
-    """Tell whether a frame is that of the timer's own code, which the C core's has not."""
+    """Return whether code is that of the timer; the C core's timer has none."""
     return code is PythonTimer.__call__.__code__
 
 
 class GcPauses:
     """
-    Times collections while switched on; one for the process.
+    Times collections while it is enabled. There is one for the process.
 
     Args:
-        timer: What times them; the C core's unless given.
+        timer: The entry of `gc.callbacks`; None for the C core's, if there is one.
     """
 
     def __init__(self, timer: Timer | None = None) -> None:
@@ -94,7 +94,7 @@ class GcPauses:
         self.forced = 0
 
     def enable(self) -> None:
-        """Begin to time; pair with `disable`."""
+        """Start to time collections; pair with `disable`."""
         self._users += 1
         if self._users > 1:
             return
@@ -104,24 +104,24 @@ class GcPauses:
         gc.callbacks.append(self._timer)
 
     def disable(self) -> None:
-        """Stop timing once nobody needs it."""
+        """Stop when the last user has called this."""
         self._users -= 1
         if self._users == 0 and self._timer in gc.callbacks:
             gc.callbacks.remove(self._timer)
             self._timer.begin(self._timer.count)
 
     def is_on(self) -> bool:
-        """Tell whether collections are timed."""
+        """Return whether collections are timed."""
         return self._timer in gc.callbacks
 
     @property
     def count(self) -> int:
-        """Collections there have been, as far as is known."""
+        """How many collections there have been, as far as is known."""
         return self._timer.count
 
     @property
     def total_ns(self) -> int:
-        """Nanoseconds of all that were timed."""
+        """Nanoseconds of all timed collections."""
         return self._timer.total_ns
 
     @property
@@ -133,7 +133,7 @@ class GcPauses:
         """
         Return the last 256 as (nanoseconds, end by `time.time_ns`).
 
-        As a ring: the latest is at (count + 255) % 256. Zeros where there was none.
+        It is a ring: the latest is at (count + 255) % 256. Unused entries are zeros.
         """
         return self._timer.pauses()
 

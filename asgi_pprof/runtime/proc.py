@@ -1,5 +1,5 @@
 """
-What the system tells of this process and its threads, where it has /proc.
+What /proc says about this process and its threads.
 
 Source: Linux, proc(5); fs/proc/base.c, proc_pid_schedstat.
 """
@@ -16,7 +16,7 @@ _TASKS = Path("/proc/self/task")
 
 
 def proc_status() -> dict[str, int]:
-    """Return the single numbers of /proc/self/status, sizes in bytes; {} where there is none."""
+    """Return the numbers in /proc/self/status, sizes in bytes; {} where there is no such file."""
     try:
         text = Path("/proc/self/status").read_text(errors="replace")
     except OSError:
@@ -26,7 +26,7 @@ def proc_status() -> dict[str, int]:
 
 
 def native_thread_ids() -> list[int]:
-    """Return the ids of all threads the system knows in this process; [] where it does not tell."""
+    """Return the native ids of all threads of this process; [] where there is no /proc."""
     try:
         return [int(entry) for entry in os.listdir(_TASKS)]
     except OSError:
@@ -37,6 +37,7 @@ _STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "
 
 
 def system_labels(thread_id: int) -> dict[str, str]:
+    """Return a thread's native id and its state, if that is known, as labels."""
     labels = {"native_id": str(thread_id)}
     try:
         # The name in parentheses may hold anything, parentheses too.
@@ -48,6 +49,7 @@ def system_labels(thread_id: int) -> dict[str, str]:
 
 
 def system_name(thread_id: int) -> str:
+    """Return the system's name of a thread; its id if that is not known."""
     try:
         return Path(f"/proc/self/task/{thread_id}/comm").read_text(errors="replace").strip()
     except OSError:
@@ -55,7 +57,7 @@ def system_name(thread_id: int) -> str:
 
 
 class Usage(NamedTuple):
-    """What a thread has had of a CPU: nanoseconds on it, waiting for it, and how often."""
+    """A thread's use of the CPU: nanoseconds on it and waiting for it, and number of runs."""
 
     cpu_ns: int
     waited_ns: int
@@ -63,27 +65,27 @@ class Usage(NamedTuple):
 
     @staticmethod
     def cpu_between(before: bytes, now: bytes) -> int | None:
-        """Return the difference in nanoseconds of CPU alone; quick."""
+        """Return the difference of `cpu_ns` alone, which is faster."""
         if not before or not now:
             return None
         return int(now.partition(b" ")[0]) - int(before.partition(b" ")[0])
 
     @classmethod
     def since(cls, before: bytes, now: bytes) -> Usage | None:
-        """Return the difference of what `LoopThread.usage` gave, None if that knew nothing."""
+        """Return the difference of two `LoopThread.usage`; None if either is empty."""
         pairs = zip(map(int, before.split()), map(int, now.split()), strict=False)
         return cls(*(after - since for since, after in pairs)) if before and now else None
 
 
 class LoopThread:
     """
-    One thread, by the system's id for it; knows nothing where the system tells nothing.
+    Reads the CPU usage of one thread.
 
-    `close` it: it keeps a descriptor open. Reading takes 2 us and lets the GIL go.
+    It keeps a descriptor open until `close`. Reading takes 2 us and releases the GIL.
 
     Args:
-        native_id: The id.
-        directory: Where the system tells of its threads.
+        native_id: The system's id of the thread.
+        directory: Where the system has the files of its threads.
     """
 
     def __init__(self, native_id: int, directory: str = "/proc/self/task") -> None:
@@ -94,7 +96,7 @@ class LoopThread:
             pass
 
     def usage(self) -> bytes:
-        """Return what it has used so far, for `Usage.since`; b"" if that is not known."""
+        """Return the usage so far, for `Usage.since`; b"" if it is not known."""
         if self._schedstat is None:
             return b""
         try:
@@ -103,8 +105,8 @@ class LoopThread:
             return b""  # the thread has ended
 
     def close(self) -> None:
-        """Let go of the descriptor."""
+        """Close the descriptor."""
         schedstat, self._schedstat = self._schedstat, None
         if schedstat is not None:
-            with suppress(OSError):  # somebody has closed all there were
+            with suppress(OSError):  # the application may have closed all descriptors
                 os.close(schedstat)

@@ -1,9 +1,9 @@
 """
-CPU time of every thread of the process, by its own clock.
+The CPU time of every thread of the process, from its own clock.
 
-Linux gives each thread a clock that any thread of the process may read; where
-there is none (macOS), all other threads are one number, what the process used
-beyond the calling thread.
+On Linux each thread has a clock that any thread of the process may read. Elsewhere
+(macOS) all other threads have one number together: what the process used beyond
+the calling thread.
 
 Source: clock_getcpuclockid(3); Linux, include/linux/posix-timers_types.h,
 MAKE_THREAD_CPUCLOCK. `time.pthread_getcpuclockid` is not used: it crashes on a
@@ -22,9 +22,9 @@ _PERTHREAD_SCHED = 6  # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED
 
 class ThreadClocks:
     """
-    What each thread has used since this object was made.
+    The CPU time that each thread has used since this object was made.
 
-    Made and read on one thread, the one whose time is not among `others`.
+    It must be made and read in one thread, whose time is not among `others`.
     """
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class ThreadClocks:
         self._own_ns = 0
 
     def read(self) -> None:
-        """Look at the clocks; a thread is known by the times it was looked at."""
+        """Read the clocks. A thread that lives between two readings only has no entry."""
         self._last.update(_thread_times())
         self._names.update(
             (thread.native_id, thread.name)
@@ -49,9 +49,9 @@ class ThreadClocks:
         self._own_ns = time.thread_time_ns() - self._own_start
 
     def threads(self) -> list[tuple[str, int, int]]:
-        """Return (name, native id, nanoseconds) for each other thread as last read."""
+        """Return (name, native id, nanoseconds) of each other thread, as of its last reading."""
         return [
-            # Below 0 where the system has given an id to a new thread.
+            # The difference is negative if the system has reused the id for a new thread.
             (self._name(thread_id), thread_id, max(0, cpu_ns - self._start.get(thread_id, 0)))
             for thread_id, cpu_ns in sorted(self._last.items())
             if thread_id != self._own_id
@@ -59,14 +59,14 @@ class ThreadClocks:
 
     def others(self) -> list[tuple[str, int, int]]:
         """
-        Return the same as `threads`, and what the process used beyond it.
+        Return `threads`, and what the process used beyond them.
 
-        That (threads that started and ended between two looks) comes last,
-        with id 0.
+        That is the time of threads that started and ended between two readings. It
+        comes last, with id 0.
         """
         used = self.threads()
         rest_ns = self.process_ns - self._own_ns - sum(cpu_ns for _, _, cpu_ns in used)
-        # The clocks are not read at one instant: what is below a tick is no thread.
+        # The clocks are not read at one instant: less than a tick is no thread.
         if rest_ns > 10_000_000:
             used.append(("other threads", 0, rest_ns))
         return used
@@ -81,5 +81,5 @@ def _thread_times() -> dict[int, int]:
         try:
             times[thread_id] = time.clock_gettime_ns(~thread_id << 3 | _PERTHREAD_SCHED)
         except OSError:
-            continue  # it has just ended
+            continue  # the thread has just ended
     return times

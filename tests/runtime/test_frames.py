@@ -1,4 +1,4 @@
-"""Where threads and suspended coroutines are, read with the C core and without."""
+"""Stacks of threads and suspended coroutines are read, with the C core and without."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CORES = {
 
 @pytest.fixture(params=CORES)
 def core(request, monkeypatch):
-    """What reads frames: the C core, or Python alone."""
+    """The functions that read frames, of the C core or in Python."""
     for name in frames._MAKE_INTERPRETERS:  # which another test may have loaded
         monkeypatch.delitem(sys.modules, name, raising=False)
     if CORES[request.param] is None:
@@ -65,7 +65,7 @@ def wait_in_here(ready, end):
 
 
 def test_all_threads_are_read_leaf_first(core):
-    """The calling one begins with who asks, not with what reads."""
+    """The calling thread's stack begins with the caller, not with the reader."""
     with in_a_thread(wait_in_here) as thread:
         stacks = core.current_frames()
         assert {thread.ident, threading.get_ident()} <= set(stacks)
@@ -82,14 +82,14 @@ def test_all_threads_are_read_leaf_first(core):
 
 
 def test_offsets_are_those_of_frames(core):
-    """By which lines are found."""
+    """They give the right line."""
     (place, *_), here = core.current_frames()[threading.get_ident()].places(), sys._getframe()
     lines = {line for start, end, line in here.f_code.co_lines() if start <= place[1] < end}
     assert lines == {here.f_lineno - 1} or lines == {here.f_code.co_firstlineno + 2}
 
 
 def test_single_threads_and_few_frames(core):
-    """What is asked for, and no more."""
+    """Only the threads and frames that were asked for are read."""
     with in_a_thread(wait_in_here) as thread:
         stacks = core.current_frames((thread.ident,), depth=2)
         ((ident, stack),) = stacks.items()
@@ -108,7 +108,7 @@ def recurse(depth, function):
 
 
 def test_of_a_deep_stack_the_innermost_frames_are_kept(core):
-    """One more than are shown; the innermost frame that is wanted is found below them."""
+    """One more than are shown; the innermost matching frame is found below them too."""
     ident = threading.get_ident()
 
     def deep(depth, *wanted):
@@ -144,7 +144,7 @@ def kept_in_a_frame(ready, end, target=None):
 
 
 def test_variables_of_another_threads_frames(core):
-    """Arguments, variables, cells of its own and of outer functions; None if unset or not there."""
+    """Arguments, variables, own and outer cells; None if unset or unknown."""
     outer = kept_in_a_frame.__code__
     inner = code_in(outer, "inner")
     with in_a_thread(kept_in_a_frame) as thread:
@@ -170,7 +170,7 @@ def test_variables_of_another_threads_frames(core):
 
 
 def test_a_value_does_not_outlive_its_variable(core):
-    """Reading it leaves nothing behind in the frame, which may live as long as its thread."""
+    """Reading it leaves no reference in the frame, which may live as long as its thread."""
     read, dropped = threading.Event(), threading.Event()
     references = []
 
@@ -210,7 +210,7 @@ def test_what_a_worker_of_the_executor_does(core):
 
 
 def test_what_a_worker_of_anyio_does(core):
-    """The future it will fulfil is a live local of its thread."""
+    """The future of its result is a live local of its thread."""
     found = []
 
     async def main():
@@ -239,7 +239,7 @@ def test_what_a_worker_of_anyio_does(core):
 
 @needs_native
 def test_reading_makes_nothing_that_the_garbage_collector_tracks():
-    """So it sets off no collection, however often it is done."""
+    """So it causes no garbage collection, however often it is done."""
     with in_a_thread(wait_in_here) as thread:
         wanted = ((wait_in_here.__code__, "ready", "end"),)
         idents = (thread.ident, threading.get_ident())
@@ -259,8 +259,8 @@ def test_reading_makes_nothing_that_the_garbage_collector_tracks():
 
 
 @needs_native
-def test_references_are_given_back():
-    """A thousand looks leave every count as it was; also of what was cleared and of errors."""
+def test_references_are_released():
+    """A thousand readings change no reference count, after `clear` and errors too."""
     code, value = wait_in_here.__code__, object()
     wanted = ((code, "ready", "end", "nothing"), (recurse.__code__, "function"))
 
@@ -300,7 +300,7 @@ def test_references_are_given_back():
     ],
 )
 def test_wrong_arguments_are_refused(arguments, error):
-    """By an exception, never by what they would be taken for."""
+    """They raise, and are not taken for anything else."""
     with pytest.raises(error):
         native.current_frames(*arguments)
 
@@ -335,11 +335,11 @@ def names_of(awaited):
 
 
 class Ended(Exception):
-    """Raised in what waits."""
+    """Raised in a suspended generator."""
 
 
 def begin(suspended):
-    """Run it until it is suspended, and return what goes on with it."""
+    """Run it until it is suspended, and return the object that resumes it."""
     going_on = suspended
     if isinstance(suspended, types.AsyncGeneratorType):
         going_on = suspended.asend(None)
@@ -349,7 +349,7 @@ def begin(suspended):
 
 @pytest.mark.parametrize("make", [generator, coroutine, async_generator])
 def test_a_suspended_frame(core, make):
-    """Before it has begun, suspended, and ended."""
+    """It is read before it starts, while it is suspended, and after it has ended."""
     made = make(7)
     code, offset = core.generator_frame(made)
     assert code is make.__code__
@@ -375,7 +375,7 @@ def test_a_suspended_frame(core, make):
 
 
 def test_frames_down_to_a_running_coroutine(core):
-    """In whatever thread it runs; () of one that is suspended."""
+    """It may run in any thread; a suspended one has ()."""
 
     async def outer(ready, end):
         inner(ready, end)
@@ -401,8 +401,8 @@ def test_frames_down_to_a_running_coroutine(core):
     waiting.close()
 
 
-def test_frames_down_to_the_coroutine_that_asks(core):
-    """Without those of what reads."""
+def test_frames_down_to_the_coroutine_that_calls(core):
+    """The reader's own frames are left out."""
 
     def inner():
         return core.running_frames(asyncio.current_task().get_coro())
@@ -418,7 +418,7 @@ def test_frames_down_to_the_coroutine_that_asks(core):
 
 @needs_native
 def test_what_has_no_frame_is_refused():
-    """These read memory, so they look first at what it is."""
+    """These functions read memory, so they check the type first."""
     for function in (native.awaited, native.generator_frame, native.running_frames):
         with pytest.raises(TypeError, match="no generator or coroutine"):
             function(object())
@@ -430,8 +430,8 @@ def test_what_has_no_frame_is_refused():
 
 
 @needs_native
-def test_a_frame_whose_variables_are_being_let_go_of_is_not_asked_for_them():
-    """Before 3.11.2 it is linked meanwhile, with the addresses of what is gone."""
+def test_variables_that_are_being_released_are_not_read():
+    """Before 3.11.2 it is still linked, with the addresses of freed objects."""
     said = run_program(
         """
         import gc, sys, threading
@@ -468,7 +468,7 @@ def test_a_frame_whose_variables_are_being_let_go_of_is_not_asked_for_them():
 
 @needs_native
 def test_code_that_is_being_freed_is_in_no_stack():
-    """A callback of a weak reference may run then; before 3.11.2 the frame is linked still."""
+    """A callback of a weak reference may run then; before 3.11.2 the frame is still linked."""
     said = run_program(
         """
         import gc, threading, weakref
@@ -505,10 +505,10 @@ def test_code_that_is_being_freed_is_in_no_stack():
 @pytest.mark.parametrize("shift", [0, 1])
 def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
     """
-    The thread returns from all its frames in the middle of a collection, and uses their memory.
+    The thread returns from all its frames during a garbage collection, and reuses their memory.
 
-    On 3.11 making a frame object collected garbage, and what was there by then was read as
-    a frame: `'int' object has no attribute 'f_code'`, or a crash.
+    On 3.11 making a frame object collected garbage, and then other objects were read as
+    frames: `'int' object has no attribute 'f_code'`, or a crash.
     """
     said = run_program(
         """
@@ -563,8 +563,8 @@ def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
 
 
 @needs_native
-def test_what_a_coroutine_awaits_is_not_read_while_it_is_let_go_of():
-    """A callback of that one's end may run just then, while another thread's loop cancels."""
+def test_what_a_coroutine_awaits_is_not_read_while_it_is_released():
+    """A callback of a weak reference may run just then, while another thread's loop cancels."""
     said = run_program(
         """
         import asyncio, threading, weakref
@@ -611,16 +611,12 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_is_let_go_of():
 
 
 @needs_native
-@pytest.mark.parametrize("calls", range(1, 7))
-def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception(calls):
-    """3.11 may collect garbage as it makes the traceback, with nothing on the stack."""
+def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception():
+    """3.11 may collect garbage while it makes the traceback, with nothing on the stack."""
     said = run_program(
         """
-        import gc, sys, threading
+        import gc, threading
         from asgi_pprof.runtime.chains import await_chain
-
-        ready, read = threading.Event(), threading.Event()
-        left = int(sys.argv[1])
 
         class Waits:
             def __await__(self):
@@ -652,18 +648,19 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception(calls):
                 gc.callbacks.remove(callback)
                 ready.set()
 
-        coroutine = waits()
-        coroutine.send(None)
-        thread = threading.Thread(target=run)
-        thread.start()
-        ready.wait(30)
-        print(len(await_chain(coroutine)) < 3)
-        read.set()
-        thread.join()
-        """,
-        str(calls),
+        for left in range(1, 7):
+            ready, read = threading.Event(), threading.Event()
+            coroutine = waits()
+            coroutine.send(None)
+            thread = threading.Thread(target=run)
+            thread.start()
+            ready.wait(30)
+            print(len(await_chain(coroutine)) < 3)
+            read.set()
+            thread.join()
+        """
     )
-    assert said == "True\n"
+    assert said == "True\n" * 6
 
 
 # Other interpreters
@@ -671,8 +668,8 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception(calls):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
 @pytest.mark.parametrize("switch", ["1", "0"])
-def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
-    """Their GIL is not ours. Without the C core no thread is read meanwhile."""
+def test_threads_of_other_interpreters_are_not_read(switch, tmp_path):
+    """Their GIL is not ours. Without the C core no other thread is read meanwhile."""
     said = run_program(
         """
         import importlib, os, sys, textwrap, threading, time
@@ -728,7 +725,7 @@ def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
     is_native, could_read, *why = meanwhile.split(maxsplit=2)
     assert could_read == is_native
     assert bool(why) == (is_native == "False")
-    # Who uses the private module says nothing by having loaded it from 3.14 on.
+    # From 3.14 on the private module is always loaded, which says nothing about its use.
     as_before = is_native == "False" and sys.version_info < (3, 14)
     assert afterwards == (meanwhile.partition(" ")[2] if as_before else "True")
 
@@ -737,7 +734,7 @@ def test_threads_of_other_interpreters_are_not_looked_at(switch, tmp_path):
 
 
 def test_locals_of_a_module_and_a_class():
-    """These are in a dict, and read from it."""
+    """They are read from the dict that has them."""
     scope = {"frame_local": frame_local, "sys": sys, "value": 1, "seen": []}
     source = """
 seen.append(frame_local(sys._getframe(), "value"))
@@ -751,7 +748,7 @@ class Body:
 
 
 def test_a_frame_that_has_ended_has_no_locals():
-    """And one whose function is done still has them: a frame that somebody keeps."""
+    """A frame that is kept after its function has returned still has them, until it is cleared."""
 
     def function():
         value = object()
@@ -763,8 +760,8 @@ def test_a_frame_that_has_ended_has_no_locals():
     assert frame_local(frame, "value") is None
 
 
-def test_a_snapshot_the_application_has_stays_whole():
-    """Before 3.13 `locals()` gives the very dict that frames keep: it is not emptied."""
+def test_a_snapshot_the_application_has_stays_complete():
+    """Before 3.13 `locals()` returns the dict that the frame keeps: it is not emptied."""
     value = [1]
     mine = locals()
     assert frame_local(sys._getframe(), "value") is value
@@ -773,7 +770,7 @@ def test_a_snapshot_the_application_has_stays_whole():
 
 @pytest.mark.parametrize("install", ["settrace", "setprofile"])
 def test_a_traced_frame_keeps_its_variables(install):
-    """The interpreter writes the snapshot back after a trace function, and it is whole then."""
+    """The interpreter writes the snapshot back after a trace function; it must be complete."""
 
     def traced(argument):
         variable = 2
@@ -793,7 +790,7 @@ def test_a_traced_frame_keeps_its_variables(install):
 
 
 def test_garbage_is_not_collected_while_frame_objects_are_made():
-    """On 3.11; and it is collected again afterwards, unless the application has switched it off."""
+    """On 3.11. Collection is on again afterwards, unless the application had switched it off."""
     off = sys.version_info < (3, 12)
     with frames.frame_objects(sys._getframe()):
         assert gc.isenabled() is not off
@@ -812,7 +809,7 @@ def test_garbage_is_not_collected_while_frame_objects_are_made():
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="garbage is not collected there")
 def test_of_several_readers_the_last_switches_collecting_on_again():
-    """In whatever order they begin and end; a child that is forked meanwhile collects as well."""
+    """In any order; a child that is forked meanwhile collects garbage too."""
     collecting = frames._Collecting()
     collecting.off()
     collecting.off()
@@ -827,7 +824,7 @@ def test_of_several_readers_the_last_switches_collecting_on_again():
 
 
 def test_proxies_of_coroutines_are_seen_through():
-    """As wrapt's, which say they are of the other's class; anything else is what it is."""
+    """Proxies such as wrapt's claim the class of their object. Other values are returned."""
 
     class Proxy:
         def __init__(self, wrapped):

@@ -1,4 +1,4 @@
-"""How long collections of garbage take, by the timer in C and the one in Python."""
+"""Garbage collections are timed, by the timer in C and by the one in Python."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RING = 256
 
 @pytest.fixture(params=TIMERS)
 def timer(request):
-    """What times collections, with the C core and without."""
+    """The timer, with the C core and without."""
     if TIMERS[request.param] is None:
         pytest.skip("needs the C core")
     return TIMERS[request.param]()
@@ -28,12 +28,12 @@ def timer(request):
 
 @pytest.fixture
 def timed(timer):
-    """A GcPauses of its own."""
+    """A GcPauses for this test alone."""
     return GcPauses(timer)
 
 
 def latest(timed):
-    """Return the pause that was timed last, by its place in the ring."""
+    """Return the last timed pause, from its place in the ring."""
     return timed.pauses()[(timed.count + RING - 1) % RING]
 
 
@@ -41,7 +41,7 @@ def latest(timed):
 
 
 def test_a_pause_has_its_place_its_length_and_its_end(timed):
-    """In the ring by the number of all collections, and no longer than the call."""
+    """Its place follows the number of all collections; it is no longer than the call."""
     timed.enable()
     began_ns, before_ns = time.perf_counter_ns(), time.time_ns()
     gc.collect()
@@ -56,7 +56,7 @@ def test_a_pause_has_its_place_its_length_and_its_end(timed):
 
 
 def test_the_ring_holds_the_last_256(timed):
-    """Of more it forgets the oldest; the sum is of all."""
+    """The oldest are overwritten; the total includes them."""
     timed.enable()
     gc.disable()
     try:
@@ -74,8 +74,8 @@ def test_the_ring_holds_the_last_256(timed):
     assert timed.total_ns > sum(pause_ns for pause_ns, _ in pauses)
 
 
-def test_what_the_timer_is_called_with(timer):
-    """As `gc` does; anything else is a TypeError, and it takes no other phase for a start."""
+def test_arguments_of_the_timer(timer):
+    """It takes `gc`'s arguments only, and no other phase counts as a start."""
     timer.begin(7)
     assert timer("stop", {}) is None  # the start of it was not seen
     assert (timer.count, timer.total_ns) == (8, 0)
@@ -87,24 +87,26 @@ def test_what_the_timer_is_called_with(timer):
         timer("start")
 
 
-def lets_others_run(timer):
-    """Return whether another thread got on while the timer was called, at this one try."""
-    calls = (TURNS.copy, functools.partial(timer, "start", {}), TURNS.copy)
-    before, _, after = map(operator.call, calls)  # one call in C: what it calls may let go
+def lets_another_thread_run(timer):
+    """Return whether another thread ran while the timer was called once."""
+    calls = (COUNTER.copy, functools.partial(timer, "start", {}), COUNTER.copy)
+    before, _, after = map(
+        operator.call, calls
+    )  # all in C: only the timer can release the GIL
     return before != after
 
 
-TURNS = [0]
+COUNTER = [0]
 
 
 @pytest.fixture
 def another_thread_counts():
-    """A thread that counts its turns, while each thread gets only very short ones."""
+    """A thread that counts as fast as it can, with a very short switch interval."""
     end = threading.Event()
 
     def count():
         while not end.is_set():
-            TURNS[0] += 1
+            COUNTER[0] += 1
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -120,15 +122,15 @@ def another_thread_counts():
 
 @pytest.mark.usefixtures("another_thread_counts")
 def test_only_a_timer_in_python_lets_other_threads_run(timer):
-    """In the middle of whatever allocates; so the C core's is in C."""
+    """It would do so in the middle of any allocation, so the C core's timer is in C."""
     if isinstance(timer, PythonTimer):
-        assert any(lets_others_run(timer) for _ in range(100_000))
+        assert any(lets_another_thread_run(timer) for _ in range(100_000))
     else:
-        assert not any(lets_others_run(timer) for _ in range(20_000))
+        assert not any(lets_another_thread_run(timer) for _ in range(20_000))
 
 
 def test_a_frame_of_the_timer_is_known():
-    """By its code; that in C has none."""
+    """It is recognized by its code; the timer in C has none."""
     assert is_timing(PythonTimer.__call__.__code__)
     assert not is_timing(latest.__code__)
 
@@ -137,7 +139,7 @@ def test_a_frame_of_the_timer_is_known():
 
 
 def test_enabled_and_disabled_leaves_the_callbacks_as_they_were(timed):
-    """The same objects in the same order."""
+    """The same objects are there, in the same order."""
     others = list(gc.callbacks)
     timed.enable()
     assert len(gc.callbacks) == len(others) + 1
@@ -146,7 +148,7 @@ def test_enabled_and_disabled_leaves_the_callbacks_as_they_were(timed):
 
 
 def test_users_are_counted(timed):
-    """One callback for all, until the last has gone."""
+    """There is one callback until the last user has left."""
     others = list(gc.callbacks)
     timed.enable()
     timed.enable()
@@ -158,7 +160,7 @@ def test_users_are_counted(timed):
 
 
 def test_callbacks_of_others_stay_where_they_are(timed):
-    """Also one that came in between."""
+    """Also one that is added while ours is there."""
     others = list(gc.callbacks)
 
     def theirs(phase, info):
@@ -173,8 +175,8 @@ def test_callbacks_of_others_stay_where_they_are(timed):
         gc.callbacks.remove(theirs)
 
 
-def test_a_callback_that_somebody_else_removed_is_no_error(timed):
-    """`gc.callbacks.clear()` is not ours to forbid."""
+def test_a_callback_that_was_removed_is_no_error(timed):
+    """The application may call `gc.callbacks.clear()`."""
     others = list(gc.callbacks)
     timed.enable()
     gc.callbacks[:] = others
@@ -183,7 +185,7 @@ def test_a_callback_that_somebody_else_removed_is_no_error(timed):
 
 
 def test_nothing_is_timed_while_it_is_off(timed):
-    """And what was timed before stays."""
+    """Earlier times stay."""
     timed.enable()
     gc.collect()
     timed.disable()
@@ -193,7 +195,7 @@ def test_nothing_is_timed_while_it_is_off(timed):
 
 
 def test_the_ring_catches_up_after_it_was_off(timed):
-    """The place of a pause is by the number of all collections."""
+    """The place of a pause follows the number of all collections."""
     timed.enable()
     timed.disable()
     for _ in range(3):
@@ -211,7 +213,7 @@ def test_the_ring_catches_up_after_it_was_off(timed):
 
 @pytest.mark.parametrize("earlier_pauses", [0, 1])
 def test_switched_on_by_a_finalizer_in_the_middle_of_a_collection(timed, earlier_pauses):
-    """That collection's start was not seen, so it has no pause; the next one has its place."""
+    """The start of that collection was missed, so it has no pause; the next one has its place."""
     for _ in range(earlier_pauses):
         timed.enable()
         gc.collect()
@@ -239,5 +241,5 @@ def test_switched_on_by_a_finalizer_in_the_middle_of_a_collection(timed, earlier
 
 
 def test_importing_the_package_switches_nothing_on():
-    """The process's own is off until a middleware is there."""
+    """The process's own timer is off until a middleware starts it."""
     assert not gc_pauses.is_on()

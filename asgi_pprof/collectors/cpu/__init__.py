@@ -1,3 +1,3 @@
-"""profile: what used the CPU, sampled on each thread's CPU clock, or on the process's."""
+"""profile: CPU time, sampled on the CPU clock of each thread, or of the process."""
 
 from asgi_pprof.collectors.cpu.collector import CpuCollector as CpuCollector

@@ -1,7 +1,7 @@
 """
-The CPU profile, from the best engine there is: native, else signal.
+The CPU profile, from the best engine that works here: native, else signal.
 
-See `native_engine` and `signal_engine` for what each measures, how, and what it
+`native_engine` and `signal_engine` say what they measure, how, and what that
 costs and misses.
 """
 
@@ -16,10 +16,10 @@ from asgi_pprof.profile import Profile
 
 
 class CpuCollector:
-    """The CPU profile of this process; one at a time, whoever asks."""
+    """Takes CPU profiles of this process, one at a time."""
 
     def note(self) -> str:
-        """Return which engine serves and why not the better one, or why none can."""
+        """Return which engine is used, and why not the better one, or why none works."""
         missing = native_engine.why_not()
         if not missing:
             return f"engine: {native_engine.ENGINE}"
@@ -38,8 +38,8 @@ class CpuCollector:
         the native one anywhere.
 
         Args:
-            duration_s: How long.
-            stop: Ends it early.
+            duration_s: How long to sample.
+            stop: Ends the profile early.
             hz: Samples a second of CPU time, in each thread.
 
         Returns:

@@ -1,22 +1,22 @@
 """
-CPU time by stack, every thread: the native engine.
+The native engine: CPU time by stack, in every thread.
 
 What is measured: CPU time of every thread that runs Python, by stack, with the
-labels of the context that ran. Threads that never run Python (a BLAS pool) are
-one sample each, by their own CPU clock.
+labels of the context that ran. A thread that never runs Python (of a BLAS pool)
+is one sample with the time of its CPU clock.
 
-How: a timer on each thread's CPU clock signals that very thread, and the
-handler, in C, notes the interpreter's frames there and then, whoever holds the
-GIL. A thread in a C call that has released the GIL is charged to the line that
-called it. A sample stands for a whole period, as in Go; the kernel looks at
-these timers on its tick (often 250 Hz), and what expired since counts as well.
+How: a timer on each thread's CPU clock signals that thread, and the signal
+handler, in C, records its interpreter frames at once, whoever holds the GIL. A
+thread in a C call that has released the GIL is charged to the line that called
+it. A sample stands for a whole period, as in Go; the kernel checks these timers
+on its tick (often 250 Hz), and periods that ended since the last signal count too.
 
 What it costs: 35 to 70 us a sample, measured and reported in a comment; a
-thread without the GIL looks for new threads every 40 ms (0.1 to 0.2 % of one CPU).
+thread without the GIL finds new threads every 40 ms (0.1 to 0.2 % of one CPU).
 
 What it misses: C functions (their time shows at the calling line); what a
 thread does in its first 50 ms; lines may lag by a few bytecodes on 3.14 and
-later, where the interpreter does not note each instruction.
+later, where the interpreter does not store the position of each instruction.
 
 Source: asgi_pprof/_native; timer_create(2); Go, runtime/signal_unix.go.
 """
@@ -24,31 +24,27 @@ Source: asgi_pprof/_native; timer_create(2); Go, runtime/signal_unix.go.
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import cast
 
-from asgi_pprof.collectors.cpu import sigprof
+from asgi_pprof.collectors.cpu.sigprof import sigprof_claim
+from asgi_pprof.collectors.cpu.window import Window
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
-from asgi_pprof.merge import sum_samples
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.native.places import Places
 from asgi_pprof.offload import run_in_thread
-from asgi_pprof.profile import Label, Profile, Sample, ValueType, pseudo_location
+from asgi_pprof.profile import Profile, Sample
 from asgi_pprof.runtime.thread_clocks import ThreadClocks
 
 ENGINE = "native"
 
-_SAMPLE_TYPES = (ValueType("samples", "count"), ValueType("cpu", "nanoseconds"))
-_LOOK_S = 1.0  # how often the clocks of threads without Python are read
-_SHORT_NS = 20_000_000  # unexplained time that is not worth a line
-_ROWS = 256  # read at a time: the GIL is held meanwhile
+_SHORT_NS = 20_000_000  # less unexplained CPU time than this is not reported
+_ROWS = 256  # read in one call, which holds the GIL
 
 
 def why_not() -> str:
-    """Return why this engine cannot serve here, "" if it can."""
+    """Return why this engine cannot run here, "" if it can."""
     if not native:
         return reason
     try:
@@ -58,54 +54,35 @@ def why_not() -> str:
     return ""
 
 
-@dataclass(slots=True)
 class _Run:
-    """What is known when sampling has ended."""
+    """One run of the sampler: what is known when it has ended."""
 
-    hz: int
-    clocks: ThreadClocks = field(default_factory=ThreadClocks)
-    sampled_threads: set[int] = field(default_factory=set)
+    def __init__(self, hz: int) -> None:
+        self.hz = hz
+        self.window = Window(hz)
+        self.clocks = ThreadClocks()
+        self.sampled_threads: set[int] = set()
 
-    @property
-    def period_ns(self) -> int:
-        return 1_000_000_000 // self.hz
-
-    def look(self) -> None:
+    def read_clocks(self) -> None:
         self.sampled_threads.update(native.cpu_threads())
         self.clocks.read()
 
 
 async def collect(duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
     """Profile the CPU for some seconds, or until `stop` is set; see `CpuCollector`."""
-    sigprof.claim()
+    sigprof_claim.claim()
     try:
-        start_ns, started = time.time_ns(), time.monotonic_ns()
         run = _Run(hz)
         _start(hz)
-        deadline = started + round(duration_s * 1e9)
-        while not stop.is_set() and (left := deadline - time.monotonic_ns()) > 0:
-            try:
-                await asyncio.wait_for(stop.wait(), min(left / 1e9, _LOOK_S))
-            except TimeoutError:
-                pass
-            run.look()
+        await run.window.wait(duration_s, stop, run.read_clocks)
     except BaseException:
         native.cpu_stop()
-        _let_go()
+        _free()
         raise
     native.cpu_stop()
-    duration_ns = time.monotonic_ns() - started
-    # Who reads the samples lets them go: the caller may be cancelled meanwhile.
-    samples, comments = await run_in_thread(lambda: _build(run))
-    return Profile(
-        sample_types=_SAMPLE_TYPES,
-        samples=samples,
-        period_type=ValueType("cpu", "nanoseconds"),
-        period=run.period_ns,
-        time_ns=start_ns,
-        duration_ns=max(duration_ns, 1),
-        comments=comments,
-    )
+    run.window.end()
+    # The thread that reads the samples frees them: the caller may be cancelled meanwhile.
+    return await run_in_thread(lambda: _build(run))
 
 
 def _start(hz: int) -> None:
@@ -117,19 +94,19 @@ def _start(hz: int) -> None:
         raise ProfileUnavailable(f"Could not enable CPU profiling: {error}") from error
 
 
-def _let_go() -> None:
+def _free() -> None:
     native.cpu_free()
     book.forget_cpu()
-    sigprof.release()
+    sigprof_claim.release()
 
 
-def _build(run: _Run) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+def _build(run: _Run) -> Profile:
     try:
         stats = cast("dict[str, int]", native.cpu_stats())
-        samples = sum_samples([*_sampled(run.period_ns), *_unsampled(run, stats)])
-        return samples, tuple(_comments(run, stats))
+        samples = [*_sampled(run.window.period_ns), *_not_sampled(run, stats)]
+        return run.window.profile(samples, _comments(run, stats))
     finally:
-        _let_go()
+        _free()
 
 
 def _sampled(period_ns: int) -> Iterator[Sample]:
@@ -143,20 +120,16 @@ def _sampled(period_ns: int) -> Iterator[Sample]:
         rows, position = native.cpu_read(position, _ROWS)
 
 
-def _unsampled(run: _Run, stats: Mapping[str, int]) -> Iterator[Sample]:
-    rest_ns = run.clocks.process_ns - stats["periods"] * run.period_ns - stats["watcher_ns"]
+def _not_sampled(run: _Run, stats: Mapping[str, int]) -> Iterator[Sample]:
+    period_ns = run.window.period_ns
+    rest_ns = run.clocks.process_ns - stats["periods"] * period_ns - stats["watcher_ns"]
     for name, thread_id, cpu_ns in run.clocks.threads():
         if cpu_ns > 0 and thread_id not in run.sampled_threads:
-            yield _not_sampled(name, cpu_ns, run.period_ns, (("thread_id", thread_id),))
+            yield run.window.not_sampled(name, ENGINE, cpu_ns, (("thread_id", thread_id),))
             rest_ns -= cpu_ns
-    # A sampled thread may owe up to a period.
-    if rest_ns > _SHORT_NS + len(run.sampled_threads) * run.period_ns:
-        yield _not_sampled("threads that ended at once", rest_ns, run.period_ns)
-
-
-def _not_sampled(name: str, cpu_ns: int, period_ns: int, labels: tuple[Label, ...] = ()) -> Sample:
-    place = pseudo_location(f"{name}: stack not sampled by the {ENGINE} engine")
-    return Sample((place,), (round(cpu_ns / period_ns), cpu_ns), labels)
+    # Each sampled thread may have used up to a period since its last sample.
+    if rest_ns > _SHORT_NS + len(run.sampled_threads) * period_ns:
+        yield run.window.not_sampled("threads that ended at once", ENGINE, rest_ns)
 
 
 def _comments(run: _Run, stats: dict[str, int]) -> list[str]:

@@ -1,15 +1,15 @@
 """
 Keeps a flood of signals away from an event loop's wakeup descriptor.
 
-CPython writes a byte to `signal.set_wakeup_fd`'s descriptor for every signal.
-asyncio's is a socket pair that holds a few hundred such bytes: a loop that is
-blocked while SIGPROF comes at 100 Hz would fill it within 3 s, then CPython
-complains on stderr and, worse, the byte of a later SIGTERM is lost. So while
-sampling, a pipe of ours (65,536 bytes: 11 minutes) takes its place, and what
-is not ours to drop is handed on.
+CPython writes a byte to the descriptor of `signal.set_wakeup_fd` for every
+signal. asyncio's is a socket pair that holds a few hundred such bytes. SIGPROF at
+100 Hz would fill it within 3 s of a blocked loop; then CPython complains on
+stderr and, worse, the byte of a later SIGTERM is lost. So a pipe of ours (65,536
+bytes: 11 minutes) replaces the descriptor during sampling, and bytes of other
+signals are forwarded.
 
-Only needed when somebody has set a descriptor: `loop.add_signal_handler`
-under asyncio, always under uvloop; never uvicorn's own signal handling.
+This is only needed if a descriptor is set: by `loop.add_signal_handler` under
+asyncio, always under uvloop; uvicorn's own signal handling sets none.
 
 Source: CPython, Modules/signalmodule.c, trip_signal; unix(7), skb accounting.
 """
@@ -24,7 +24,7 @@ _NONE = -1
 
 
 class SignalWakeup:
-    """The swap of descriptors; main thread only, on the running loop."""
+    """Replaces the wakeup descriptor; main thread only, on the running loop."""
 
     def __init__(self, ignore: int) -> None:
         self._ignore = ignore
@@ -33,13 +33,13 @@ class SignalWakeup:
 
     def install(self) -> None:
         """
-        Take the place of the wakeup descriptor, if there is one.
+        Replace the wakeup descriptor, if there is one.
 
         Raises:
-            OSError: No descriptor is left.
+            OSError: The process has no descriptors left.
             ValueError: Not the main thread of the main interpreter.
         """
-        reader, writer = os.pipe()  # first: what can fail must change nothing
+        reader, writer = os.pipe()  # first, so that a failure changes nothing
         os.set_blocking(reader, False)
         os.set_blocking(writer, False)
         try:
@@ -56,11 +56,11 @@ class SignalWakeup:
             self._loop.add_reader(reader, self.forward)
 
     def restore(self) -> None:
-        """Put the descriptor back, unless somebody has set another one since."""
+        """Put the descriptor back, unless another one has been set since."""
         if self._pipe is None:
             return
         reader, writer = self._pipe
-        # asyncio asks for the warning, uvloop does not; the flag cannot be read.
+        # asyncio sets the flag, uvloop does not; it cannot be read.
         warns = isinstance(self._loop, asyncio.BaseEventLoop)
         current = signal.set_wakeup_fd(self._replaced, warn_on_full_buffer=warns)
         if current != writer:
@@ -72,7 +72,7 @@ class SignalWakeup:
         self._pipe = None
 
     def forward(self) -> None:
-        """Hand on what has been received, without the bytes that are ours to drop."""
+        """Forward the bytes that have been received, except those of the ignored signal."""
         assert self._pipe is not None
         try:
             received = os.read(self._pipe[0], 65536)
@@ -80,6 +80,6 @@ class SignalWakeup:
             if others and self._replaced != _NONE:
                 os.write(self._replaced, others)
         except BlockingIOError:
-            pass  # nothing to read, or a full buffer, which wakes the loop as well
+            pass  # nothing to read, or a full buffer, which also wakes the loop
         except OSError:
-            pass  # the replaced descriptor was closed: its loop is gone
+            pass  # the replaced descriptor has been closed with its loop

@@ -1,4 +1,4 @@
-"""Which CPU engine serves, and what it says about it."""
+"""The best CPU engine that works here is used, and the note says which one."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def collect(hz=100):
 
 
 @pytest.mark.skipif(not native, reason="needs the C core")
-def test_the_native_engine_serves_where_it_can():
-    """Every thread, at the wanted frequency."""
+def test_the_native_engine_is_used_where_it_works():
+    """It samples every thread, at the wanted frequency."""
     assert CpuCollector().note() == "engine: native"
     profile = collect(hz=50)
     assert profile.comments[0].startswith("engine: native, every thread at 50 Hz")
@@ -38,14 +38,14 @@ def test_the_native_engine_serves_where_it_can():
 
 
 @pytest.mark.skipif(bool(native), reason="needs to be without the C core")
-def test_without_the_c_core_the_signal_engine_serves():
-    """And says why no other."""
+def test_without_the_c_core_the_signal_engine_is_used():
+    """The note says why not the native one."""
     assert reason in CpuCollector().note()
     assert collect().comments[0].startswith("engine: signal")
 
 
-def test_the_signal_engine_serves_where_the_other_cannot(monkeypatch):
-    """At the wanted frequency too; the note has what it misses, and the reason."""
+def test_the_signal_engine_is_used_where_the_native_one_does_not_work(monkeypatch):
+    """At the wanted frequency too; the note says what it misses, and the reason."""
     monkeypatch.setattr(cpu_native, "why_not", lambda: "the moon is full")
     assert CpuCollector().note() == (
         "engine: signal, which samples the main thread only (no native one: the moon is full)"
@@ -55,16 +55,16 @@ def test_the_signal_engine_serves_where_the_other_cannot(monkeypatch):
     assert profile.period == 20_000_000
 
 
-def test_where_a_process_may_not_read_itself_the_reason_is_the_systems(monkeypatch):
-    """As under a strict seccomp filter."""
+def test_without_process_vm_readv_the_reason_is_the_systems(monkeypatch):
+    """For example under a strict seccomp filter."""
     monkeypatch.setattr(cpu_native, "native", NoProcessVm)
     assert cpu_native.why_not() == "process_vm_readv: Operation not permitted"
     assert "process_vm_readv" in CpuCollector().note()
     assert collect().comments[0].startswith("engine: signal")
 
 
-def test_where_no_engine_works_it_is_unavailable(monkeypatch):
-    """501 with both reasons, and the note says so before anybody asks."""
+def test_without_an_engine_the_profile_is_unavailable(monkeypatch):
+    """The answer is 501 with both reasons, and the note says so beforehand."""
     monkeypatch.setattr(cpu_native, "why_not", lambda: "the moon is full")
     monkeypatch.setattr(cpu_signal, "is_supported", lambda: False)
     assert CpuCollector().note().startswith("unavailable: needs SIGPROF")

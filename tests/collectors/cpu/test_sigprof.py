@@ -1,4 +1,4 @@
-"""Who may have SIGPROF: one profile at a time, and the application before us."""
+"""SIGPROF is used by one profile at a time, and never while the application uses it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,24 @@ import signal
 
 import pytest
 
-from asgi_pprof.collectors.cpu import sigprof
+from asgi_pprof.collectors.cpu.sigprof import SigprofClaim
 from asgi_pprof.errors import ProfileBusy
 
 
-@pytest.fixture(autouse=True)
-def _default_action():
-    """Put the action back to what it was, and release."""
+@pytest.fixture
+def sigprof():
+    """A claim of its own; the action of SIGPROF is put back afterwards."""
     before = signal.getsignal(signal.SIGPROF)
-    yield
-    sigprof.release()
+    yield SigprofClaim()
     signal.signal(signal.SIGPROF, before)
 
 
 def handle(signum, frame):
-    """Be the application's handler."""
+    """The application's handler."""
 
 
-def test_a_claim_holds_until_its_release():
-    """The second is refused in Go's words."""
+def test_a_claim_holds_until_its_release(sigprof):
+    """A second claim is refused in Go's words."""
     sigprof.claim()
     with pytest.raises(ProfileBusy) as caught:
         sigprof.claim()
@@ -35,7 +34,7 @@ def test_a_claim_holds_until_its_release():
     sigprof.claim()
 
 
-def test_a_handler_is_somebodys_use():
+def test_a_signal_handler_refuses_a_claim(sigprof):
     """Unless it is one of ours, left over by a fork."""
     signal.signal(signal.SIGPROF, handle)
     with pytest.raises(ProfileBusy, match="the application handles SIGPROF with .*handle"):
@@ -44,14 +43,14 @@ def test_a_handler_is_somebodys_use():
 
 
 @pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
-def test_no_handler_is_nobodys_use(action):
-    """Ignored or not."""
+def test_a_signal_without_a_handler_can_be_claimed(sigprof, action):
+    """Whether the signal is ignored or not."""
     signal.signal(signal.SIGPROF, action)
     sigprof.claim()
 
 
-def test_a_timer_is_somebodys_use():
-    """Though nobody handles its signal."""
+def test_a_running_timer_refuses_a_claim(sigprof):
+    """Even if its signal is ignored."""
     signal.signal(signal.SIGPROF, signal.SIG_IGN)
     signal.setitimer(signal.ITIMER_PROF, 1000)
     try:
@@ -62,8 +61,8 @@ def test_a_timer_is_somebodys_use():
     sigprof.claim()
 
 
-def test_a_refused_claim_claims_nothing():
-    """The next one may."""
+def test_a_refused_claim_claims_nothing(sigprof):
+    """The next claim succeeds."""
     signal.signal(signal.SIGPROF, handle)
     with pytest.raises(ProfileBusy):
         sigprof.claim()
@@ -71,7 +70,7 @@ def test_a_refused_claim_claims_nothing():
     sigprof.claim()
 
 
-def test_a_claim_of_the_parent_is_none_of_a_childs(monkeypatch):
+def test_a_forked_child_does_not_inherit_the_claim(sigprof, monkeypatch):
     """A process that was forked in the middle of a profile may take its own."""
     sigprof.claim()
     parent = os.getpid()
