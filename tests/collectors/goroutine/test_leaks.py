@@ -21,8 +21,8 @@ import pytest
 import uvloop
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.goroutine.leak_graph import _referents
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
+from asgi_pprof.collectors.goroutine.references import referents
 from tests.servers import serve
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -813,7 +813,7 @@ def test_no_reference_is_counted_that_a_frame_only_borrows(loop_name):
         next(generator)
         await anext(other)
         frames += [generator, other]
-        shown = sum(each is local for frame in frames for each in _referents(frame))
+        shown = sum(each is local for frame in frames for each in referents(frame))
         held = sys.getrefcount(local) - before
         await other.aclose()
         return shown, held
