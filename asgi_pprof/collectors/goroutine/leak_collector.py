@@ -24,7 +24,7 @@ from asgi_pprof.collectors.goroutine.leak_search import find_leaked
 from asgi_pprof.collectors.goroutine.waits import Task
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import Goroutine, Profile
-from asgi_pprof.runtime.task_notes import note_of
+from asgi_pprof.runtime.task_records import record_of
 
 _PAUSE_S = 0.05
 
@@ -72,11 +72,11 @@ class LeakCollector:
     async def snapshot(self) -> Callable[[], Profile]:
         """Search, and give goroutineleak/count: one sample per stack and labels."""
         await self._search()
-        look = await self._tasks.look()
+        scan = await self._tasks.begin_scan()
         counts: Counter[SampleKey] = Counter()
         for task in list(self._leaked):
-            counts[look.sample_key(task)] += 1
-            await self._tasks.give_way(look)
+            counts[scan.sample_key(task)] += 1
+            await scan.yield_if_due()
         profile = profile_of("goroutineleak", counts)
         return lambda: profile
 
@@ -88,11 +88,11 @@ class LeakCollector:
 
     async def _search(self) -> None:
         async with _search_alone():
-            look = await self._tasks.look()
-            tasks = [task async for task in self._tasks.tasks(look)]
-            found = await find_leaked(tasks, look.awaited)
+            scan = await self._tasks.begin_scan()
+            tasks = [task async for task in self._tasks.tasks(scan)]
+            found = await find_leaked(tasks, scan.awaited)
             for task in self._leaked:
-                note_of(task).leaked = task in found
+                record_of(task).leaked = task in found
             for task in found:
-                note_of(task).leaked = True
+                record_of(task).leaked = True
             self._leaked = weakref.WeakSet(found)

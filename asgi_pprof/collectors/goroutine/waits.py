@@ -121,8 +121,8 @@ class Waits:
                 for name in names.split():
                     self._reasons[filename, name] = reason or name
 
-    def look_at_threads(self) -> None:
-        """See anew what the worker threads do."""
+    def read_threads(self) -> None:
+        """Read again what the worker threads do."""
         self.workers = Workers()
 
     def wait(self, future: Any, chain: Chain) -> Wait:
