@@ -1,4 +1,4 @@
-"""Long work on an event loop, divided into slices of time with the loop's other work in between."""
+"""Long work on an event loop, divided into slices; the loop's other work runs in between."""
 
 from __future__ import annotations
 

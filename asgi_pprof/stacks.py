@@ -192,7 +192,7 @@ def name_totals(totals: Iterable[StackTotal]) -> tuple[Sample, ...]:
 
 
 def chain_stack(chain: Chain, symbols: Symbols) -> Stack:
-    """Return where the awaitables of a chain wait, leaf first, at most `MAX_DEPTH` locations."""
+    """Return a chain as a stack, leaf first; beyond `MAX_DEPTH` locations it is truncated."""
     stack = [
         _frameless(each.awaitable)
         if each.code is None

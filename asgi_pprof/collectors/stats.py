@@ -47,7 +47,7 @@ from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.proc import proc_status
-from asgi_pprof.runtime.task_notes import note_of
+from asgi_pprof.runtime.task_records import record_of
 from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
 from asgi_pprof.slices import Slices
 
@@ -264,7 +264,7 @@ def _longest_wait_ns(pool: Pool, tasks: Iterable[Task]) -> int | None:
     if not pool.queued:
         return 0
     now_ns = time.monotonic_ns()
-    waits_ns = [note_of(task).look(waits_for(task), now_ns) for task in tasks]
+    waits_ns = [record_of(task).update(waits_for(task), now_ns) for task in tasks]
     return max(waits_ns, default=0) or None  # 0: no scan has seen these tasks before
 
 

@@ -1,7 +1,7 @@
 """
-Chains of awaits: what a suspended coroutine awaits, what that awaits, to the end.
+Chains of awaits: what a suspended coroutine awaits, what that awaits, and so on.
 
-Nothing is kept of a frame but its code and where it was: a kept frame keeps its locals alive.
+Of a frame only its code and its bytecode offset are kept: a kept frame keeps its locals alive.
 """
 
 from __future__ import annotations
@@ -9,15 +9,22 @@ from __future__ import annotations
 import gc
 from collections import deque
 from collections.abc import Iterator, Sequence
-from types import AsyncGeneratorType, CodeType, CoroutineType, GeneratorType
-from typing import Any, NamedTuple, cast
+from types import CodeType
+from typing import Any, NamedTuple
 
-from asgi_pprof.runtime.frames import MAX_DEPTH, awaited, generator_frame, is_generator, unwrapped
+from asgi_pprof.runtime import type_info
+from asgi_pprof.runtime.frames import (
+    MAX_DEPTH,
+    awaited,
+    generator_frame,
+    is_generator,
+    unwrapped,
+)
 
 _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
 wrappers: dict[int, CodeType] = {}
-"""Code of ours that stands around what it calls, by identity: no stack shows it."""
+"""Code of our own wrappers, by its address: left out of all stacks."""
 
 
 class Awaited(NamedTuple):
@@ -34,50 +41,58 @@ Chain = Sequence[Awaited]
 
 def await_chain(awaitable: object) -> Chain:
     """
-    Return what a suspended coroutine awaits, and what that awaits, to the end.
+    Return what a suspended coroutine awaits, what that awaits, and so on, outermost first.
 
-    Of a chain longer than `MAX_DEPTH` the innermost part, and one more. Without
-    the future at the end; () if there is only that.
+    Of a chain longer than `MAX_DEPTH` only the innermost `MAX_DEPTH` + 1. The
+    future at the end is left out; () if there is nothing else. Proxies and
+    Cython's coroutines, and so uvloop's, are followed, which may run their code.
     """
-    return list(deque(_awaited(awaitable), MAX_DEPTH + 1))
+    return list(deque(_places(awaitable), MAX_DEPTH + 1))
 
 
-def _awaited(awaitable: object) -> Iterator[Awaited]:
-    outermost = awaitable
-    for _ in range(_MAX_CHAIN):
-        awaitable = unwrapped(awaitable)
+def _places(outermost: object) -> Iterator[Awaited]:
+    for awaitable in awaitables(outermost, runs_code=True):
         if is_generator(awaitable):
-            place, inner = generator_frame(awaitable), awaited(awaitable)
-        elif (carried := _carried(awaitable)) is not None:
-            awaitable = carried
-            continue
-        elif hasattr(type(awaitable), "cr_await"):
-            place, inner = _of_cython(awaitable)
+            place = generator_frame(awaitable)
+        elif _is_cython_coroutine(awaitable):
+            place = _cython_frame(awaitable)
         else:
-            # None has not begun or is about to run; what a future is for is another question.
+            # None: it has not begun, or is about to run. A future is not part of the chain.
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
                 yield Awaited(awaitable)
             return
         if place is not None and id(place[0]) not in wrappers:
             yield Awaited(awaitable, *place)
-        awaitable = inner
 
 
-def _of_cython(coroutine: Any) -> tuple[tuple[CodeType, int] | None, object]:
-    """Return where a coroutine of Cython's, and so uvloop's, is, and what it awaits."""
-    frame = coroutine.cr_frame  # of its own making, and nobody else's
-    inner = None if coroutine.cr_running else coroutine.cr_await
-    return None if frame is None else (frame.f_code, frame.f_lasti), inner
+def awaitables(awaitable: object, *, runs_code: bool = False) -> Iterator[object]:
+    """
+    Yield an awaitable, what it awaits, and so on: coroutines and generators, then what ends them.
+
+    Iterators that only drive a coroutine or generator are skipped. No code of the
+    awaitables runs, unless `runs_code`: then proxies are unwrapped and Cython's
+    coroutines followed; else these end the chain.
+    """
+    for _ in range(_MAX_CHAIN):
+        if runs_code:
+            awaitable = unwrapped(awaitable)
+        if _is_driver(awaitable):
+            driven = _driven(awaitable, runs_code)
+            if driven is not None:
+                awaitable = driven
+                continue
+        yield awaitable
+        if is_generator(awaitable):
+            awaitable = awaited(awaitable)
+        elif runs_code and _is_cython_coroutine(awaitable):
+            awaitable = _awaited_by_cython(awaitable)
+        else:
+            return
 
 
-def _is_future(awaitable: object) -> bool:
-    kind = type(awaitable)
-    return hasattr(kind, "_asyncio_future_blocking") or kind.__name__ == "FutureIter"
-
-
-_CARRIERS = {
-    # What stands between an await and the coroutine or generator it drives;
-    # none of them tells what it carries, so the collector's view is asked.
+_DRIVERS = {
+    # Iterators between an await and the coroutine or generator that they drive.
+    # None of them tells which: the garbage collector is asked for what they refer to.
     "async_generator_asend",
     "async_generator_athrow",
     "anext_awaitable",
@@ -85,14 +100,31 @@ _CARRIERS = {
 }
 
 
-def _carried(awaitable: object) -> object | None:
-    if type(awaitable).__name__ not in _CARRIERS:
-        return None
-    for referent in gc.get_referents(awaitable):
-        if isinstance(referent, CoroutineType | GeneratorType | AsyncGeneratorType):
-            return referent
-        if hasattr(type(referent), "cr_await"):
-            return cast(object, referent)
-        if type(referent).__name__ in _CARRIERS:
-            return cast(object, referent)
+def _is_driver(awaitable: object) -> bool:
+    return not is_generator(awaitable) and type_info.name(type(awaitable)) in _DRIVERS
+
+
+def _driven(driver: object, runs_code: bool) -> object | None:
+    for referent in gc.get_referents(driver):
+        each = unwrapped(referent) if runs_code else referent
+        if is_generator(each) or _is_driver(each) or runs_code and _is_cython_coroutine(each):
+            return each
     return None
+
+
+def _is_cython_coroutine(awaitable: object) -> bool:
+    return hasattr(type(awaitable), "cr_await") and not is_generator(awaitable)
+
+
+def _cython_frame(coroutine: Any) -> tuple[CodeType, int] | None:
+    frame = coroutine.cr_frame  # made by Cython for this one coroutine
+    return None if frame is None else (frame.f_code, frame.f_lasti)
+
+
+def _awaited_by_cython(coroutine: Any) -> object:
+    return None if coroutine.cr_running else coroutine.cr_await
+
+
+def _is_future(awaitable: object) -> bool:
+    kind = type(awaitable)
+    return hasattr(kind, "_asyncio_future_blocking") or kind.__name__ == "FutureIter"

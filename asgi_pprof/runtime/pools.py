@@ -1,16 +1,19 @@
 """
-Worker threads: what each runs, and for which future; how busy their pools are.
+Worker threads: what each runs, for which future, and how busy their pools are.
 
-Two kinds are known: those of `concurrent.futures.ThreadPoolExecutor` (so
+What is measured: the threads of `concurrent.futures.ThreadPoolExecutor` (so
 `run_in_executor` and `asyncio.to_thread`) and anyio's (so every `def` endpoint
-of FastAPI). A thread is one of them by a frame of theirs on its stack; the
-frame's local variables name the future it works for. anyio has no pools but
-limiters: one that is each loop's default, and those that are given to it with
-the work. Looking costs about 0.1 us a frame of all threads, and 2 ms for
-100,000 pieces of queued work, with the GIL held, on request only.
+of FastAPI). In place of pools anyio has limiters: each loop's default one, and
+those that are passed with the work.
 
-What waits for a thread is known where a task awaits the queued work itself, not
-a `gather` of it; of each queue only the first few are asked.
+How: a worker thread has a frame of its pool on its stack; that frame's local
+variables name the future it works for.
+
+What it costs: about 0.1 us a frame of all threads, and 2 ms for 100,000 pieces
+of queued work, with the GIL held, on request only.
+
+What it misses: a task that waits for a thread is known if it awaits the queued
+work itself, not a `gather` of it; of each queue only the first ten are read.
 
 Source: CPython, Lib/concurrent/futures/thread.py, Modules/_queuemodule.c;
 anyio, _backends/_asyncio.py, lowlevel.py.
@@ -49,7 +52,7 @@ Task = asyncio.Task[Any]
 _WorkItem = concurrent.futures.thread._WorkItem
 _RUN_ITEM = _WorkItem.run.__code__
 _NUMBER = re.compile(r"[-_]?\d*$")
-_FIRST = 10  # of each queue; work is done in the order it came
+_FIRST = 10  # of each queue; work is done in the order in which it was queued
 
 
 class Work(NamedTuple):
@@ -59,8 +62,8 @@ class Work(NamedTuple):
     Args:
         thread: The thread's name.
         stack: Its frames above the pool's own; () if it is in a C function.
-        function: The name of the function it was given, "" if that has none.
-        future: What it works for: an asyncio future, or a concurrent one.
+        function: The name of the function that was submitted, "" if that has none.
+        future: The future of this work: asyncio's or a concurrent one.
     """
 
     thread: str
@@ -74,10 +77,10 @@ class Pool(NamedTuple):
     A pool of worker threads.
 
     Args:
-        name: What its threads are called, without their numbers.
-        busy: Threads that work.
-        size: Threads there may be; of a limiter that can be infinite.
-        queued: Work that waits for a thread.
+        name: The name of its threads without their numbers.
+        busy: How many threads work.
+        size: How many threads there may be; for a limiter it can be infinite.
+        queued: How much work waits for a thread.
     """
 
     name: str
@@ -88,7 +91,7 @@ class Pool(NamedTuple):
 
 class Workers:
     """
-    The worker threads of one moment, and the executors they belong to.
+    The worker threads at one moment, and the executors they belong to.
 
     Args:
         current_frames: Test seam for `frames.current_frames`.
@@ -111,7 +114,7 @@ class Workers:
 
     @property
     def pools(self) -> list[Pool]:
-        """The executors that have threads. anyio has limiters in their place."""
+        """The executors that have threads; anyio has limiters instead."""
         return [pool for pool, _ in self._executors]
 
     def waiting(self) -> Iterator[tuple[Pool, list[Task]]]:
@@ -122,10 +125,10 @@ class Workers:
 
     def limited(self) -> Iterator[tuple[asyncio.AbstractEventLoop, Any] | None]:
         """
-        Yield, for each working thread, the loop and the limiter that its work was given with.
+        Yield, for each working thread, the loop and the limiter that was passed with its work.
 
-        None if it was given with none: then the loop's default is the one. As each
-        takes up to 50 us, the loop should turn in between.
+        None if none was passed: then it is the loop's default. Each takes up to
+        50 us, so the caller should yield to the loop in between.
         """
         run_sync = _anyio_run_sync()
         for work in self._work.values():
@@ -134,7 +137,7 @@ class Workers:
             yield None if limiter is None else (tasks[0].get_loop(), limiter)
 
     def working_for(self, future: object) -> Work | None:
-        """Return what a thread does for an asyncio or a concurrent future, None if none does."""
+        """Return a thread's work for an asyncio or concurrent future, None if there is none."""
         return self._work.get(id(future))  # by identity: the work keeps it alive
 
     def queued_in(self, future: object) -> Pool | None:
@@ -152,7 +155,7 @@ class Workers:
 
 
 def default_limiter(loop: asyncio.AbstractEventLoop) -> Any:
-    """Return what limits the threads anyio starts for a loop, None if it has not started any."""
+    """Return the limiter of the threads that anyio starts for a loop, None if there are none."""
     run_vars = getattr(sys.modules.get("anyio.lowlevel"), "_run_vars", {})
     with suppress(TypeError):  # a foreign loop that cannot be referenced weakly
         for variable, value in dict(run_vars.get(loop, {})).items():
@@ -163,12 +166,12 @@ def default_limiter(loop: asyncio.AbstractEventLoop) -> Any:
 
 
 def limiter_pool(name: str, limiter: Any) -> tuple[Pool, list[Task]]:
-    """Return anyio's limiter as a pool of that name, and the tasks that wait for it first."""
+    """Return anyio's limiter as a pool of that name, and the first ten tasks that wait for it."""
     statistics = limiter.statistics()
     pool = Pool(name, statistics.borrowed_tokens, statistics.total_tokens, statistics.tasks_waiting)
-    # One that was made outside of any loop has another inside.
+    # A limiter that was created outside of any loop wraps another.
     limiter = getattr(limiter, "_internal_limiter", None) or limiter
-    queue = list(getattr(limiter, "_wait_queue", ()))  # at once: another thread's loop changes it
+    queue = list(getattr(limiter, "_wait_queue", ()))  # in one go: another thread's loop changes it
     return pool, [each for each in queue[:_FIRST] if isinstance(each, asyncio.Task)]
 
 
@@ -186,7 +189,7 @@ def _is_limiter(value: object) -> bool:
 
 
 def _wanted() -> LocalsOf:
-    """Return the frames by which a worker thread is known, and which of their variables tell."""
+    """Return the code that identifies worker threads, and the variables to read of its frames."""
     run = _anyio_run()
     anyio = () if run is None else ((run, "future", "func", "args"),)
     return ((_RUN_ITEM, "self"), *anyio)
@@ -220,7 +223,7 @@ def _anyio_run() -> CodeType | None:
 
 
 def _name(function: Any, arguments: Any) -> str:
-    """Return what is called in the end: pools get it inside partials and `Context.run`."""
+    """Return the name of the function inside partials and `Context.run`, which pools are given."""
     while True:
         if type(function) is functools.partial:
             function, arguments = function.func, (*function.args, *arguments)
@@ -268,9 +271,8 @@ def _executor(
 
 
 def _items(queue: object) -> list[object]:
-    # The queue cannot be looked into; what it holds is asked of the garbage
-    # collector's view: before 3.13 a list, later the items themselves. Both are
-    # in the order they came.
+    # A queue does not show its items, except to the garbage collector: before 3.13 a
+    # list of them, later the items themselves. Both are in the order of the queue.
     held = gc.get_referents(queue)
     if sys.version_info < (3, 13):
         return next((list(each) for each in held if type(each) is list), [])
@@ -282,7 +284,7 @@ def _work_items(items: list[object]) -> Iterator[Any]:
 
 
 def _tasks_for(future: concurrent.futures.Future[Any]) -> Iterator[Task]:
-    """Yield the tasks that wait for a concurrent future, by the asyncio futures chained to it."""
+    """Yield the tasks that wait for a concurrent future, through asyncio futures chained to it."""
     for callback in list(getattr(future, "_done_callbacks", ())):
         for cell in getattr(callback, "__closure__", None) or ():
             with suppress(ValueError):  # an empty cell
@@ -291,7 +293,7 @@ def _tasks_for(future: concurrent.futures.Future[Any]) -> Iterator[Task]:
 
 
 def _waiting_for(future: Any) -> Iterator[Task]:
-    """Yield the tasks that an asyncio future will wake: their own methods are its callbacks."""
+    """Yield the tasks that an asyncio future will wake: its callbacks are methods of theirs."""
     for callback, *_ in getattr(future, "_callbacks", None) or ():
         task = getattr(callback, "__self__", None)
         if isinstance(task, asyncio.Task):

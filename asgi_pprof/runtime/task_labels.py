@@ -14,7 +14,7 @@ _DEFAULT_NAME = re.compile(r"Task-\d+")
 
 
 def has_default_name(task: Task) -> bool:
-    """Tell whether asyncio gave the task its name."""
+    """Return whether asyncio gave the task its name."""
     return _DEFAULT_NAME.fullmatch(task.get_name()) is not None
 
 
@@ -24,7 +24,7 @@ def task_labels(task: Task) -> dict[str, str]:
 
 
 def fold_default_name(labels: dict[str, str]) -> None:
-    """Leave the number out of a default name, so that tasks alike have labels alike."""
+    """Remove the number from a default name, so that equal tasks have equal labels."""
     if _DEFAULT_NAME.fullmatch(labels["task"]):
         labels["task"] = "Task"
 
@@ -35,9 +35,9 @@ def _context_labels(task: Task) -> Any:
 
 
 def _context_311(task: Task) -> Context | None:
-    # Task.get_context came with 3.12. The C task shows its context only to the
-    # garbage collector, before the contexts of its callbacks (_asynciomodule.c,
-    # TaskObj_traverse); Python's own keeps it in an attribute.
+    # Task.get_context came with 3.12. A C task shows its context only to the garbage
+    # collector, before the contexts of its callbacks (_asynciomodule.c,
+    # TaskObj_traverse); a Python task keeps it in an attribute.
     context = getattr(task, "_context", None)
     if context is None:
         referents = gc.get_referents(task)

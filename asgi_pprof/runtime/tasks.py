@@ -1,15 +1,15 @@
 """
-Every task there is in the process, of any loop and class, and what would wake it.
+All tasks of the process, of any loop and class, and what would wake each.
 
 How: up to CPython 3.13 asyncio registers all tasks in two sets of its module.
-Later ones link them in lists of the interpreter that only the C core can read;
+Later versions link them in lists of the interpreter that only the C core can read;
 tasks of other classes are in sets of the C module's own.
 
-What it costs: 3 to 5 ms for 100,000 tasks, copied at once, and 1 to 3 ms up to
+What it costs: 3 to 5 ms for 100,000 tasks, copied in one go, and 1 to 3 ms up to
 3.13. Without the C core 9 to 21 ms on 3.14 and later.
 
-What it misses: nothing with the C core, and up to 3.13. Without it, on 3.14 and
-later, the tasks of loops that were never seen running.
+What it misses: nothing with the C core, nor up to 3.13. Without the C core, on
+3.14 and later, it misses the tasks of loops that it never saw running.
 
 Source: CPython, Modules/_asynciomodule.c, Lib/asyncio/tasks.py.
 """
@@ -39,9 +39,9 @@ _Entry: TypeAlias = "Task | weakref.ref[Task]"
 
 class TaskList:
     """
-    All tasks of all loops; without the C core it remembers, weakly, the loops it has seen.
+    Lists all tasks of all loops; without the C core it remembers, weakly, the loops it has seen.
 
-    May be shared by loops in several threads.
+    May be used on several loops at a time.
     """
 
     def __init__(self) -> None:
@@ -49,10 +49,10 @@ class TaskList:
 
     def tasks(self) -> list[_Entry]:
         """
-        Return every registered task, or a reference to it; to be called on a running loop.
+        Return every registered task, or a weak reference to it; to be called on a running loop.
 
-        A task may be there twice, and may be done. All registries are copied at
-        once, so that none is missed that was there before and after.
+        A task may be listed twice, and may be done. All registries are copied in one
+        go, so that no task is missed that is registered before and after.
         """
         entries = _registered()
         if sys.version_info >= (3, 14):
@@ -60,20 +60,20 @@ class TaskList:
             if linked is not None:
                 linked += entries  # the long list is not copied once more
                 return linked
-            self._look_for_loops()
+            self._remember_loops()
             remembered = cast(Any, self._loops).data  # a copy of its set is atomic
             for loop in list(remembered):
                 entries += _tasks_of(loop())
         return entries
 
-    def _look_for_loops(self) -> None:
+    def _remember_loops(self) -> None:
         for running in running_loops():
             with suppress(TypeError):  # a foreign loop that cannot be referenced weakly
                 self._loops.add(running.loop)
 
 
 def alive(entries: Iterable[_Entry]) -> Iterator[Task]:
-    """Yield each task once that is not done when its turn comes."""
+    """Yield each task once, unless it is done by the time it is reached."""
     seen: set[Task] = set()
     for entry in entries:
         task = entry() if isinstance(entry, weakref.ref) else entry
@@ -90,8 +90,8 @@ def _registered() -> list[_Entry]:
     """
     Return the tasks in asyncio's sets: all up to 3.13, later those of foreign classes.
 
-    The copy of a set is atomic; a WeakSet's iterator is not. Those of eager tasks
-    come first: one that grows up meanwhile is then in both, and not in none.
+    The copy of a set is atomic; a WeakSet's iterator is not. The eager tasks come
+    first: a task that becomes a scheduled one meanwhile is then in both sets, not in none.
     """
     entries: list[_Entry] = []
     for name in ("_eager_tasks", "_scheduled_tasks", "_all_tasks"):
@@ -103,8 +103,8 @@ def _registered() -> list[_Entry]:
 
 
 def _registered_by_c() -> list[_Entry]:
-    # From 3.14 on the C module has a WeakSet and a set of its own, which it shows
-    # to the garbage collector only, besides a set of types of coroutines.
+    # From 3.14 on the C module has a WeakSet and a set of its own, besides a set of
+    # types of coroutines. It shows them only to the garbage collector.
     entries: list[_Entry] = []
     for each in gc.get_referents(_asyncio):
         if type(each) is weakref.WeakSet:
@@ -115,7 +115,7 @@ def _registered_by_c() -> list[_Entry]:
 
 
 class _NoLoop:
-    """What a task asks of its loop when it is made, and nothing that would run it."""
+    """What a task needs of its loop when it is created; it never runs the task."""
 
     def get_debug(self) -> bool:
         return False
@@ -133,15 +133,15 @@ def _linked() -> list[_Entry] | None:
     if native is None or _asyncio is None:
         return None
     tasks = native.asyncio_tasks()
-    if tasks is None and _learn():
+    if tasks is None and _learn_layout():
         tasks = native.asyncio_tasks()
     return cast("list[_Entry] | None", tasks)
 
 
-def _learn() -> bool:
-    """Show the C core a task of this thread that is linked last, of no loop that knows it."""
+def _learn_layout() -> bool:
+    """Show the C core a new task, the last in this thread's list; no loop knows of it."""
     coroutine = _nothing()
-    # Named: a default name would take a number of the application's tasks.
+    # With a name: a default name would use up a number of the application's tasks.
     task = _asyncio.Task(coroutine, loop=_NoLoop(), name="asgi_pprof")
     task._log_destroy_pending = False
     coroutine.close()
@@ -149,6 +149,6 @@ def _learn() -> bool:
 
 
 def waits_for(task: Task) -> Any:
-    """Return the future, or whatever it is, that would wake a task; None if it can run."""
+    """Return the future, or other awaitable, that would wake a task; None if it can run."""
     waiter = getattr(task, "_fut_waiter", None)
     return None if waiter is None or waiter.done() else waiter

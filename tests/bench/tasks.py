@@ -38,8 +38,8 @@ class Reading(NamedTuple):
 
     Args:
         seconds: From asking to the answer.
-        gap_ms: The longest time the loop did not turn meanwhile.
-        idle_gap_ms: The same for as long with nobody asking.
+        gap_ms: The longest time the loop ran nothing else meanwhile.
+        idle_gap_ms: The same for as long with no request.
         memory_mb: What the process grew by at most.
     """
 
@@ -79,7 +79,7 @@ def measure_creation(loop: str, rounds: int) -> Creation:
 
 def measure_reading(loop: str, number: int, alike: bool) -> list[Reading]:
     """
-    Read many waiting tasks in each way, on a loop that also has to turn.
+    Read many waiting tasks in each way, on a loop that also has other work.
 
     Args:
         loop: "asyncio" or "uvloop".
@@ -94,12 +94,12 @@ def measure_reading(loop: str, number: int, alike: bool) -> list[Reading]:
         tasks = [asyncio.create_task(waits[each % len(waits)](event)) for each in range(number)]
         await asyncio.sleep(0)
         gc.collect()
-        collector, looks = TaskCollector(), TaskTracking(look_s=_NEVER_S)
+        collector, tracking = TaskCollector(), TaskTracking(interval_s=_NEVER_S)
         leaks = LeakCollector(collector)
         found = [
             await _measure(what, read)
             for what, read in (
-                ("a look at since when they wait", lambda: _look(looks)),
+                ("a scan of since when they wait", lambda: _scan(tracking)),
                 ("goroutine", lambda: _snapshot(collector, number)),
                 ("goroutine?debug=2", lambda: _dump(collector)),
                 ("goroutineleak", lambda: _search(leaks)),
@@ -119,11 +119,11 @@ async def _search(collector: LeakCollector) -> None:
     assert not profile.samples
 
 
-async def _look(tracking: TaskTracking) -> None:
+async def _scan(tracking: TaskTracking) -> None:
     loop = asyncio.get_running_loop()
     tracking.attach(loop)
-    tracking.look(loop)
-    while tracking.is_looking(loop):  # noqa: ASYNC110
+    tracking.scan(loop)
+    while tracking.is_scanning(loop):  # noqa: ASYNC110
         await asyncio.sleep(0)
     tracking.detach(loop)
 

@@ -743,8 +743,8 @@ def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
                 ]
                 await asyncio.sleep(0)
                 assert begun.wait(20)
-                task_tracking.look(loop)
-                while task_tracking.is_looking(loop):  # noqa: ASYNC110
+                task_tracking.scan(loop)
+                while task_tracking.is_scanning(loop):  # noqa: ASYNC110
                     await asyncio.sleep(0)
                 seen = time.monotonic()
                 await asyncio.sleep(0.05)

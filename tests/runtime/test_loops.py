@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import sys
 import threading
 import weakref
@@ -12,7 +13,7 @@ import pytest
 import uvloop
 
 from asgi_pprof.native.core import native
-from asgi_pprof.runtime import frames, loops
+from asgi_pprof.runtime import frames, loops, tasks
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.tasks import TaskList, alive
 from tests.programs import run_program
@@ -29,6 +30,7 @@ def core(request, monkeypatch) -> str:
     """With the C core and without."""
     if request.param == "pure":
         monkeypatch.setattr(loops, "native", None)
+        monkeypatch.setattr(tasks, "native", None)
         for name in frames._MAKE_INTERPRETERS:  # which another test may have loaded
             monkeypatch.delitem(sys.modules, name, raising=False)
     elif not native:
@@ -41,17 +43,16 @@ def run(main, loop_name="asyncio"):
         return runner.run(main)
 
 
-def names(tasks=None):
-    tasks = alive((tasks or TaskList()).tasks())
-    return {task.get_name() for task in tasks}
+def names(task_list=None):
+    return {task.get_name() for task in alive((task_list or TaskList()).tasks())}
 
 
-async def names_now(tasks=None):
-    return names(tasks)
+async def names_now(task_list=None):
+    return names(task_list)
 
 
 async def hold(ready, end, name):
-    """Be a task that has one waiting child, until told to end."""
+    """Run a task that has one waiting child, until the end event is set."""
     child = asyncio.create_task(asyncio.Event().wait(), name=name)
     await asyncio.sleep(0)
     ready.set()
@@ -70,7 +71,7 @@ def served_by_a_runner(loop_name, name):
 
 @pytest.mark.parametrize("other", list(LOOPS))
 def test_tasks_of_a_loop_in_another_thread(core, loop_name, other):
-    """Are all there, whichever kind of loop asks, and gone when they have ended."""
+    """They are listed on each kind of loop, and no longer once they have ended."""
     with in_a_thread(served_by_a_runner(other, "far away")):
         assert "far away" in run(names_now(), loop_name)
     assert "far away" not in run(names_now(), loop_name)
@@ -78,7 +79,7 @@ def test_tasks_of_a_loop_in_another_thread(core, loop_name, other):
 
 @pytest.mark.parametrize("name", ["loop", "engine"])
 def test_a_hand_run_loop_in_another_thread(core, loop_name, name):
-    """Is found that never served; without the C core on 3.14 surely only under a usual name."""
+    """It is found; without the C core on 3.14 for certain only in a variable of a usual name."""
 
     def by_hand(ready, end):
         scope = {"new": LOOPS[loop_name], "hold": hold, "ready": ready, "end": end}
@@ -87,7 +88,7 @@ def test_a_hand_run_loop_in_another_thread(core, loop_name, name):
 
     with in_a_thread(by_hand):
         found = run(names_now())
-    # By chance it is in the middle of a function of asyncio's that has the loop as `loop`.
+    # Unless the thread happens to be in a function of asyncio that has the loop as `loop`.
     may_be_missed = core == "pure" and LINKED and loop_name == "uvloop" and name == "engine"
     assert "hand-run" in found or may_be_missed
 
@@ -116,31 +117,31 @@ def end(loop, task):
 
 
 def test_tasks_of_a_loop_that_does_not_run(core, loop_name):
-    """Are there; on 3.14 and later only the C core knows of such a loop."""
+    """They are listed; on 3.14 and later only by the C core."""
     loop, task = a_loop_that_waits(loop_name)
     found = run(names_now())
     end(loop, task)
     assert ("put aside" in found) == (core == "native" or not LINKED)
 
 
-def test_a_loop_that_asked_is_remembered(core, loop_name):
-    """Its tasks stay in the list when it does not run; it is not kept alive by that."""
-    tasks = TaskList()
+def test_a_loop_that_has_run_is_remembered(core, loop_name):
+    """Its tasks stay in the list when it stops running; this does not keep it alive."""
+    task_list = TaskList()
     loop, task = a_loop_that_waits(loop_name)
-    loop.run_until_complete(names_now(tasks))
-    assert "put aside" in run(names_now(tasks))
+    loop.run_until_complete(names_now(task_list))
+    assert "put aside" in run(names_now(task_list))
     end(loop, task)
     reference = weakref.ref(loop)
     del loop, task
     for _ in range(10):
         if reference() is None:
             break
-        loops.gc.collect()
+        gc.collect()
     assert reference() is None
 
 
 def test_tasks_of_a_thread_that_has_ended(core):
-    """Its tasks go over to the interpreter, where 3.14 keeps those of ended threads."""
+    """Its tasks pass to the interpreter, which from 3.14 on keeps those of ended threads."""
     made = []
     thread = threading.Thread(target=lambda: made.append(a_loop_that_waits("asyncio")))
     thread.start()
@@ -152,7 +153,7 @@ def test_tasks_of_a_thread_that_has_ended(core):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
 def test_eager_tasks(core, loop_name):
-    """Are there in their first step and when they have waited."""
+    """They are listed in their first step and while they wait."""
     within = []
 
     async def child(event):
@@ -190,7 +191,7 @@ class Foreign:
 
 
 class OurTask(asyncio.Task):
-    """As frameworks have them."""
+    """A task class as frameworks have them."""
 
 
 def made_by(make_task, loop_name):
@@ -210,14 +211,14 @@ def made_by(make_task, loop_name):
 
 @pytest.mark.parametrize("task_class", [OurTask, asyncio.tasks._PyTask])
 def test_tasks_of_other_classes(core, loop_name, task_class):
-    """A subclass, and asyncio's own class in Python; until they are done."""
+    """A subclass and asyncio's Python class: their tasks are listed until they are done."""
     before, after = made_by(task_class, loop_name)
     assert "special" in before
     assert "special" not in after
 
 
-def test_a_registered_task_of_no_class_of_asyncios(core, loop_name):
-    """What a library announces to asyncio is in the list."""
+def test_a_registered_task_of_a_foreign_class(core, loop_name):
+    """A task that a library has registered with asyncio is listed."""
 
     async def main():
         task = Foreign(asyncio.get_running_loop(), "registered")
@@ -230,8 +231,8 @@ def test_a_registered_task_of_no_class_of_asyncios(core, loop_name):
     assert "registered" in run(main(), loop_name)
 
 
-def test_the_list_is_what_asyncio_says(core, loop_name):
-    """Of two loops together, neither more nor less, and no task of our own."""
+def test_the_list_equals_asyncios(core, loop_name):
+    """For two loops at a time: no task is missing, and none of our own is added."""
 
     async def main(ready, end):
         tasks = {asyncio.create_task(asyncio.sleep(0 if i % 3 else 60)) for i in range(300)}
@@ -269,7 +270,7 @@ def test_the_list_is_what_asyncio_says(core, loop_name):
 
 @needs_native
 def test_references_are_given_back():
-    """A thousand lists leave every count as it was."""
+    """Listing a thousand times leaves every reference count as it was."""
 
     async def main():
         event = asyncio.Event()
@@ -292,11 +293,11 @@ def test_references_are_given_back():
 
 
 @needs_native
-def test_nothing_is_read_that_is_not_understood():
-    """Before a task has shown the place, and by one that does not show it, there is no list."""
+def test_no_list_is_read_before_its_layout_is_known():
+    """A task has to show where the list is; one that is not the last in it does not."""
     program = """
 import asyncio, sys
-from asgi_pprof.runtime import loops
+from asgi_pprof.runtime import tasks
 from asgi_pprof.native.core import native
 
 async def main():
@@ -309,7 +310,7 @@ async def main():
     await later
     assert native.learn_tasks(later) is False  # done, and not in the list
     assert native.asyncio_tasks() is None
-    found = set(loops.alive(loops.TaskList().tasks()))
+    found = set(tasks.alive(tasks.TaskList().tasks()))
     assert found == {asyncio.current_task()}, found
     assert (native.asyncio_tasks() is not None) == (sys.version_info >= (3, 14))
     assert native.learn_tasks(5) == (sys.version_info >= (3, 14))  # it has been learnt
@@ -320,8 +321,8 @@ asyncio.run(main())
 
 
 @needs_native
-def test_what_threads_run_is_not_told_where_that_is_not_understood():
-    """If the calling thread's state says another loop than asyncio does."""
+def test_running_loops_are_unknown_if_the_layout_is():
+    """The calling thread's state must have the same loop as asyncio."""
     assert native.running_loops(None) == []
     assert native.running_loops(object()) is None
 
@@ -356,7 +357,7 @@ async def churn(index):
         await asyncio.gather(*tasks)
 
 def work(index):
-    # Loops and threads that end and begin again, some with tasks put aside.
+    # Loops and threads end and begin again, some with waiting tasks left over.
     while not stop.is_set():
         with asyncio.Runner(debug=False, loop_factory=kinds[index % 2]) as runner:
             runner.run(asyncio.wait({runner.get_loop().create_task(churn(index))}, timeout=0.2))
@@ -372,8 +373,8 @@ def short_lives():
 
 async def main():
     tasks, largest, calls = TaskList(), 0, 0
-    end = time.monotonic() + 2
-    while time.monotonic() < end or min(made) < 2500 and time.monotonic() < end + 60:
+    end = time.monotonic() + 60
+    while (min(made) < 2500 or calls < 100) and time.monotonic() < end:
         found = list(alive(tasks.tasks()))
         assert asyncio.current_task() in found
         for running in running_loops():
@@ -388,7 +389,7 @@ threads.append(threading.Thread(target=short_lives))
 for thread in threads:
     thread.start()
 try:
-    # Dev mode's checks of memory are wanted, not asyncio's remarks on slow steps.
+    # We want dev mode's memory checks, but not asyncio's log of slow steps.
     largest, calls = asyncio.run(main(), debug=False)
 finally:
     stop.set()
@@ -400,13 +401,13 @@ assert largest > 50, largest
 
 
 def test_listing_while_tasks_loops_and_threads_come_and_go(core):
-    """10,000 tasks and more, in loops of both kinds in other threads: it holds."""
+    """10,000 tasks and more, in loops of both kinds in other threads."""
     variables = {} if core == "native" else {"ASGI_PPROF_NATIVE": "0"}
     run_program(CHURN, core, **variables)
 
 
 def test_running_loops_of_all_threads(core, loop_name):
-    """With the thread that runs it, and the task it runs; one's own among them."""
+    """Each with its thread and its running task, the calling thread's included."""
 
     async def main(thread):
         rows = {row.thread_ident: row for row in running_loops()}
@@ -424,8 +425,8 @@ def test_running_loops_of_all_threads(core, loop_name):
     assert [row.loop for row in running_loops() if row.loop is loop] == []
 
 
-def test_a_running_loop_tells_its_task(core, loop_name):
-    """The one whose step it is in, also in another thread; none in a mere callback."""
+def test_a_running_loop_has_its_current_task(core, loop_name):
+    """In another thread as well; there is none while a callback runs."""
     stuck, go_on = threading.Semaphore(0), threading.Semaphore(0)
 
     def be_stuck():
@@ -450,8 +451,8 @@ def test_a_running_loop_tells_its_task(core, loop_name):
     assert names == ["in_a_task", None]
 
 
-def test_a_loop_that_a_thread_merely_holds_is_not_its_own(core, loop_name):
-    """A worker that waits for the loop has it in a variable: it runs where it runs."""
+def test_a_thread_that_refers_to_a_loop_does_not_run_it(core, loop_name):
+    """A worker thread that waits for the loop has it in a variable."""
 
     def worker(loop, ready, done):
         loop.call_soon_threadsafe(ready.set)

@@ -1,4 +1,4 @@
-"""Worker threads: what each runs and for which future, and how busy their pools are."""
+"""Worker threads: what each runs, for which future, and how busy their pools are."""
 
 from __future__ import annotations
 
@@ -45,14 +45,14 @@ def hold(job):
 
 @contextlib.contextmanager
 def working(size, *functions, prefix="shop"):
-    """Give a pool and the futures of these functions, of which as many run as it has threads."""
+    """Give a pool and the futures of functions submitted to it."""
     with ThreadPoolExecutor(size, thread_name_prefix=prefix) as pool:
         yield pool, [pool.submit(*each) for each in functions]
 
 
 @contextlib.contextmanager
 def holding(size, count):
-    """Give the futures of a pool's equal jobs, as many of them begun as there are threads."""
+    """Give a pool, its jobs and their futures, with as many jobs begun as there are threads."""
     jobs = [Job() for _ in range(count)]
     with working(size, *((hold, each) for each in jobs)) as (pool, futures):
         try:
@@ -82,7 +82,7 @@ def codes(stack):
 
 
 def test_a_thread_is_known_by_its_future():
-    """With its name, its frames without the pool's, and the function it was given."""
+    """With its name, its frames without the pool's own, and the submitted function."""
     with holding(1, 1) as (_, _, (future,)):
         work = Workers().working_for(future)
     assert work.future is future
@@ -91,8 +91,8 @@ def test_a_thread_is_known_by_its_future():
     assert work.function == f"{__name__}.hold"
 
 
-def test_others_futures_are_unknown():
-    """Those of no thread, and those that are done."""
+def test_other_futures_are_unknown():
+    """Futures of no thread, and those that are done."""
     with holding(1, 1) as (_, (job,), (future,)):
         job.end.set()
         future.result()
@@ -100,8 +100,8 @@ def test_others_futures_are_unknown():
         assert Workers().working_for(object()) is None
 
 
-def test_each_of_several_threads_has_its_own():
-    """As many as the pool has."""
+def test_each_thread_of_a_pool_has_its_own_future():
+    """All three of them."""
     with holding(3, 3) as (_, _, futures):
         workers = Workers()
         found = [workers.working_for(each) for each in futures]
@@ -110,7 +110,7 @@ def test_each_of_several_threads_has_its_own():
 
 
 def test_c_functions_have_no_frames():
-    """Their name is all there is."""
+    """The thread has their name and no stack."""
     reading, writing = os.pipe()
     with working(1, (os.read, reading, 1)) as (_, (future,)):
         work = until(lambda: Workers().working_for(future))
@@ -137,8 +137,8 @@ def test_c_functions_have_no_frames():
     ],
     ids=["plain", "partial", "partials", "context", "to_thread", "all", "method", "object"],
 )
-def test_what_is_called_in_the_end_is_named(wrap, name):
-    """Inside of partials and of `Context.run`; objects that are no functions have no name."""
+def test_the_wrapped_function_is_named(wrap, name):
+    """Inside partials and `Context.run`; an object that is no function has no name."""
     job = Job()
     with working(1, wrap(job)) as (_, (future,)):
         assert job.begun.wait(20)
@@ -147,8 +147,8 @@ def test_what_is_called_in_the_end_is_named(wrap, name):
     assert work.function == name
 
 
-def test_a_pool_says_how_busy_it_is():
-    """Threads that work, threads there may be, and work that waits for one."""
+def test_a_pool_has_its_figures():
+    """How many threads work, how many there may be, and how much work is queued."""
     with holding(2, 5) as (_, jobs, futures):
         assert pools() == [Pool("shop", 2, 2, 3)]
         for each in jobs[:4]:
@@ -158,15 +158,15 @@ def test_a_pool_says_how_busy_it_is():
         assert not futures[4].done()
 
 
-def test_a_pool_may_have_more_threads_than_it_has():
-    """Its size is what it may have."""
+def test_the_size_of_a_pool_is_its_maximum():
+    """Even if it has started fewer threads."""
     with holding(1, 1) as (_, _, _), ThreadPoolExecutor(9, thread_name_prefix="large") as large:
         large.submit(int).result()
         assert until(lambda: pools("large") == [Pool("large", 0, 9, 0)])
 
 
-def test_a_pool_that_was_let_go_has_the_threads_it_has():
-    """Its workers know it by a weak reference only."""
+def test_a_pool_that_was_freed_has_the_size_of_its_threads():
+    """Its workers refer to it only weakly."""
     job = Job()
     pool = ThreadPoolExecutor(5, thread_name_prefix="forsaken")
     future = pool.submit(job.run)
@@ -183,7 +183,7 @@ def test_a_pool_that_was_let_go_has_the_threads_it_has():
 
 
 def test_queued_work_is_found_in_its_pool():
-    """By its future; what runs is not queued."""
+    """By its future; work that runs is not queued."""
     with holding(1, 3) as (_, _, (first, *queued)):
         workers = Workers()
         assert workers.queued_in(first) is None
@@ -192,20 +192,20 @@ def test_queued_work_is_found_in_its_pool():
 
 
 def test_cancelled_work_does_not_hurt():
-    """It stays in the queue until its turn comes."""
+    """It stays in the queue until a thread takes it."""
     with holding(1, 2) as (_, _, (_, queued)):
         assert queued.cancel()
         assert pools() == [Pool("shop", 1, 1, 1)]
 
 
 def test_pools_without_threads_are_unknown():
-    """There is nothing to say of them."""
+    """A pool without threads is not listed."""
     with ThreadPoolExecutor(1, thread_name_prefix="unused"):
         assert pools("unused") == []
 
 
-def test_frames_of_threads_that_have_ended_are_left_aside():
-    """The moment's frames may name threads that are no more."""
+def test_frames_of_ended_threads_are_ignored():
+    """A thread may end after its frames were read."""
     frames = {12345: next(iter(current_frames().values()))}
     with holding(1, 1) as (_, _, (future,)):
         workers = Workers(current_frames=lambda **_: frames)
@@ -213,8 +213,8 @@ def test_frames_of_threads_that_have_ended_are_left_aside():
         assert [each for each in workers.pools if each.name == "shop"] == [Pool("shop", 0, 1, 0)]
 
 
-def test_work_of_an_applications_own_kind_is_work():
-    """A class derived from the executor's runs by the same function."""
+def test_a_derived_work_item_is_known():
+    """It runs the function of the executor's class."""
 
     class Item(thread_pool._WorkItem):
         pass
@@ -230,7 +230,7 @@ def test_work_of_an_applications_own_kind_is_work():
 
 
 def test_nothing_is_kept():
-    """Neither futures nor what they were given, once the view is dropped."""
+    """Neither futures nor arguments, once the `Workers` are freed."""
     with holding(1, 1) as (_, (job,), (future,)):
         workers = Workers()
         assert workers.working_for(future)
@@ -266,8 +266,8 @@ def test_anyios_threads_are_known(loop_name):
     assert [each for each in found if "AnyIO" in each.name] == []
 
 
-def test_anyios_idle_threads_do_nothing(loop_name):
-    """They stay for the next work, and soon after the last one work for nobody."""
+def test_anyios_idle_threads_have_no_work(loop_name):
+    """A thread stays for the next work, and has none in between."""
 
     async def main():
         thread = await anyio.to_thread.run_sync(threading.current_thread)
@@ -308,7 +308,7 @@ def ending(*jobs):
 
 @pytest.mark.parametrize(("count", "known"), [(4, 3), (40, 10)])
 def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
-    """The first ones, in the order they came; not those for which a thread works."""
+    """The first ten, in the order of the queue; not those whose work runs."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(count)]
@@ -329,7 +329,7 @@ def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
 
 
 def test_the_order_holds_when_work_has_left_the_queue(loop_name):
-    """However the queue keeps what is left."""
+    """However the queue stores the rest."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(30)]
@@ -355,8 +355,8 @@ def test_the_order_holds_when_work_has_left_the_queue(loop_name):
     assert run(loop_name, main()) == list(range(8, 18))
 
 
-def test_for_other_work_nobody_is_known_to_wait(loop_name):
-    """What was only submitted, or is part of a gather."""
+def test_no_task_is_known_to_wait_for_other_work(loop_name):
+    """Work that was only submitted, or is part of a gather."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(3)]
@@ -376,7 +376,7 @@ def test_for_other_work_nobody_is_known_to_wait(loop_name):
 
 
 def test_limiters_of_anyios_work_are_known(loop_name):
-    """With the loop the work came from; the loop's default is none of them."""
+    """With the loop that the work came from; the loop's default limiter is left out."""
 
     async def main():
         limiter, jobs = anyio.CapacityLimiter(1), [Job(), Job()]
@@ -396,8 +396,8 @@ def test_limiters_of_anyios_work_are_known(loop_name):
     assert sorted(found, key=bool) == expected
 
 
-def test_the_default_limiter_is_the_loops_own(loop_name):
-    """None as long as it has started no thread; seen from other threads as well."""
+def test_the_default_limiter_of_a_loop(loop_name):
+    """None until anyio has started a thread for it; other threads see it as well."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -412,7 +412,7 @@ def test_the_default_limiter_is_the_loops_own(loop_name):
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
 def test_a_limiter_is_a_pool(loop_name, where):
-    """Tokens are its threads; it may be made before there is a loop."""
+    """Its tokens count as threads; it may be created before there is a loop."""
     made = anyio.CapacityLimiter(2) if where == "outside" else None
     unused = limiter_pool("unused", made)[0] if made else Pool("unused", 0, 2, 0)
     assert unused == Pool("unused", 0, 2, 0)
@@ -435,7 +435,7 @@ def test_a_limiter_is_a_pool(loop_name, where):
 
 
 def test_a_limiter_without_a_limit(loop_name):
-    """Its size is infinite, as it is told."""
+    """Its size is infinite."""
 
     async def main():
         return limiter_pool("all", anyio.CapacityLimiter(float("inf")))

@@ -8,17 +8,17 @@ Of a task that waits for a worker thread, the thread's frames are the inner part
 of the stack. The dump (debug=2) adds numbers: the task's own, of the tasks it
 waits for, of those that wait for it, and of the one that made it.
 
-How: the coroutine's chain of awaits is followed from outside, when somebody
-asks. Collecting runs on the serving loop in slices of 4 ms, with the loop's
-other work in between. Another loop that does not answer within a second is
-read all the same, and marked; what holds it comes first.
+How: on request, the coroutine's chain of awaits is followed from outside. This
+runs on the serving loop in slices of 4 ms, with the loop's other work in
+between. Another loop that does not answer within a second is read all the same,
+and marked; what blocks it comes first.
 
 What it costs: about 20 us a task, on request only; see `task_tracking` for what is
-noted of tasks while nobody asks.
+recorded of tasks all the time.
 
-What it misses: tasks change between two slices, so the profile is not one
-moment. Tasks of loops in other threads are read while these run: one that moves
-while it is read is read again.
+What it misses: tasks change between two slices, so the profile does not show a
+single moment. Tasks of loops in other threads are read while these run: a task
+that moves while it is read is read again.
 
 Source: runtime/pprof, writeGoroutine; CPython, Lib/asyncio/tasks.py.
 """
@@ -55,22 +55,23 @@ from asgi_pprof.runtime.frames import (
 from asgi_pprof.runtime.loops import RunningLoop, running_loops
 from asgi_pprof.runtime.pools import Work
 from asgi_pprof.runtime.task_labels import fold_default_name, has_default_name, task_labels
-from asgi_pprof.runtime.task_notes import note_of
+from asgi_pprof.runtime.task_records import record_of
 from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
+from asgi_pprof.slices import Slices
 from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, UNKNOWN, Symbols, chain_stack
 
 ANSWER_S = 1.0
-"""How long a loop may take to turn before it counts as stuck."""
+"""How long a loop may take to run a callback before it counts as blocked."""
 
 _SLICE_S = 0.004
 _COUNT_EXACTLY = 5_000
-_MOST_NAMED = 10  # tasks that one waits for, or that wait for one
+_MAX_NAMED = 10  # of the tasks that a task waits for, or that wait for it
 _MINUTE_NS = 60_000_000_000
 _WORKER = pseudo_location("worker thread")
-_STUCK = ("loop", "does not answer")
+_BLOCKED = ("loop", "does not answer")
 
 Rank = tuple[int, int]
-"""A sort key: what holds a loop, the task that asks, then the others by age."""
+"""A sort key: what blocks a loop, then the task that asks, then the others by age."""
 
 
 class TaskCollector:
@@ -90,10 +91,10 @@ class TaskCollector:
         self._list = TaskList()
 
     def count(self) -> int:
-        """Return the number of tasks that are not done; of very many, those there are at all."""
+        """Return the number of tasks that are not done; above 5,000, of all that are registered."""
         entries = self._list.tasks()
         if len(entries) > _COUNT_EXACTLY:
-            return len(entries)  # to look at each would hold the loop
+            return len(entries)  # reading the state of each would block the loop
         return sum(1 for _ in alive(entries))
 
     def note(self) -> str:
@@ -106,52 +107,45 @@ class TaskCollector:
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give goroutine/count: one sample per stack, labels, name and state."""
-        # Counted here and now, in the slices: 100,000 samples kept until the end
-        # would set off collections of garbage that take longer than any slice.
-        look = await self.look()
+        # Counted at once, in the slices: 100,000 samples kept until the end would
+        # set off garbage collections that take longer than any slice.
+        scan = await self.begin_scan()
         counts: Counter[SampleKey] = Counter()
-        async for task in self.tasks(look):
-            counts[look.sample_key(task)] += 1
-        profile = profile_of("goroutine", counts, look.comments())
+        async for task in self.tasks(scan):
+            counts[scan.sample_key(task)] += 1
+        profile = profile_of("goroutine", counts, scan.comments())
         return lambda: profile
 
     async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
-        """Yield every task with its place in the dump, and what holds a loop outside tasks."""
-        look = await self.look()
+        """Yield every task with its rank in the dump, and callbacks that block a loop."""
+        scan = await self.begin_scan()
         edges = Edges()
-        async for task in self.tasks(look):
-            for number, awaited in enumerate(look.awaited(task)):
-                edges.add(note_of(task).id, note_of(awaited).id)
-                if number % 100 == 99:
-                    await self.give_way(look)
-        for running in look.stuck:
+        async for task in self.tasks(scan):
+            for awaited in scan.awaited(task):
+                edges.add(record_of(task).id, record_of(awaited).id)
+                await scan.yield_if_due()
+        for running in scan.blocked:
             if running.task is None:
-                yield (0, 0), look.callback(running)
-        async for task in self.tasks(look):
-            yield look.rank(task), look.goroutine(task, edges)
+                yield (0, 0), scan.callback(running)
+        async for task in self.tasks(scan):
+            yield scan.rank(task), scan.goroutine(task, edges)
 
-    async def tasks(self, look: Look) -> AsyncIterator[Task]:
-        """Yield all tasks that are not done when their turn comes."""
+    async def tasks(self, scan: Scan) -> AsyncIterator[Task]:
+        """Yield all tasks that are not done by the time they are reached."""
         for task in alive(self._list.tasks()):
             if not task.done():
                 yield task
-            await self.give_way(look)
+            await scan.yield_if_due()
 
-    async def look(self) -> Look:
-        """Begin a collection: see which loops answer, and what threads do."""
+    async def begin_scan(self) -> Scan:
+        """Begin a scan: find out which loops answer, and what threads do."""
         loops = [each for each in running_loops() if each.loop is not asyncio.get_running_loop()]
-        stuck = await _not_answering(loops, self._answer_s) if loops else []
-        return Look(stuck, self._clock() + _SLICE_S)
-
-    async def give_way(self, look: Look) -> None:
-        """Let the loop turn, if this collection has had its slice."""
-        if self._clock() > look.slice_end:
-            await asyncio.sleep(0)
-            look.refresh(self._clock() + _SLICE_S)
+        blocked = await _not_answering(loops, self._answer_s) if loops else []
+        return Scan(blocked, Slices(_SLICE_S, self._clock))
 
 
 class Edges:
-    """Which task waits for which, by their numbers; of many, the first few and how many."""
+    """Which task waits for which, by number: the first ten of each, and how many more."""
 
     def __init__(self) -> None:
         self._awaits: dict[int, list[int]] = {}
@@ -159,18 +153,18 @@ class Edges:
         self._left_out: Counter[tuple[str, int]] = Counter()
 
     def add(self, waiter: int, awaited: int) -> None:
-        """Note that one waits for the other."""
+        """Record that one task waits for the other."""
         self._add("awaits", self._awaits.setdefault(waiter, []), waiter, awaited)
         self._add("awaited_by", self._awaited_by.setdefault(awaited, []), awaited, waiter)
 
-    def _add(self, kind: str, numbers: list[int], whose: int, number: int) -> None:
-        if len(numbers) < _MOST_NAMED:
+    def _add(self, kind: str, numbers: list[int], task: int, number: int) -> None:
+        if len(numbers) < _MAX_NAMED:
             numbers.append(number)
         else:
-            self._left_out[kind, whose] += 1
+            self._left_out[kind, task] += 1
 
     def labels(self, number: int) -> dict[str, str]:
-        """Return a task's edges as labels."""
+        """Return the edges of a task as labels."""
         edges = {"awaits": self._awaits, "awaited_by": self._awaited_by}
         return {
             kind: ", ".join(map(str, sorted(known[number]))) + self._more(kind, number)
@@ -184,7 +178,7 @@ class Edges:
 
 
 class _Reading(NamedTuple):
-    """A task as it is read: what it waits for (None if it can run), and its stack."""
+    """A task at one moment; `wait` is None if it can run."""
 
     state: str
     stack: Stack
@@ -192,58 +186,61 @@ class _Reading(NamedTuple):
     waited_ns: int
 
 
-class Look:
+class Scan:
     """
-    One collection: names, reasons and threads, known for its length.
+    One pass over the tasks, with the names, reasons and threads it has found out.
 
     Args:
-        stuck: Loops that do not answer.
-        slice_end: When this collection should let the loop turn.
+        blocked: Loops that do not answer.
+        slices: Divide the scan.
     """
 
-    def __init__(self, stuck: Sequence[RunningLoop], slice_end: float) -> None:
-        self.stuck = stuck
-        self.slice_end = slice_end
-        self._stuck_loops = [each.loop for each in stuck]
+    def __init__(self, blocked: Sequence[RunningLoop], slices: Slices) -> None:
+        self.blocked = blocked
+        self._slices = slices
+        self._blocked_loops = [each.loop for each in blocked]
         self._asking = asyncio.current_task()
         self._symbols = Symbols()
         self._waits = Waits()
         self._running = _running_tasks()
         self._queued: Counter[str] = Counter()
 
-    def refresh(self, slice_end: float) -> None:
-        """Begin another slice: see anew which tasks run, and what threads do."""
-        self.slice_end = slice_end
-        self._waits.look_at_threads()
-        self._running = _running_tasks()
+    async def yield_if_due(self) -> None:
+        """At the end of a slice yield to the loop, then see again which tasks and threads run."""
+        if self._slices.is_over():
+            await self._slices.yield_to_loop()
+            self._waits.read_threads()
+            self._running = _running_tasks()
 
     def goroutine(self, task: Task, edges: Edges) -> Goroutine:
         """Return a task as dumps show it."""
         reading = self._read(task)
-        note = note_of(task)
-        labels = {**self._labels(task), **edges.labels(note.id)}
+        record = record_of(task)
+        labels = {**self._labels(task), **edges.labels(record.id)}
         if reading.wait is not None:
             if reading.wait.workers:
                 labels["workers"] = reading.wait.workers
             if reading.wait.work is not None:
                 labels["thread"] = reading.wait.work.thread
         return Goroutine(
-            note.id,
+            record.id,
             reading.state,
             reading.stack,
             tuple(sorted(labels.items())),
-            # As in Go, what is leaked says nothing of time.
-            minutes=0 if note.leaked else reading.waited_ns // _MINUTE_NS,
-            leaked=note.leaked,
-            created_by=self._symbols.instruction(note.code, note.lasti) if note.code else None,
-            creator=note.creator,
+            # As in Go, leaked ones have no time.
+            minutes=0 if record.leaked else reading.waited_ns // _MINUTE_NS,
+            leaked=record.leaked,
+            created_by=self._symbols.instruction(record.code, record.lasti)
+            if record.code
+            else None,
+            creator=record.creator,
         )
 
     def sample_key(self, task: Task) -> SampleKey:
         """
         Return what equal tasks have in common: stack and labels.
 
-        Labels with few values only: no numbers of tasks, nor those in default names.
+        Only labels with few values: no numbers of tasks, nor the ones in default names.
         """
         reading = self._read(task)
         labels = self._labels(task)
@@ -257,44 +254,44 @@ class Look:
         return reading.stack, tuple(sorted(labels.items()))
 
     def callback(self, running: RunningLoop) -> Goroutine:
-        """Return what holds a loop outside any task."""
+        """Return a callback that blocks a loop as dumps show it."""
         ident = running.thread_ident
         stack = self._symbols.stack(capture(current_frames((ident,)).get(ident))) or (UNKNOWN,)
-        return Goroutine(0, "running", stack, (_STUCK, ("task", "none: a callback")))
+        return Goroutine(0, "running", stack, (_BLOCKED, ("task", "none: a callback")))
 
     def awaited(self, task: Task) -> Iterable[Task]:
-        """Return the tasks that a task waits for, nothing named."""
+        """Return the tasks that a task waits for."""
         future = waits_for(task)
         if future is None or task in self._running:
             return ()
         return self._waits.wait(future, await_chain(task.get_coro())).tasks
 
     def rank(self, task: Task) -> Rank:
-        """Return where a task comes in a dump."""
+        """Return the sort key of a task in a dump."""
         if task is self._asking:
             return 1, 0
-        holds = task in self._running and task.get_loop() in self._stuck_loops
-        return 0 if holds else 2, note_of(task).id
+        blocks = task in self._running and task.get_loop() in self._blocked_loops
+        return 0 if blocks else 2, record_of(task).id
 
     def comments(self) -> tuple[str, ...]:
-        """Return what is to say of the tasks seen so far."""
+        """Return the comments of a profile of the tasks read so far."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        stuck = (
+        blocked = (
             f"the loop of thread {names.get(ident, ident)} does not answer: read from outside"
-            for ident, _, _ in self.stuck
+            for ident, _, _ in self.blocked
         )
         queued = (
             f"{count} {'tasks wait' if count > 1 else 'task waits'} for a thread: {workers}"
             for workers, count in self._queued.items()
         )
-        return *stuck, *queued
+        return *blocked, *queued
 
     def _read(self, task: Task) -> _Reading:
         for _ in range(3):
             future = waits_for(task)
             reading = self._read_once(task, future)
             if waits_for(task) is future:
-                break  # else it has moved, on a loop in another thread
+                break  # else it has moved, on a loop of another thread
         return reading
 
     def _read_once(self, task: Task, future: Any) -> _Reading:
@@ -302,7 +299,7 @@ class Look:
             stack = _running_stack(task, self._symbols)
             if stack:
                 return _Reading("running", stack, None, 0)
-        waited_ns = note_of(task).look(future, time.monotonic_ns())
+        waited_ns = record_of(task).update(future, time.monotonic_ns())
         chain = await_chain(task.get_coro())
         stack = chain_stack(chain, self._symbols)
         if future is None:
@@ -321,8 +318,8 @@ class Look:
 
     def _labels(self, task: Task) -> dict[str, str]:
         labels = task_labels(task)
-        if self._stuck_loops and task.get_loop() in self._stuck_loops:
-            labels.update((_STUCK,))
+        if self._blocked_loops and task.get_loop() in self._blocked_loops:
+            labels.update((_BLOCKED,))
         return labels
 
 
@@ -337,9 +334,9 @@ def _running_stack(task: Task, symbols: Symbols) -> Stack:
 
 
 def _names(tasks: Iterable[Task]) -> str:
-    """Return what the first few of these tasks are, each named once."""
+    """Return the names of the first few of these tasks, each once."""
     names = set()
-    for task in itertools.islice(tasks, _MOST_NAMED):
+    for task in itertools.islice(tasks, _MAX_NAMED):
         if has_default_name(task):
             name = getattr(task.get_coro(), "__qualname__", "Task")
         else:
@@ -349,23 +346,23 @@ def _names(tasks: Iterable[Task]) -> str:
 
 
 async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[RunningLoop]:
-    """Return those of some loops in other threads that do not turn within that time."""
+    """Return those of some loops in other threads that run no callback within that time."""
     here = asyncio.get_running_loop()
     answers = {each: here.create_future() for each in loops}
 
-    def note(answer: asyncio.Future[None]) -> None:
+    def receive(answer: asyncio.Future[None]) -> None:
         if not answer.done():
             answer.set_result(None)
 
     def answer(future: asyncio.Future[None]) -> None:
-        with suppress(RuntimeError):  # closed: nobody asks any more
-            here.call_soon_threadsafe(note, future)
+        with suppress(RuntimeError):  # closed: no answer is expected any more
+            here.call_soon_threadsafe(receive, future)
 
     for running, future in answers.items():
         try:
             running.loop.call_soon_threadsafe(answer, future)
         except RuntimeError:
-            note(future)  # closed meanwhile
+            receive(future)  # closed meanwhile
     await asyncio.wait(answers.values(), timeout=answer_s)
     return [running for running, future in answers.items() if not future.done()]
 

@@ -1,27 +1,29 @@
 """
 goroutineleak: the asyncio tasks that nothing can ever wake.
 
-What is measured: tasks that wait for something which only they, and others
-like them, can reach: a queue whose producer is gone, two locks taken in
-opposite order. Who merely holds such a task could cancel it, no more.
+What is measured: tasks that wait for something which only they, and other such
+tasks, can reach: a queue whose producer is gone, two locks taken in opposite
+order. A reference to the task itself does not keep it alive: its holder could
+only cancel it.
 
-How: as the collector of garbage does it. All that the waiting tasks refer to
-is walked; what is referred to more often than the walk explains is held by
-somebody outside, and lives, and so does all it reaches. A task lives if what
-it waits for does, or a living task waits for it, or a living object that is no
-plain container refers to it: a timeout will cancel it. In doubt it lives: what
-is not walked (modules, types, loops, running code, a container of very many)
-explains nothing. The finds are then examined once more, 20 ms later, on their
-own, and references are read before and after they are counted.
+How: as CPython's garbage collector finds garbage. We traverse all that the
+waiting tasks refer to, and subtract these internal references from the reference
+counts. An object with external references left is reachable, and so is all that
+it refers to. A task is reachable if what it waits for is, or a reachable task waits
+for it, or a reachable object that is no plain container refers to it: a timeout
+will cancel it. In doubt it counts as reachable: what is not traversed (modules,
+types, loops, running code, very long containers) has no references to subtract.
+The unreachable tasks are searched once more 20 ms later, on their own, and
+references are read before and after they are counted.
 
-What it costs: nothing until somebody asks; then some 0.1 ms a task, on the
-serving loop, in slices of 4 ms. Objects that die meanwhile die a little later.
+What it costs: nothing until a profile is requested; then some 0.1 ms a task, on
+the serving loop, in slices of 4 ms. Objects that die meanwhile die a little later.
 
 What it misses: whatever is also referred to weakly, or by an extension that
-keeps addresses, or has no room in the budget of objects; a task that a local
-variable of a living task holds, for it may be cancelled there. Two searches
-at a time hide everything from each other. On a free-threaded build reference
-counts do not add up, and nothing is found.
+keeps addresses, or exceeds the limit of objects; a task in a local variable of a
+reachable task, which may cancel it there. Of two searches at a time each makes
+what the other traverses reachable. On a free-threaded build reference counts do
+not add up, and nothing is found.
 
 Source: runtime, proposal 74609 (goroutine leak detection via GC); CPython,
 Python/gc.c, deduce_unreachable.
@@ -39,27 +41,21 @@ from collections.abc import Callable, Iterable, Iterator
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
 
-from asgi_pprof.collectors.goroutine.leak_graph import (
-    SKIP,
-    Addresses,
-    Awaited,
-    Graph,
-    Kinds,
-    Task,
-    future_of,
-    suspended_chain,
-)
+from asgi_pprof.collectors.goroutine.leak_graph import Addresses, AwaitedTasks, Graph
+from asgi_pprof.collectors.goroutine.object_kinds import SKIP, ObjectKinds
+from asgi_pprof.collectors.goroutine.references import Task, future_of, is_done, suspended_chain
+from asgi_pprof.slices import Slices
 
 _SLICE_S = 0.004
 _PAUSE_S = 0.02
 _MAX_OBJECTS = 200_000
-_MAX_HOLDERS = 50_000  # objects looked at for who may cancel a task from outside
+_MAX_HOLDERS = 50_000  # objects traversed for what may cancel a task from outside
 _COUNTS_LIE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
 
 async def find_leaked(
     tasks: Iterable[Task],
-    awaited: Awaited,
+    awaited: AwaitedTasks,
     *,
     clock: Callable[[], float] = time.perf_counter,
 ) -> set[Task]:
@@ -87,25 +83,26 @@ async def find_leaked(
 
 
 class _Search:
-    """One search: what its walks have in common."""
+    """One search: what its passes over the graph have in common."""
 
-    def __init__(self, tasks: list[Task], awaited: Awaited, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, tasks: list[Task], awaited: AwaitedTasks, clock: Callable[[], float]
+    ) -> None:
         self._tasks = tasks
         self._awaited = awaited
-        self._clock = clock
-        self._slice_end = clock() + _SLICE_S
-        self._kinds = Kinds()
+        self._slices = Slices(_SLICE_S, clock)
+        self._kinds = ObjectKinds()
         self._modules = Addresses()
 
     async def pause(self) -> None:
-        """Let the others go on, so that what was in passing has passed."""
+        """Let other work run, so that references that were only being passed on are gone."""
         await asyncio.sleep(_PAUSE_S)
-        self._slice_end = self._clock() + _SLICE_S
+        self._slices.begin()
 
     async def waiting(self) -> list[tuple[Task, Any]]:
         """Return the tasks that wait, with what they wait for."""
         found: list[tuple[Task, Any]] = []
-        await self._sliced(self._find_waiting(found))
+        await self._run(self._find_waiting(found))
         return found
 
     def _find_waiting(self, found: list[tuple[Task, Any]]) -> Iterator[None]:
@@ -124,32 +121,32 @@ class _Search:
         """
         Return those of the waiting tasks, with their futures, that nothing can wake.
 
-        Empties `waiting`: a reference of ours would look like somebody's.
+        Empties `waiting`: a reference of ours would look like an external one.
 
         Args:
-            cancellable: Tasks that live because somebody may cancel them.
-            again: Examine thoroughly: be sure of references that have been
-                counted, and find nothing if the budget does not suffice.
+            cancellable: Tasks that are reachable because something may cancel them.
+            again: Search thoroughly: check that the references that were subtracted
+                are still there, and find nothing if there are too many objects.
         """
         if not self._modules:
-            await self._sliced(self._note_modules())
+            await self._run(self._add_modules())
         graph = Graph(self._kinds, self._modules, _MAX_OBJECTS)
         try:
-            await self._sliced(graph.start(waiting))
-            await self._sliced(graph.walk())
+            await self._run(graph.start(waiting))
+            await self._run(graph.traverse())
             if again and graph.is_cut:
                 return []
-            await self._sliced(graph.count())
+            await self._run(graph.count_external())
             if again:
-                await self._sliced(graph.recount())
+                await self._run(graph.recheck())
             for task in cancellable:
-                graph.enliven_task(task)
-            await self._sliced(graph.enliven(self._tasks, self._awaited))
+                graph.mark_task(task)
+            await self._run(graph.propagate(self._tasks, self._awaited))
             found: list[tuple[Task, Any]] = []
-            await self._sliced(graph.leaked(found))
+            await self._run(graph.unreachable(found))
             return found
         finally:
-            await self._sliced(graph.drop())
+            await self._run(graph.clear())
 
     async def held_by_others(self, tasks: list[Task]) -> list[Task]:
         """Return the tasks that a timer, a signal, a module's or a runnable task's object holds."""
@@ -157,23 +154,22 @@ class _Search:
         for roots in (self._scheduled(), self._globals()):
             graph = Graph(self._kinds, self._modules, _MAX_HOLDERS)
             try:
-                await self._sliced(graph.start_held(tasks, roots))
-                await self._sliced(graph.walk())
-                await self._sliced(graph.enliven((), self._awaited))
-                held += graph.living(tasks)
+                await self._run(graph.start_from(roots, tasks))
+                await self._run(graph.traverse())
+                await self._run(graph.propagate((), self._awaited))
+                held += graph.reachable(tasks)
             finally:
-                await self._sliced(graph.drop())
+                await self._run(graph.clear())
         return held
 
-    async def _sliced(self, steps: Iterator[None]) -> None:
+    async def _run(self, steps: Iterator[None]) -> None:
         for _ in steps:
-            if self._clock() > self._slice_end:
-                await asyncio.sleep(0)
-                self._slice_end = self._clock() + _SLICE_S
+            if self._slices.is_over():
+                await self._slices.yield_to_loop()
 
-    def _note_modules(self) -> Iterator[None]:
-        # What a module holds lives. It is not walked: else an application's
-        # settings, models and caches would use the budget up.
+    def _add_modules(self) -> Iterator[None]:
+        # What a module holds is reachable. It is not traversed: an application's
+        # settings, models and caches would use up the limit of objects.
         for namespace in _namespaces():
             self._modules[id(namespace)] = -1
             for value in list(namespace.values()):
@@ -189,11 +185,11 @@ class _Search:
                 loops.add(id(loop))
                 yield from gc.get_referents(loop)
             else:
-                yield None  # a place to divide
+                yield None  # so that a slice can end here
         for number in signal.valid_signals():
             yield signal.getsignal(number)
         for task in self._tasks:
-            if future_of(task) is None and not task.done():
+            if future_of(task) is None and not is_done(task):
                 yield from suspended_chain(task)
 
     def _globals(self) -> Iterator[object]:

@@ -1,15 +1,16 @@
 """
-What a waiting task waits for: the reason in asyncio's terms, the tasks, the thread.
+What a waiting task waits for: the reason in asyncio's terms, other tasks, a worker thread.
 
-The reason is read off the innermost frames of the chain of awaits, by the names
-of asyncio's and anyio's own coroutines; where there is none of these, off the
-future. Other tasks are found where such a coroutine has them: a future's
-children, a group's tasks, what a callback refers to. Local variables of
-suspended coroutines are read through the garbage collector's view, which
-changes nothing; about 5 us a task.
+How: the reason is taken from the innermost frames of the chain of awaits, by the
+names of asyncio's and anyio's own coroutines, or else from the future. The tasks
+it waits for are found where such a coroutine keeps them: a future's children, a
+group's tasks, what a callback refers to. Local variables of suspended coroutines
+are read as the garbage collector sees them, which changes nothing.
 
-Names of other libraries' coroutines are not known: their tasks wait for what
-these wait for in the end, a future if nothing better.
+What it costs: about 5 us a task.
+
+What it misses: coroutines of other libraries are not known by name. Their tasks
+wait for whatever these await in the end, at worst a plain future.
 
 Source: CPython, Lib/asyncio/{tasks,locks,queues,streams,taskgroups}.py; anyio,
 _backends/_asyncio.py.
@@ -35,7 +36,7 @@ Task = asyncio.Task[Any]
 WAITING_FOR_A_THREAD = "waiting for a thread"
 
 _ANYIO = "anyio._backends._asyncio"
-# Module, names in it, and the reason; "" is the name itself.
+# Module, names in it, and the reason; "" stands for the name itself.
 _REASONS: tuple[tuple[str, str, str], ...] = (
     ("asyncio.tasks", "sleep", ""),
     ("asyncio.tasks", "wait _wait", "wait"),
@@ -85,7 +86,7 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("anyio.streams.memory", "MemoryObjectReceiveStream.receive", ""),
     ("anyio.streams.memory", "MemoryObjectSendStream.send", ""),
 )
-# Awake again, and waiting for what they released meanwhile.
+# It has been woken, and waits for the lock that it released meanwhile.
 _REACQUIRING = {("Lock.acquire", "Condition.wait")}
 _OWN_FILES = str(Path(__file__).parents[1])
 
@@ -97,8 +98,8 @@ class Wait(NamedTuple):
     Args:
         reason: In asyncio's terms, such as "Lock.acquire", "gather" or "Future".
         tasks: The tasks it waits for that are not done.
-        work: What a worker thread does for it, if one does.
-        workers: How busy those are it waits for, such as "40 of 40 busy".
+        work: The work of a worker thread that it waits for, if there is one.
+        workers: How busy the threads are that it waits for, such as "40 of 40 busy".
     """
 
     reason: str
@@ -108,21 +109,21 @@ class Wait(NamedTuple):
 
 
 class Waits:
-    """Reasons and what else is known of waiting tasks, for the length of one collection."""
+    """Finds out what tasks wait for, for the length of one scan."""
 
     def __init__(self) -> None:
         self.workers = Workers()
         self._reasons: dict[tuple[str, str], str] = {}
         for module, names, reason in _REASONS:
-            # Loaded perhaps since the last time. Cython's code has the file it was made from.
+            # Modules may have been loaded since the last scan. Cython's code has the .pyx file.
             loaded = sys.modules.get(module)
             filename = module if "/" in module else getattr(loaded, "__file__", None)
             if filename is not None:
                 for name in names.split():
                     self._reasons[filename, name] = reason or name
 
-    def look_at_threads(self) -> None:
-        """See anew what the worker threads do."""
+    def read_threads(self) -> None:
+        """Read again what the worker threads do."""
         self.workers = Workers()
 
     def wait(self, future: Any, chain: Chain) -> Wait:
@@ -131,14 +132,14 @@ class Waits:
 
         Args:
             future: What would wake it.
-            chain: Its awaitables, outermost first.
+            chain: Its chain of awaits.
         """
         library = list(self._library(chain))
         reason = library[-1][0] if library else ""
         if reason == "executor":
             return self._thread(future, library)
         if reason == "as_completed":
-            # Up to 3.12 a generator, which the coroutine around has on its stack.
+            # Up to 3.12 it is a generator, which the coroutine around it has on its stack.
             innermost = [each.awaitable for each in chain][-len(library) - 1 :]
             return Wait(reason, _tasks_held(innermost))
         if reason in ("wait", "TaskGroup"):
@@ -155,7 +156,7 @@ class Waits:
                 continue
             reason = self._reasons.get((code.co_filename, code.co_qualname))
             if reason is None and code.co_filename.startswith(_OWN_FILES):
-                continue  # around a method of asyncio's while contention is recorded
+                continue  # our wrapper of an asyncio method, while contention is recorded
             if reason is None or (last, reason) in _REACQUIRING:
                 return
             yield reason, awaitable
@@ -194,7 +195,7 @@ class Waits:
 
 
 def _tasks_held(coroutines: Iterable[object]) -> Iterator[Task]:
-    """Return the tasks that asyncio's and anyio's own coroutines wait for, as locals have them."""
+    """Yield the tasks that asyncio's and anyio's own coroutines have in their local variables."""
     held = (each for coroutine in coroutines for each in gc.get_referents(coroutine))
     return _each_once(task for each in held for task in _members(each))
 
@@ -221,8 +222,8 @@ def _each_once(tasks: Iterable[Task]) -> Iterator[Task]:
 
 
 def _waited_for(wait_for: object, future: Any) -> Any:
-    # Up to 3.11 wait_for makes a future of its own, for the first of the one
-    # it waits for and the time.
+    # Up to 3.11 wait_for awaits a future of its own, which is done when the one
+    # that it was given is, or when the time is up.
     others = (each for each in gc.get_referents(wait_for) if isinstance(each, asyncio.Future))
     return next((each for each in others if each is not future), future)
 
@@ -248,7 +249,7 @@ def _from_callback(future: Any, function: str, variable: str) -> object:
 
 
 def _closed_over(callback: object, function: str, variable: str) -> object:
-    """Return a variable of the function a callback was made in, by the callback's name."""
+    """Return a variable that a callback of this name closes over, None if it is another."""
     if type(callback) is not FunctionType or callback.__code__.co_name != function:
         return None
     names = callback.__code__.co_freevars

@@ -12,7 +12,6 @@ import itertools
 import socket
 import sys
 import threading
-import time
 import weakref
 
 import anyio
@@ -21,8 +20,10 @@ import pytest
 import uvloop
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.goroutine.leak_graph import _referents
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
+from asgi_pprof.collectors.goroutine.references import referents
 from tests.servers import serve
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -32,30 +33,20 @@ BY_NAME: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDict
 CURRENT: contextvars.ContextVar[object] = contextvars.ContextVar("current")
 
 
-def run(main, loop_name):
+def run(main, loop_name="asyncio"):
     with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
         return runner.run(main)
 
 
-def waited_for(task):
-    """Return the tasks a task waits for: itself, by gather, wait or in a group."""
-    future = task._fut_waiter
-    if isinstance(future, asyncio.Task):
-        return [future]
-    if future is None:
-        return []
-    found = list(getattr(future, "_children", ()))
-    for other in asyncio.all_tasks():
-        for callback, _ in other._callbacks or ():
-            owner = getattr(callback, "__self__", None)
-            if getattr(owner, "_on_completed_fut", None) is future:
-                found.append(other)
-    return found
+async def search(tasks=None, **options):
+    """Return the leaked ones of these tasks, or of all."""
+    scan = await TaskCollector().begin_scan()
+    return await find_leaked(tasks or asyncio.all_tasks(), scan.awaited, **options)
 
 
-async def leaked(loop=None):
-    found = await find_leaked(asyncio.all_tasks(loop), waited_for)
-    return {task.get_name() for task in found}
+async def leaked():
+    """Return the names of the leaked tasks."""
+    return {task.get_name() for task in await search()}
 
 
 def background(coroutine, name):
@@ -63,6 +54,12 @@ def background(coroutine, name):
     task = asyncio.create_task(coroutine, name=name)
     BACKGROUND.add(task)
     task.add_done_callback(BACKGROUND.discard)
+
+
+async def ended(*names):
+    """Wait until the background tasks of these names are done."""
+    while not {task.get_name() for task in BACKGROUND}.isdisjoint(names):  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
 
 
 @pytest.fixture(autouse=True)
@@ -118,9 +115,9 @@ async def deadlock():
 
 async def waiter_of_leaked():
     async def wait():
-        await asyncio.create_task(wait_on(asyncio.Event()), name="leaked inner")
+        await asyncio.create_task(wait_on(asyncio.Event()), name="leaked awaited")
 
-    background(wait(), "leaked outer")
+    background(wait(), "leaked awaiting")
 
 
 async def gather_of_leaked():
@@ -207,7 +204,7 @@ async def semaphore_never_released():
 
 async def shielded_leak():
     async def wait():
-        await asyncio.shield(asyncio.create_task(wait_on(asyncio.Event()), name="leaked inner"))
+        await asyncio.shield(asyncio.create_task(wait_on(asyncio.Event()), name="leaked shielded"))
 
     background(wait(), "leaked shield")
 
@@ -225,38 +222,41 @@ async def task_in_an_object_of_its_own():
     Worker().start()
 
 
-async def eager_reader_of_a_stream_nobody_feeds():
-    background(asyncio.StreamReader().read(), "leaked reader")
+async def reader_of_a_stream_nobody_feeds():
+    background(asyncio.StreamReader().read(), "leaked stream reader")
 
 
-LEAKS = [
-    (orphaned_consumer, {"leaked consumer"}),
-    (deadlock, {"leaked one", "leaked two"}),
-    (waiter_of_leaked, {"leaked inner", "leaked outer"}),
-    (gather_of_leaked, {"leaked a", "leaked b", "leaked gather"}),
-    (group_of_leaked, {"leaked child", "leaked parent"}),
-    (event_nobody_holds, {"leaked waiter"}),
-    (session_only_its_task_holds, {"leaked session", "leaked condition"}),
-    (dropped_future, {"leaked future"}),
-    (asynchronous_generators, {"leaked reader"}),
-    (ping_and_pong, {"leaked ping", "leaked pong"}),
-    (semaphore_never_released, {"leaked semaphore"}),
-    (shielded_leak, {"leaked inner", "leaked shield"}),
-    (task_in_an_object_of_its_own, {"leaked worker"}),
-    (eager_reader_of_a_stream_nobody_feeds, {"leaked reader"}),
-]
+LEAKS = {
+    orphaned_consumer: {"leaked consumer"},
+    deadlock: {"leaked one", "leaked two"},
+    waiter_of_leaked: {"leaked awaited", "leaked awaiting"},
+    gather_of_leaked: {"leaked a", "leaked b", "leaked gather"},
+    group_of_leaked: {"leaked child", "leaked parent"},
+    event_nobody_holds: {"leaked waiter"},
+    session_only_its_task_holds: {"leaked session", "leaked condition"},
+    dropped_future: {"leaked future"},
+    asynchronous_generators: {"leaked reader"},
+    ping_and_pong: {"leaked ping", "leaked pong"},
+    semaphore_never_released: {"leaked semaphore"},
+    shielded_leak: {"leaked shielded", "leaked shield"},
+    task_in_an_object_of_its_own: {"leaked worker"},
+    reader_of_a_stream_nobody_feeds: {"leaked stream reader"},
+}
 
 
-@pytest.mark.parametrize(("leak", "expected"), LEAKS, ids=[each.__name__ for each, _ in LEAKS])
-def test_a_task_that_nothing_can_wake_is_found(leak, expected, loop_name):
-    """Also when a set of a module holds the task: that could only cancel it."""
+def test_tasks_that_nothing_can_wake_are_found(loop_name):
+    """Also when a set of a module holds the task: its holder could only cancel it."""
 
     async def main():
-        await leak()
+        for leak in LEAKS:
+            await leak()
         await settle()
-        return await leaked()
+        found = await leaked()
+        return {leak.__name__: names & found for leak, names in LEAKS.items()}, found
 
-    assert run(main(), loop_name) == expected
+    by_leak, found = run(main(), loop_name)
+    assert by_leak == {leak.__name__: names for leak, names in LEAKS.items()}
+    assert found == set().union(*LEAKS.values())
 
 
 # What does not leak: each gives, when entered, tasks that wait
@@ -400,7 +400,7 @@ async def raw_socket_read():
     background(asyncio.get_running_loop().sock_recv(ours, 1), "receives")
     yield
     theirs.send(b"x")
-    await asyncio.sleep(0.01)
+    await ended("receives")
     ours.close()
     theirs.close()
 
@@ -416,7 +416,7 @@ async def executor():
     background(asyncio.to_thread(end.wait), "to thread")
     yield
     end.set()
-    await asyncio.sleep(0.01)
+    await ended("in executor", "to thread")
 
 
 @contextlib.asynccontextmanager
@@ -425,7 +425,7 @@ async def anyio_worker():
     background(anyio.to_thread.run_sync(end.wait), "in worker")
     yield
     end.set()
-    await asyncio.sleep(0.05)
+    await ended("in worker")
 
 
 @contextlib.asynccontextmanager
@@ -562,16 +562,17 @@ async def object_that_holds_its_task():
 
 @contextlib.asynccontextmanager
 async def thread_that_waits_for_a_coroutine():
-    loop = asyncio.get_running_loop()
+    loop, asked = asyncio.get_running_loop(), threading.Event()
 
     def ask():
         future = asyncio.run_coroutine_threadsafe(nested(asyncio.Event()), loop)
+        asked.set()
         with contextlib.suppress(BaseException):
             future.result(60)
 
     thread = threading.Thread(target=ask)
     thread.start()
-    await asyncio.sleep(0.05)
+    assert asked.wait(20)
     yield
     for task in asyncio.all_tasks() - {asyncio.current_task()}:
         task.cancel()
@@ -653,7 +654,7 @@ def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
 
     def other_thread(loop, main):
         async def look():
-            return await find_leaked([main], waited_for)
+            return await search([main])
 
         found.append(asyncio.run_coroutine_threadsafe(look(), loop).result())
         loop.call_soon_threadsafe(main.cancel)
@@ -672,7 +673,7 @@ def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
     assert found == [set()]
 
 
-def test_nothing_is_kept_alive(loop_name):
+def test_nothing_is_kept_alive():
     """What was examined dies as it would have."""
 
     async def main():
@@ -693,10 +694,10 @@ def test_nothing_is_kept_alive(loop_name):
         gc.collect()
         return [ref() for ref in refs]
 
-    assert run(main(), loop_name) == [None] * 3
+    assert run(main()) == [None] * 3
 
 
-def test_thousands_of_tasks_are_told_apart(loop_name):
+def test_thousands_of_tasks_are_told_apart():
     """Half of them wait for what a module holds, half for what nobody holds."""
 
     async def main():
@@ -709,10 +710,10 @@ def test_thousands_of_tasks_are_told_apart(loop_name):
         await settle()
         return await leaked()
 
-    assert run(main(), loop_name) == {f"leaked {number}" for number in range(1000)}
+    assert run(main()) == {f"leaked {number}" for number in range(1000)}
 
 
-def test_a_search_can_be_cancelled_at_any_point(loop_name):
+def test_a_search_can_be_cancelled_at_any_point():
     """And keeps nothing then."""
 
     async def main():
@@ -722,22 +723,20 @@ def test_a_search_can_be_cancelled_at_any_point(loop_name):
         refs = [weakref.ref(task._fut_waiter) for task in BACKGROUND]
         for turns in range(1, 40, 6):
             now = iter(range(10**9))
-            search = asyncio.create_task(
-                find_leaked(asyncio.all_tasks(), waited_for, clock=lambda now=now: next(now))
-            )
+            searching = asyncio.create_task(search(clock=lambda now=now: next(now)))
             for _ in range(turns):
                 await asyncio.sleep(0)
-            search.cancel()
+            searching.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await search
-        del search
+                await searching
+        del searching
         for task in list(BACKGROUND):
             task.cancel()
         del task
         await settle()
         return [ref for ref in refs if ref() is not None]
 
-    assert run(main(), loop_name) == []
+    assert run(main()) == []
 
 
 def test_a_loop_that_keeps_making_tasks_has_only_its_leaks_found(loop_name):
@@ -765,8 +764,8 @@ def test_a_loop_that_keeps_making_tasks_has_only_its_leaks_found(loop_name):
         now = iter(range(10**9))
         found = set()
         for _ in range(3):
-            found |= await find_leaked(asyncio.all_tasks(), waited_for)
-        found |= await find_leaked(asyncio.all_tasks(), waited_for, clock=lambda: next(now) / 4000)
+            found |= await search()
+        found |= await search(clock=lambda: next(now) / 4000)
         return {task.get_name() for task in found}
 
     assert run(main(), loop_name) == {"leaked consumer"}
@@ -793,7 +792,7 @@ def suspended_frames(local):
     return [asyncio.create_task(each(local)) for each in (in_call, in_with, in_loop)]
 
 
-def test_no_reference_is_counted_that_a_frame_only_borrows(loop_name):
+def test_no_reference_is_counted_that_a_frame_only_borrows():
     """CPython 3.14 shows the collector more references than there are."""
 
     def plain(local):
@@ -813,16 +812,16 @@ def test_no_reference_is_counted_that_a_frame_only_borrows(loop_name):
         next(generator)
         await anext(other)
         frames += [generator, other]
-        shown = sum(each is local for frame in frames for each in _referents(frame))
+        shown = sum(each is local for frame in frames for each in referents(frame))
         held = sys.getrefcount(local) - before
         await other.aclose()
         return shown, held
 
-    shown, held = run(main(), loop_name)
+    shown, held = run(main())
     assert 5 <= shown <= held
 
 
-def test_no_slice_is_long(loop_name):
+def test_no_slice_is_long():
     """By a clock of its own: each look at it is a millisecond."""
     turns = 0
 
@@ -845,10 +844,10 @@ def test_no_slice_is_long(loop_name):
                 await asyncio.sleep(0)
 
         background(count(), "counts")
-        await find_leaked(asyncio.all_tasks(), waited_for, clock=clock)
+        await search(clock=clock)
         return ticks
 
-    ticks = run(main(), loop_name)
+    ticks = run(main())
     assert turns > ticks / 10
 
 
@@ -860,11 +859,12 @@ def test_a_server_with_idle_connections_has_no_leaks(loop_name):
     async def leaks():
         return sorted(await leaked())
 
+    is_stuck = threading.Event()
+
     @app.get("/stuck")
     async def stuck():
-        task = asyncio.current_task()
-        task.set_name("leaked handler")
-        del task
+        asyncio.current_task().set_name("leaked handler")
+        is_stuck.set()
         await asyncio.Event().wait()
 
     with (
@@ -874,11 +874,40 @@ def test_a_server_with_idle_connections_has_no_leaks(loop_name):
         for _ in range(20):
             connection = http.client.HTTPConnection("127.0.0.1", port)
             stack.callback(connection.close)
-            connection.request("GET", "/leaks")
-            assert connection.getresponse().read() == b"[]"
+            connection.request("GET", "/nothing")
+            assert connection.getresponse().read()
+        connection.request("GET", "/leaks")
+        assert connection.getresponse().read() == b"[]"
         connection.request("GET", "/stuck")
-        time.sleep(0.2)
+        assert is_stuck.wait(20)
         other = http.client.HTTPConnection("127.0.0.1", port)
         stack.callback(other.close)
         other.request("GET", "/leaks")
         assert other.getresponse().read() == b'["leaked handler"]'
+
+
+def test_all_apps_of_a_process_have_the_same_leaks():
+    """Each marks and counts what the other's search has found, and not what it has not found."""
+
+    async def main():
+        apps = [LeakCollector(TaskCollector()) for _ in range(2)]
+        background(wait_on(asyncio.Event()), "leaked, then held")
+        background(wait_on(asyncio.Event()), "leaked")
+        await settle()
+        samples = (await apps[0].snapshot())().samples
+        first = [app.count() for app in apps], await marked()
+        HELD.extend(task._fut_waiter for task in BACKGROUND if task.get_name() != "leaked")
+        await apps[1].snapshot()
+        second = [app.count() for app in apps], await marked()
+        return len(samples), first, second
+
+    samples, first, second = run(main())
+    assert samples == 2
+    assert first == ([2, 2], {"leaked", "leaked, then held"})
+    assert second == ([1, 1], {"leaked"})
+
+
+async def marked():
+    """Return the names of the tasks that the dump of all tasks marks as leaked."""
+    tasks = [task async for _, task in TaskCollector().goroutines()]
+    return {dict(task.labels)["task"] for task in tasks if task.leaked}

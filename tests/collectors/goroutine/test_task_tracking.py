@@ -19,7 +19,7 @@ import uvloop
 from asgi_pprof.collectors.goroutine import task_tracking
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking
-from asgi_pprof.runtime.task_notes import Note, note_of
+from asgi_pprof.runtime.task_records import TaskRecord, record_of
 from asgi_pprof.runtime.tasks import waits_for
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
@@ -372,7 +372,7 @@ class TaskWithSlots(asyncio.tasks._PyTask):
     """A task whose class admits no more attributes."""
 
     def __setattr__(self, name, value):
-        if name == "_asgi_pprof_note":
+        if name == "_asgi_pprof_record":
             raise AttributeError(name)
         super().__setattr__(name, value)
 
@@ -387,7 +387,7 @@ def test_tasks_without_room_are_noted_elsewhere(loop_name):
             made = make()
             await turns()
             found = (await dump_of())["made"]
-            same = note_of(made) is note_of(made)
+            same = record_of(made) is record_of(made)
             await end(made)
         loop.set_task_factory(None)
         reference = weakref.ref(made)
@@ -626,7 +626,7 @@ def test_detach_from_another_thread(loop_name):
     """Of a loop that runs: the factory is back, and no look is left."""
 
     async def main():
-        loop, tracking = asyncio.get_running_loop(), TaskTracking(look_s=3600)
+        loop, tracking = asyncio.get_running_loop(), TaskTracking(interval_s=3600)
         tracking.attach(loop)
         thread = threading.Thread(target=tracking.detach, args=(loop,))
         thread.start()
@@ -647,7 +647,7 @@ def scheduled(loop):
 def test_detach_when_the_loop_does_not_run_any_more(loop_name):
     """Nor when it is closed."""
     for is_closed in (False, True):
-        loop, tracking = LOOPS[loop_name](), TaskTracking(look_s=3600)
+        loop, tracking = LOOPS[loop_name](), TaskTracking(interval_s=3600)
 
         async def attach(tracking=tracking):
             tracking.attach(asyncio.get_running_loop())
@@ -664,7 +664,7 @@ def test_detach_when_the_loop_does_not_run_any_more(loop_name):
 @pytest.mark.parametrize("detached", [True, False])
 def test_no_loop_is_kept_alive(detached, loop_name):
     """By tracking, whether it was ended or not."""
-    tracking = TaskTracking(look_s=3600)
+    tracking = TaskTracking(interval_s=3600)
     loop = LOOPS[loop_name]()
 
     async def attach():
@@ -709,7 +709,7 @@ def test_a_note_that_fails_switches_itself_off(loop_name, monkeypatch, caplog):
             raise ZeroDivisionError
 
         with tracked():
-            monkeypatch.setattr(task_tracking, "Note", fail)
+            monkeypatch.setattr(task_tracking, "TaskRecord", fail)
             tasks = [make(), make()]
             monkeypatch.undo()
             await end(*tasks)
@@ -729,24 +729,24 @@ class Awaited:
 
 def test_a_note_tells_how_long_the_same_is_waited_for():
     """From the first look at it to the latest."""
-    note, first, second = Note(), Awaited(), Awaited()
-    assert [note.look(first, now) for now in (100, 103, 110)] == [0, 3, 10]
-    assert [note.look(second, now) for now in (120, 125)] == [0, 5]
-    assert note.look(None, 130) == 0
-    assert [note.look(second, now) for now in (140, 141)] == [0, 1]
+    record, first, second = TaskRecord(), Awaited(), Awaited()
+    assert [record.update(first, now) for now in (100, 103, 110)] == [0, 3, 10]
+    assert [record.update(second, now) for now in (120, 125)] == [0, 5]
+    assert record.update(None, 130) == 0
+    assert [record.update(second, now) for now in (140, 141)] == [0, 1]
 
 
 def test_what_took_the_place_of_something_gone_is_something_else():
     """Even at its address."""
-    note = Note()
+    record = TaskRecord()
     for now in range(100):
-        assert note.look(Awaited(), now) == 0
+        assert record.update(Awaited(), now) == 0
 
 
 def test_what_cannot_be_referenced_weakly_has_no_time():
     """It could be another at the same address; too short, then, rather than too long."""
-    note = Note()
-    assert [note.look((1, 2), now) for now in (0, 10, 20)] == [0, 0, 0]
+    record = TaskRecord()
+    assert [record.update((1, 2), now) for now in (0, 10, 20)] == [0, 0, 0]
 
 
 class Clock:
@@ -777,7 +777,7 @@ def test_minutes_are_told_after_a_look(loop_name):
             await moves.wait()
             await wait()
 
-        with tracked(TaskTracking(look_s=0.01, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.01, clock=clock)):
             tasks = [asyncio.create_task(wait(), name="stays")]
             tasks.append(asyncio.create_task(move_on(), name="moves on"))
             await looks(clock)
@@ -803,7 +803,7 @@ def test_a_look_finds_out_that_something_else_is_waited_for(loop_name):
             await moves.wait()
             await wait()
 
-        with tracked(TaskTracking(look_s=0.01, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.01, clock=clock)):
             task = asyncio.create_task(move_on(), name="moves on")
             await looks(clock)
             moves.set()
@@ -824,10 +824,10 @@ def test_dumps_are_looks_as_well(loop_name):
         task = asyncio.create_task(wait(), name="waits")
         await turns()
         await dump_of()
-        since = note_of(task).since_ns
+        since = record_of(task).since_ns
         found = (await dump_of())["waits"]
         await end(task)
-        return since, note_of(task).since_ns, found.minutes
+        return since, record_of(task).since_ns, found.minutes
 
     first, second, minutes = run(main(), loop_name)
     assert first == second > 0
@@ -839,7 +839,7 @@ def test_looks_end_with_the_last_user(loop_name):
 
     async def main():
         loop, clock = asyncio.get_running_loop(), Clock()
-        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.005, clock=clock)):
             await looks(clock)
         assert scheduled(loop) == []
         asked = clock.asked
@@ -856,7 +856,7 @@ def test_looks_end_in_the_middle_of_one(loop_name, monkeypatch):
     async def main():
         clock = Clock()
         tasks = [asyncio.create_task(wait()) for _ in range(50)]
-        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.005, clock=clock)):
             while not clock.asked:  # noqa: ASYNC110 (a turn, and so a slice, at a time)
                 await asyncio.sleep(0)
         asked = clock.asked
@@ -875,7 +875,7 @@ def test_the_loop_turns_between_the_slices_of_a_look(loop_name, monkeypatch):
     async def main():
         clock = Clock()
         tasks = [asyncio.create_task(wait()) for _ in range(50)]
-        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.005, clock=clock)):
             await until(lambda: clock.asked)
             begun, turned = clock.asked, 0
             while clock.asked < 50:
@@ -896,13 +896,13 @@ def test_very_many_tasks_are_looked_at_in_slices(loop_name):
         tasks = [asyncio.create_task(event.wait()) for _ in range(20_000)]
         await turns(2)
         turned = 0
-        with tracked(TaskTracking(look_s=0.001, clock=clock)):
-            while note_of(tasks[0]).waited is None or not all(
-                note_of(each).waited for each in tasks[:: len(tasks) // 50]
+        with tracked(TaskTracking(interval_s=0.001, clock=clock)):
+            while record_of(tasks[0]).waited is None or not all(
+                record_of(each).waited for each in tasks[:: len(tasks) // 50]
             ):
                 turned += 1
                 await asyncio.sleep(0)
-            await until(lambda: all(note_of(each).waited for each in tasks))
+            await until(lambda: all(record_of(each).waited for each in tasks))
             slices = clock.asked
         event.set()
         await asyncio.gather(*tasks)
@@ -926,7 +926,7 @@ def test_looks_go_on_after_one_that_failed(loop_name, caplog):
         loop, clock, failed = asyncio.get_running_loop(), Clock(), []
         loop.set_exception_handler(lambda loop, context: failed.append(context))
         odd = Odd(wait(), loop=loop)
-        with tracked(TaskTracking(look_s=0.005, clock=clock)):
+        with tracked(TaskTracking(interval_s=0.005, clock=clock)):
             await looks(clock)
             odd.raises = True
             for _ in range(10):

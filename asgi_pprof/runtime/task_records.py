@@ -1,0 +1,92 @@
+"""
+What is recorded of a task beyond what it knows itself, as an attribute of the task.
+
+So it needs no table and goes when the task goes. Numbers are small, stable and
+never used again.
+
+Source: runtime/proc.go, newproc1 (goid, gopc, parentGoid).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import weakref
+from types import CodeType
+from typing import Any, cast
+
+from asgi_pprof.runtime.tasks import Task
+
+ATTRIBUTE = "_asgi_pprof_record"
+
+_ids = itertools.count(1)
+
+
+class TaskRecord:
+    """
+    What is recorded of a task.
+
+    Args:
+        creator: The number of the task that created it; 0 for none, or if it is not known.
+        code: The function that created it, with `lasti`, the place in it; None if not known.
+    """
+
+    __slots__ = ("code", "creator", "id", "lasti", "leaked", "since_ns", "waited")
+
+    def __init__(self, creator: int = 0, code: CodeType | None = None, lasti: int = 0) -> None:
+        self.id = next(_ids)
+        self.creator = creator
+        self.code = code
+        self.lasti = lasti
+        self.leaked = False
+        self.waited: weakref.ref[Any] | None = None
+        self.since_ns = 0
+
+    def update(self, waits_for: object, now_ns: int) -> int:
+        """
+        Record what the task waits for now, None if it can run.
+
+        Returns:
+            For how many nanoseconds it is known to wait for this; 0 for None.
+        """
+        if waits_for is None:
+            self.waited = None
+            return 0
+        if self.waited is None or self.waited() is not waits_for:
+            self.since_ns = now_ns
+            try:
+                self.waited = weakref.ref(waits_for)
+            except TypeError:
+                self.waited = None  # such an object cannot be told from the next at its address
+        return now_ns - self.since_ns
+
+
+class TaskRecords:
+    """The records of all tasks of the process; those of tasks that take no attributes are here."""
+
+    def __init__(self) -> None:
+        # Of classes with slots, which are not asyncio's.
+        self._others: weakref.WeakKeyDictionary[Any, TaskRecord] = weakref.WeakKeyDictionary()
+
+    def of(self, task: Task) -> TaskRecord:
+        """Return the record of a task, a new one if it has none."""
+        record = getattr(task, ATTRIBUTE, None)
+        if record is None:
+            with contextlib.suppress(TypeError):
+                record = self._others.get(task)
+        if record is None:
+            record = TaskRecord()
+            self.set(task, record)
+        return cast(TaskRecord, record)
+
+    def set(self, task: Task, record: TaskRecord) -> None:
+        """Make this the record of a task."""
+        try:
+            task._asgi_pprof_record = record  # type: ignore[attr-defined]
+        except AttributeError:
+            with contextlib.suppress(TypeError):  # not even a weak reference: a new one each time
+                self._others[task] = record
+
+
+task_records = TaskRecords()
+record_of = task_records.of
