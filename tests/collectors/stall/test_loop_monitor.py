@@ -1,0 +1,474 @@
+"""What one loop does, found out from outside."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import selectors
+import threading
+import time
+import weakref
+
+import pytest
+
+from asgi_pprof.collectors.stall import loop_monitor
+from asgi_pprof.collectors.stall.causes import Wakeup
+from asgi_pprof.collectors.stall.loop_monitor import (
+    TRANSITIONS,
+    Event,
+    LoopMonitor,
+    Observation,
+    Probe,
+    State,
+    Threshold,
+)
+from asgi_pprof.collectors.stall.watch import StallWatch
+from asgi_pprof.runtime.proc import LoopThread
+from tests.collectors.stall.watched import (
+    FACTORIES,
+    LONG_MS,
+    SHORT_MS,
+    all_stalls,
+    counted,
+    hold_by_sleeping,
+    idle,
+    monitor_of,
+    of,
+    run,
+    stalls_of,
+)
+from tests.programs import run_program
+from tests.servers import until
+
+MS = 1_000_000
+
+
+def test_at_a_threshold_of_zero_nothing_is_a_stall():
+    """The thread may still be scanning when it is switched off."""
+    assert not Threshold(0).is_stall(10**12)
+    assert [Threshold(100).is_stall(delay_ns) for delay_ns in (99, 100)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("seen", "scheduled", "began", "ran", "span"),
+    [
+        (1000, 1060, 1300, 1301, (1000, 1300)),  # seen in an iteration, which ends with the next
+        (1000, 1001, 1000, 1300, (1001, 1300)),  # scheduled as the iteration that runs it began
+        (1100, 1060, 1100, 1300, (1100, 1300)),  # held in the iteration that runs it, before that
+        (0, 1060, 1300, 1301, (1060, 1301)),  # the loop's iterations cannot be read
+        (7, 1060, 8, 1301, (1060, 1301)),  # a clock that is behind
+        (9000, 1060, 9001, 1301, (1060, 1301)),  # and one that is ahead
+        (7, 1060, 7, 1301, (1060, 1301)),  # and one that stands still
+    ],
+)
+def test_before_the_probe_only_an_iteration_by_a_believable_clock_counts(
+    seen, scheduled, began, ran, span
+):
+    probe = Probe(scheduled * MS, Observation(iteration_ns=seen * MS))
+    probe.iteration_ns, probe.ran_ns = began * MS, ran * MS
+    assert tuple(at_ns // MS for at_ns in probe.span()) == span
+    probe.is_clock_reliable = False
+    assert tuple(at_ns // MS for at_ns in probe.span()) == (scheduled, ran)
+
+
+class FakeLoop:
+    """A loop that runs what was scheduled when the test says so, and the clock that reads it."""
+
+    is_reliable = True
+
+    def __init__(self):
+        self.now_ns = 10**15
+        self.iteration_ns = 0
+        self.running = True
+        self.scheduled = []
+
+    def is_closed(self):
+        return False
+
+    def is_running(self):
+        return self.running
+
+    def call_soon_threadsafe(self, callback, *arguments, context):
+        self.scheduled.append((callback, arguments))
+
+    def start_ns(self, loop, stack):
+        return self.iteration_ns
+
+    def is_waiting(self, stack):
+        return not self.iteration_ns
+
+    def calibrate(self, stack):
+        return True
+
+    def run_probe(self):
+        before, self.iteration_ns = self.iteration_ns, self.now_ns
+        ((callback, arguments),) = self.scheduled
+        self.scheduled.clear()
+        callback(*arguments)
+        self.iteration_ns = 0 if before == 0 else self.now_ns
+
+
+class Monitored:
+    """A monitor of a fake loop, which is scanned when the test says so."""
+
+    def __init__(self, monkeypatch):
+        self.loop = FakeLoop()
+        self.stalls = []
+        monkeypatch.setattr(loop_monitor, "_clock_ns", lambda: self.loop.now_ns)
+        self.monitor = LoopMonitor(
+            self.loop,
+            Threshold(100 * MS),
+            self.stalls.append,
+            lambda: None,
+            lambda native_id: LoopThread(native_id, directory="/nowhere"),
+        )
+        self.monitor._clock = self.loop
+
+    def scan(self, after_ms=75, late_ms=0) -> State:
+        self.loop.now_ns += after_ms * MS
+        now_ns = self.loop.now_ns
+        wakeup = Wakeup(now_ns, now_ns - late_ms * MS, 0)
+        stacks = loop_monitor.current_frames((self.monitor.ident,))
+        self.monitor.observe(wakeup, stacks)
+        assert self.monitor.advance(wakeup)
+        return self.monitor._state
+
+    def become(self, state: State) -> None:
+        if state is not State.UNKNOWN:
+            self.scan()
+        while self.monitor._state is not state:
+            self.loop.run_probe()
+            self.scan()
+
+
+@pytest.fixture
+def monitored(monkeypatch):
+    return Monitored(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("state", "event"), [(state, event) for state in State for event in TRANSITIONS[state]]
+)
+def test_each_transition(monitored, state, event):
+    """From each state each event leads where the table says, and schedules a probe if need be."""
+    monitored.become(state)
+    loop = monitored.loop
+    before = len(loop.scheduled)
+    if event is Event.STOPPED:
+        loop.running = False
+    elif event is not Event.PENDING and state is State.PROBED:
+        loop.run_probe()
+        monitored.scan()  # the first that runs is not recent enough to trust what it waits for
+        loop.run_probe()
+        before = 0
+    if event is Event.ITERATING:
+        loop.iteration_ns = loop.now_ns
+    after = monitored.scan(late_ms=6 if event is Event.UNCERTAIN else 0)
+    assert after is TRANSITIONS[state][event]
+    is_probed = after is State.PROBED and event is not Event.PENDING
+    assert len(loop.scheduled) - before == is_probed
+    assert not monitored.stalls
+
+
+def test_an_idle_loop_is_probed_only_every_ten_seconds(monitored):
+    """Because it may run on another thread by now."""
+    monitored.become(State.IDLE)
+    for _ in range(9):
+        assert monitored.scan(after_ms=1000) is State.IDLE
+    assert not monitored.loop.scheduled
+    assert monitored.scan(after_ms=1000) is State.PROBED
+
+
+def test_each_of_two_long_iterations_counts_before_the_probe_runs(monitored):
+    """The probe then measures the later one."""
+    monitored.become(State.IDLE)
+    loop = monitored.loop
+    first_ns = loop.iteration_ns = loop.now_ns + 50 * MS
+    monitored.scan()
+    monitored.scan(after_ms=200)
+    second_ns = loop.iteration_ns = loop.now_ns + 10 * MS
+    monitored.scan()
+    monitored.scan(after_ms=200)
+    loop.run_probe()
+    monitored.scan()
+    delays_ns = [stall.delay_ns for stall in monitored.stalls]
+    assert delays_ns == [second_ns - first_ns, loop.now_ns - 75 * MS - second_ns]
+
+
+def test_a_loop_that_waits_or_works_a_little_does_not_stall(loop_name):
+    """Neither a loop that sleeps nor one that ticks, nor one that is woken all the time."""
+
+    async def mostly_idle(watch):
+        await asyncio.sleep(0.5)
+        for _ in range(5):
+            await asyncio.sleep(0.05)
+        for _ in range(3000):
+            await asyncio.sleep(0)
+        end = time.monotonic() + 0.5
+        while time.monotonic() < end:
+            await asyncio.to_thread(time.sleep, 0.001)
+        await idle(watch)
+        return await all_stalls(watch), watch.lag(asyncio.get_running_loop())
+
+    found, lag = run(mostly_idle, loop_name, LONG_MS)
+    assert found == []
+    assert lag.stalls == lag.stall_ns == 0
+    assert lag.max_ns < LONG_MS * MS
+
+
+def test_many_short_iterations_are_no_stall(loop_name):
+    """Of a loop that has rested and then works without a pause."""
+
+    async def working(watch):
+        await asyncio.sleep(0.3)
+        for _ in range(60):
+            end = time.perf_counter() + 0.01
+            while time.perf_counter() < end:
+                sum(range(100))
+            await asyncio.sleep(0)
+        await idle(watch)
+        return await all_stalls(watch)
+
+    assert run(working, loop_name, LONG_MS) == []
+
+
+def test_loops_are_probed_where_the_system_tells_nothing():
+    """Without /proc a blocked loop is found as well, and one that waits is not."""
+
+    async def blocked(watch):
+        watch.set_threshold(LONG_MS)
+        await asyncio.sleep(0.5)
+        await idle(watch)
+        quiet = watch.count()
+        watch.set_threshold(SHORT_MS)
+        said_ns = hold_by_sleeping()
+        return quiet, said_ns, await stalls_of(watch, "hold_by_sleeping")
+
+    def open_thread(native_id):
+        return LoopThread(native_id, directory="/nowhere")
+
+    quiet, said_ns, (stall,) = run(blocked, open_thread=open_thread)
+    assert quiet == 0
+    assert stall["count"] == 1
+    assert said_ns / 2 < stall["delay_ns"] < said_ns + 2e9
+
+
+def test_each_of_many_blocking_iterations_counts(loop_name):
+    """Also those that come before the probe of the one before has run."""
+
+    async def block():
+        return hold_by_sleeping()
+
+    async def blocked(watch):
+        await idle(watch)
+        tasks = []
+        for _ in range(4):
+            tasks.append(asyncio.create_task(block()))
+            await asyncio.sleep(0)
+        said_ns = sum(await asyncio.gather(*tasks))
+        return said_ns, await stalls_of(watch, "hold_by_sleeping", count=4)
+
+    said_ns, found = run(blocked, loop_name)
+    assert sum(stall["count"] for stall in found) == 4
+    assert sum(stall["delay_ns"] for stall in found) > said_ns * 0.8
+
+
+def watched_by_hand(loop_name):
+    """Return a loop that the test runs, its watch, and a coroutine function that attaches it."""
+    watch, loop = StallWatch(), FACTORIES[loop_name]()
+
+    async def attach():
+        watch.attach(loop)
+        await idle(watch)
+
+    return watch, loop, attach
+
+
+def test_a_loop_that_does_not_run_does_not_stall(loop_name):
+    """Between two run_until_complete nobody expects it to iterate."""
+    watch, loop, attach = watched_by_hand(loop_name)
+    watch.set_threshold(LONG_MS)
+    try:
+        loop.run_until_complete(attach())
+        time.sleep(0.5)
+        loop.run_until_complete(idle(watch))
+        assert watch.totals() == []
+        watch.detach(loop)
+    finally:
+        loop.close()
+    until(lambda: not watch._is_watching)
+
+
+def test_a_loop_run_from_elsewhere_does_not_stall(loop_name):
+    """Another function is below its callbacks then, or it is on another thread."""
+    watch, loop, attach = watched_by_hand(loop_name)
+    watch.set_threshold(LONG_MS)
+
+    def run_elsewhere():
+        loop.run_until_complete(asyncio.sleep(0.6))
+
+    try:
+        loop.run_until_complete(attach())
+        run_elsewhere()
+        thread = threading.Thread(target=run_elsewhere)
+        thread.start()
+        thread.join()
+        assert watch.totals() == []
+        watch.detach(loop)
+    finally:
+        loop.close()
+    until(lambda: not watch._is_watching)
+
+
+def test_a_loop_that_was_moved_to_another_thread_is_still_watched(loop_name):
+    """The stack is that of the thread which runs it now."""
+    watch, loop, attach = watched_by_hand(loop_name)
+    found = []
+
+    async def blocked():
+        await idle(watch)
+        hold_by_sleeping(0.3)
+        found.extend(await stalls_of(watch, "hold_by_sleeping"))
+
+    try:
+        loop.run_until_complete(attach())
+        until(lambda: monitor_of(watch, loop)._state is State.UNKNOWN)
+        thread = threading.Thread(target=lambda: loop.run_until_complete(blocked()))
+        thread.start()
+        thread.join()
+        watch.detach(loop)
+    finally:
+        loop.close()
+    assert [stall["count"] for stall in found] == [1]
+    until(lambda: not watch._is_watching)
+
+
+@pytest.mark.parametrize("shift_s", [-1000, 1000])
+def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
+    """Tests put clocks of their own into loops: then what is certain without one is counted."""
+    watch = StallWatch()
+    loop = asyncio.new_event_loop()
+    loop.time = lambda: time.monotonic() + shift_s
+
+    async def work():
+        watch.set_threshold(LONG_MS)
+        watch.attach(loop)
+        for _ in range(80):
+            threading.Event().wait(0.01)
+            await asyncio.sleep(0)
+        quiet = watch.totals()
+        watch.set_threshold(SHORT_MS)
+        start_ns = time.monotonic_ns()
+        hold_by_sleeping(0.3)
+        (stall,) = await stalls_of(watch, "hold_by_sleeping")
+        watch.detach(loop)
+        return quiet, stall["delay_ns"], time.monotonic_ns() - start_ns
+
+    try:
+        quiet, delay_ns, passed_ns = loop.run_until_complete(work())
+        assert quiet == []
+        assert delay_ns < passed_ns
+    finally:
+        loop.close()
+    until(lambda: not watch._is_watching)
+
+
+def test_loops_without_epoll_and_in_debug_mode_are_watched():
+    """How a loop waits makes no difference."""
+    watch = StallWatch()
+
+    async def blocked():
+        watch.attach(asyncio.get_running_loop())
+        await asyncio.sleep(0.2)
+        hold_by_sleeping(0.3)
+        found = await counted(watch, "hold_by_sleeping")
+        watch.detach(asyncio.get_running_loop())
+        return found
+
+    def factory():
+        return asyncio.SelectorEventLoop(selectors.SelectSelector())
+
+    with asyncio.Runner(debug=True, loop_factory=factory) as runner:
+        (stall,) = runner.run(blocked())
+    assert stall["count"] == 1
+    until(lambda: not watch._is_watching)
+
+
+def test_an_iteration_that_wrappers_hide_is_found():
+    """Where somebody has put a function around the loop's own; greenlets hide it likewise."""
+    run_program(
+        """
+        import asyncio, time
+        original = asyncio.BaseEventLoop._run_once
+        asyncio.BaseEventLoop._run_once = lambda self: original(self)
+        from asgi_pprof.collectors.stall.watch import StallWatch
+
+        async def main():
+            watch = StallWatch()
+            loop = asyncio.get_running_loop()
+            watch.attach(loop)
+            for count in (1, 2):
+                await asyncio.sleep(0.3)
+                time.sleep(0.4)
+                async with asyncio.timeout(20):
+                    while watch.count() < count:
+                        await asyncio.sleep(0.02)
+            watch.detach(loop)
+
+        asyncio.run(main(), debug=False)  # in debug mode it reports slow callbacks
+        """
+    )
+
+
+def test_an_observation_that_is_old_when_the_probe_is_scheduled_is_no_stall():
+    """Reading what a thread has used can mean waiting for the GIL while the loop goes on."""
+
+    class Slow(LoopThread):
+        def usage(self):
+            time.sleep(0.15)
+            return super().usage()
+
+    async def main(watch):
+        longest_s = 0.0
+        end = before = time.monotonic()
+        while time.monotonic() < end + 2:
+            work_until = time.monotonic() + 0.02
+            while time.monotonic() < work_until:
+                sum(range(100))
+            await asyncio.sleep(0)
+            before, now = time.monotonic(), before
+            longest_s = max(longest_s, before - now)
+        found = of(await all_stalls(watch), "main")
+        return max((each["delay_ns"] for each in found), default=0), longest_s
+
+    delay_ns, longest_s = run(main, threshold_ms=100, open_thread=Slow)
+    assert delay_ns == 0 or longest_s > 0.05  # then the machine was busy, and it may be one
+
+
+def test_scanning_keeps_nothing_alive():
+    """Variables of functions that were seen die with them, without a garbage collection."""
+
+    class Kept:
+        pass
+
+    async def main(watch):
+        watch.set_threshold(5)
+        references = []
+
+        def work():
+            kept = Kept()
+            references.append(weakref.ref(kept))
+            time.sleep(0.03)
+
+        for _ in range(20):
+            await asyncio.to_thread(work)
+        await idle(watch)
+        return [each() for each in references]
+
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        assert run(main) == [None] * 20
+    finally:
+        if was_enabled:
+            gc.enable()
