@@ -10,7 +10,7 @@ with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 One suite follows the other. In each, two tests per processor run side by side,
 since most of them wait; those marked timing follow one by one, because they
 measure time. Tests marked once or go run on the default Python alone, those
-marked oldest_and_newest on these two.
+marked oldest_and_newest on these two, all of them with the C extension.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -93,7 +93,7 @@ class Suite:
         left_out = {
             "once": not (self.is_default and self.native),
             "go": not (self.is_default and self.native),
-            "oldest_and_newest": self.native and not self.is_outermost,
+            "oldest_and_newest": not (self.is_outermost and self.native),
         }
         return "".join(f"not {mark} and " for mark, is_out in left_out.items() if is_out)
 
@@ -236,7 +236,8 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     # One after the other: all write to the checkout, and pip keeps a processor busy.
     for version, interpreter in interpreters.items():
         say(f"{version}: installing")
-        python = install(version, interpreter)
+        group = "test" if version == default else "test-without-go"
+        python = install(version, interpreter, group)
         where = version == default, version in (next(iter(interpreters)), [*interpreters][-1])
         suites.append(Suite(version, interpreter, python, True, *where))
         if version == default:
@@ -246,7 +247,7 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     return suites
 
 
-def install(version: str, interpreter: Interpreter) -> Path:
+def install(version: str, interpreter: Interpreter, group: str) -> Path:
     """Bring the version's virtual environment up to date; return the interpreter in it."""
     folder = ROOT / f".venv-{version}"
     python = folder / "bin" / "python"
@@ -254,7 +255,7 @@ def install(version: str, interpreter: Interpreter) -> Path:
         _call(version, interpreter.path, "-m", "venv", "--clear", folder)
     pip = (python, "-m", "pip", "install", "--quiet")
     _call(version, *pip, "--upgrade", "pip>=25.1")
-    _call(version, *pip, "--editable", ".", "--group", "test")
+    _call(version, *pip, "--editable", ".", "--group", group)
     return python
 
 
