@@ -7,10 +7,10 @@ Each version has a virtual environment, .venv-3.13 for example, in which the C
 extension must compile and import. One more suite runs on the default Python
 with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 
-Suites run side by side, one per processor. Tests marked slow are left to the
-end, where each suite's have the machine to themselves: they measure it. A test
-that fails is tried once more; the summary counts these. Tests marked once run
-on the default Python alone, those marked oldest_and_newest on these two.
+One suite follows the other. In each, two tests per processor run side by side,
+since most of them wait; those marked timing follow one by one, because they
+measure time. Tests marked once or go run on the default Python alone, those
+marked oldest_and_newest on these two, all of them with the C extension.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -21,7 +21,7 @@ Environment variables:
     GET_PYTHONS  A command that fetches interpreters: it gets a folder and the
                  missing versions, and prints the path of each interpreter.
                  Default: `uv python install`, uv from PATH or from PyPI.
-    JOBS         How many suites run side by side (default: as many as processors).
+    JOBS         How many tests run side by side (default: two per processor).
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,14 +86,14 @@ class Suite:
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0
     problems: list[str] = field(default_factory=list)
-    second_tries: int = 0
 
     @property
     def marks(self) -> str:
-        """What of the tests is to run here: "" for all, or pytest's expression with " and "."""
+        """The marks of tests that do not run here: pytest's expression with " and ", or ""."""
         left_out = {
             "once": not (self.is_default and self.native),
-            "oldest_and_newest": self.native and not self.is_outermost,
+            "go": not (self.is_default and self.native),
+            "oldest_and_newest": not (self.is_outermost and self.native),
         }
         return "".join(f"not {mark} and " for mark, is_out in left_out.items() if is_out)
 
@@ -123,11 +122,12 @@ def main() -> None:
         suites = prepare(find_or_fetch(os.environ.get("EXPECT", VERSIONS).split()))
     except Failed as error:
         sys.exit(f"test-all: {error}")
-    with ThreadPoolExecutor(int(os.environ.get("JOBS") or os.cpu_count() or 1)) as pool:
-        list(pool.map(lambda suite: run(suite, f"{asked}{suite.marks}not slow", arguments), suites))
+    jobs = int(os.environ.get("JOBS") or 2 * (os.cpu_count() or 1))
     for suite in suites:
-        run(suite, f"{asked}{suite.marks}slow", arguments)
-    for suite in suites:
+        workers = f"{jobs}*popen//python={shlex.join([str(suite.python), *suite.mode])}"
+        side_by_side = ["--dist", "worksteal", "--tx", workers]
+        run(suite, f"{asked}{suite.marks}not timing", [*side_by_side, *arguments])
+        run(suite, f"{asked}{suite.marks}timing", arguments)
         if not suite.counts["passed"]:
             suite.problems.append("no test has passed")
     say(*summary(suites))
@@ -236,20 +236,18 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     # One after the other: all write to the checkout, and pip keeps a processor busy.
     for version, interpreter in interpreters.items():
         say(f"{version}: installing")
-        python = install(version, interpreter)
+        group = "test" if version == default else "test-without-go"
+        python = install(version, interpreter, group)
         where = version == default, version in (next(iter(interpreters)), [*interpreters][-1])
         suites.append(Suite(version, interpreter, python, True, *where))
         if version == default:
             suites.append(Suite(f"{version} pure", interpreter, python, False, *where))
     for suite in suites:
         suite.engine = _engine(suite)
-    # go tool pprof compiles itself at its first use: not in two suites at once.
-    go = suites[0].python.with_name("go")
-    subprocess.run([go, "tool", "pprof", "-h"], capture_output=True, check=False)
     return suites
 
 
-def install(version: str, interpreter: Interpreter) -> Path:
+def install(version: str, interpreter: Interpreter, group: str) -> Path:
     """Bring the version's virtual environment up to date; return the interpreter in it."""
     folder = ROOT / f".venv-{version}"
     python = folder / "bin" / "python"
@@ -257,7 +255,7 @@ def install(version: str, interpreter: Interpreter) -> Path:
         _call(version, interpreter.path, "-m", "venv", "--clear", folder)
     pip = (python, "-m", "pip", "install", "--quiet")
     _call(version, *pip, "--upgrade", "pip>=25.1")
-    _call(version, *pip, "--editable", ".", "--group", "test")
+    _call(version, *pip, "--editable", ".", "--group", group)
     return python
 
 
@@ -287,19 +285,9 @@ def _engine(suite: Suite) -> str:
 
 
 def run(suite: Suite, marks: str, arguments: list[str]) -> None:
-    """
-    Run the tests of a suite that have these marks, and add the result to the suite.
-
-    What fails is tried once more, and said: the machine may have been busy.
-    """
+    """Run the tests of a suite that have these marks, and add the result to the suite."""
     say(f"{suite.name}: {marks}")
     status, counts, lines = pytest(suite, ["-m", marks, *arguments])
-    if status == 1:
-        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: what failed is tried once more")
-        failed = counts.pop("failed", 0) + counts.pop("error", 0) + counts.pop("errors", 0)
-        status, again, lines = pytest(suite, ["-m", marks, "--last-failed", *arguments])
-        counts += again
-        suite.second_tries += failed
     suite.counts += counts
     if status in (0, 5):  # 5: no test has these marks
         say(f"{suite.name}: {marks}: {counts['passed']} passed")
@@ -311,12 +299,11 @@ def run(suite: Suite, marks: str, arguments: list[str]) -> None:
 
 def pytest(suite: Suite, arguments: list[str]) -> tuple[int | None, Counter[str], list[str]]:
     """Run pytest, and return its exit status (None if it hangs), counts and output."""
-    kept = suite.python.parent.parent / f"pytest-{suite.engine}"  # which tests have failed
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             status: int | None = subprocess.run(
-                [suite.python, *suite.mode, "-m", "pytest", "-o", f"cache_dir={kept}", *arguments],
+                [suite.python, *suite.mode, "-m", "pytest", *arguments],
                 cwd=ROOT,
                 env=suite.environment,
                 stdout=output,
@@ -348,8 +335,7 @@ def summary(suites: list[Suite]) -> list[str]:
                 *map(str, numbers),
                 str(count["skipped"]),
                 f"{suite.seconds:.0f}",
-                ", ".join(suite.problems or ["ok"])
-                + (f", {suite.second_tries} tried twice" if suite.second_tries else ""),
+                ", ".join(suite.problems or ["ok"]),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

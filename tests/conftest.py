@@ -23,6 +23,9 @@ from tests.state import clock_timers, process_state
 settings.register_profile("any machine", deadline=None)
 settings.load_profile("any machine")
 
+SERVERS = {"shop", "any_shop", "pure_shop", "service", "any_service"}
+"""Fixtures whose server outlives the test."""
+
 
 def _left_behind() -> dict[str, object]:
     """Return everything a profiler could leave in the process."""
@@ -47,8 +50,8 @@ def _is_hypothesis(callback) -> bool:
 @pytest.fixture(autouse=True)
 def nothing_left_behind(request):
     """Fail any test that leaves a timer, handler, thread, patch or tracing behind."""
-    for shared in {"shop", "any_shop", "pure_shop"} & set(request.fixturenames):
-        request.getfixturevalue(shared)  # outlives the test: start it before looking
+    for shared in SERVERS & set(request.fixturenames):
+        request.getfixturevalue(shared)  # the server outlives the test: start it first
     before = _left_behind()
     yield
     after = {}
@@ -71,6 +74,12 @@ def _first_uses_are_over():
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
     read_mem_stats()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """Let slow tests begin first, or at the end all others wait for the last of them."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish(session):
@@ -109,9 +118,9 @@ def shop(_servers, loop_name):
 
 
 @pytest.fixture
-def pure_shop(_servers, loop_name):
-    """The same service, without the C core."""
-    return _servers(loop_name, native="0")
+def pure_shop(_servers):
+    """The same service without the C core, where the kind of loop makes no difference."""
+    return _servers("asyncio", native="0")
 
 
 @pytest.fixture

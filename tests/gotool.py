@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import os
 import subprocess
@@ -15,12 +16,13 @@ GO = Path(sys.executable).with_name("go")
 @functools.cache
 def _pprof() -> str:
     """Return the program that `go tool pprof` runs: to find it takes Go half a second each time."""
-    environment = {
-        **os.environ,
-        "GOCACHE": os.environ.get("GOCACHE", str(Path(sys.prefix) / "gocache")),
-        "GOTOOLCHAIN": "local",
-    }
-    done = _run([str(GO), "tool", "-n", "pprof"], environment)
+    cache = Path(os.environ.get("GOCACHE", Path(sys.prefix) / "gocache"))
+    cache.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "GOCACHE": str(cache), "GOTOOLCHAIN": "local"}
+    # The first call compiles the tool for half a minute: not in several processes at once.
+    with open(cache / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = _run([str(GO), "tool", "-n", "pprof"], environment)
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 

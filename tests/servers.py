@@ -143,6 +143,35 @@ class ServerProcess:
         """Tell whether a CPU profile is being taken, by whichever engine."""
         return bool(self.state()["sampling"])
 
+    def window(
+        self,
+        name: str,
+        work: Callable[[], object],
+        undo: Callable[[], object] = lambda: None,
+    ) -> Answer:
+        """
+        Return a delta profile of a window in which all of this work was done.
+
+        On a busy machine the work may outlast the window. It is undone then, and
+        done again in a longer one.
+        """
+        answers: list[Answer] = []
+        for seconds in (1, 4, 16):
+            query = f"{name}?seconds={seconds}"
+            reader = threading.Thread(target=lambda query=query: answers.append(self.get(query)))
+            reader.start()
+            until(lambda reader=reader: self._waits_for_a_window() or not reader.is_alive())
+            work()
+            inside = self._waits_for_a_window()
+            reader.join()
+            undo()
+            if inside:
+                return answers[-1]
+        raise AssertionError("the work takes too long for a window")
+
+    def _waits_for_a_window(self) -> bool:
+        return "asgi_pprof.app._wait" in self.get("goroutine?debug=1").text
+
     @contextlib.contextmanager
     def load(self, path: str, clients: int = 2) -> Iterator[None]:
         """Keep some clients asking for a path, one request after the other."""

@@ -173,13 +173,13 @@ def test_a_wrapper_around_ours_is_not_undone():
 
 
 @pytest.mark.server
-def test_shutdown_puts_everything_back_and_a_second_start_works(loop_name):
+def test_shutdown_puts_everything_back_and_a_second_start_works():
     """After the lifespan's end nothing is left, while the app object lives on."""
     start, callbacks = threading.Thread.start, list(gc.callbacks)
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("home"))])
     app.add_middleware(PprofMiddleware, heap="tracemalloc")
     for _ in range(2):
-        with serve(app, loop=loop_name) as port:
+        with serve(app) as port:
             assert ask(port, "/").text == "home"
             assert threading.Thread.start is not start
             assert ask(port, "/debug/pprof/heap").status == 200

@@ -34,36 +34,67 @@ def work(seconds: float = 0.02) -> None:
     keep_blocks()
 
 
+# One for each route: a stack tells whose work it is, whatever its labels say.
+
+
+def work_in_coroutine() -> None:
+    work()
+
+
+def work_in_def() -> None:
+    work()
+
+
+def work_in_task() -> None:
+    work()
+
+
+def work_in_to_thread() -> None:
+    work()
+
+
+def work_in_copied_context() -> None:
+    work(0.2)  # new threads are found within 50 ms
+
+
+def work_in_task_that_lasts() -> None:
+    work()
+
+
+def work_with_own_labels() -> None:
+    work()
+
+
 app = FastAPI()
 
 
 @app.get("/in-coroutine/{number}")
 async def in_coroutine(number: int) -> None:
-    work()
+    work_in_coroutine()
 
 
 @app.get("/in-def/{number}")
 def in_def(number: int) -> None:
-    work()
+    work_in_def()
 
 
 @app.get("/in-task/{number}")
 async def in_task(number: int) -> None:
     async def child() -> None:
-        work()
+        work_in_task()
 
     await asyncio.create_task(child())
 
 
 @app.get("/in-to-thread/{number}")
 async def in_to_thread(number: int) -> None:
-    await asyncio.to_thread(work)
+    await asyncio.to_thread(work_in_to_thread)
 
 
 @app.get("/in-copied-context/{number}")
 async def in_copied_context(number: int) -> None:
-    # New threads are found within 50 ms.
-    thread = threading.Thread(target=contextvars.copy_context().run, args=(work, 0.2))
+    run = contextvars.copy_context().run
+    thread = threading.Thread(target=run, args=(work_in_copied_context,))
     thread.start()
     await asyncio.to_thread(thread.join)
 
@@ -71,17 +102,23 @@ async def in_copied_context(number: int) -> None:
 @app.get("/with-own-labels/{number}")
 async def with_own_labels(number: int) -> None:
     with labels(tenant=f"tenant-{number % 3}"):
-        work()
+        work_with_own_labels()
 
 
 @app.get("/in-task-that-lasts/{number}")
 async def in_task_that_lasts(number: int) -> None:
     async def child() -> None:
         await asyncio.sleep(0.01)
-        work()
+        work_in_task_that_lasts()
 
     lasting.append(asyncio.create_task(child()))
     del lasting[:-100]
+
+
+@app.get("/rest")
+async def rest() -> None:
+    """Wait for the tasks that have outlived their requests."""
+    await asyncio.gather(*lasting)
 
 
 @app.get("/forget")

@@ -7,7 +7,7 @@ import pytest
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from tests.bench.accuracy import measure
 
-pytestmark = [pytest.mark.server, pytest.mark.slow, pytest.mark.oldest_and_newest]
+pytestmark = [pytest.mark.server, pytest.mark.timing, pytest.mark.oldest_and_newest]
 
 # A period of the kernel's tick: more samples in the same time, each still its own.
 HZ = 250

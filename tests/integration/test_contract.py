@@ -59,9 +59,9 @@ def golden_requests():
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "expected", "text"), list(golden_requests())
 )
-def test_answers_as_go_does(shop, request, method, path, body, status, expected, text):
+def test_answers_as_go_does(any_shop, method, path, body, status, expected, text):
     """Status, pprof's headers, and every error's words are those of a Go server."""
-    answer = ask(shop.port, path, method, body=body)
+    answer = ask(any_shop.port, path, method, body=body)
     assert answer.status == status
     for name in COMPARED:
         ours = answer.headers.get(name)

@@ -15,15 +15,15 @@ from tests.servers import ask, leaving_client, until
 pytestmark = [pytest.mark.server, pytest.mark.go, pytest.mark.once]
 
 
-def test_cpu_profile_names_the_function_that_burns(shop, tmp_path):
+def test_cpu_profile_names_the_function_that_burns(any_shop, tmp_path):
     """-top has the function, -raw its file and line, and the time is that of the load."""
-    with shop.load("/burn/100"):
-        report = go_pprof(tmp_path, "-top", f"{shop.url}/profile?seconds=2")
+    with any_shop.load("/burn/100"):
+        report = go_pprof(tmp_path, "-top", f"{any_shop.url}/profile?seconds=2")
     assert "tests.apps.burn_cpu_a" in flat(report.text)
     first = next(iter(flat(report.text)))
     assert first == "tests.apps.burn_cpu_a"
     assert re.search(r"^Type: cpu$", report.text, re.MULTILINE)
-    assert re.search(r"^Duration: 2", report.text, re.MULTILINE)
+    assert re.search(r"^Duration: [2-9]", report.text, re.MULTILINE)
     assert f"engine: {'native' if native else 'signal'}" in report.text
 
 
@@ -48,20 +48,20 @@ def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
         ("example.com/conns", "example.com/conns"),
     ],
 )
-def test_every_profile_is_read(shop, tmp_path, name, kind):
+def test_every_profile_is_read(any_shop, tmp_path, name, kind):
     """As a snapshot, as a delta with -seconds, and compared with an earlier one."""
     # pprof names the file it saves after the sample type, slashes and all.
     (tmp_path / "pprof" / "pprof.python.example.com").mkdir(parents=True)
-    report = go_pprof(tmp_path, "-top", f"{shop.url}/{name}")
+    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}")
     assert f"Type: {kind}" in report.text
-    raw = go_pprof(tmp_path, "-raw", f"{shop.url}/{name}")
+    raw = go_pprof(tmp_path, "-raw", f"{any_shop.url}/{name}")
     assert re.search(r"^1: .*\[FN\]?|^1: ", raw.text.partition("Mappings")[2], re.MULTILINE)
     if name != "example.com/conns":
-        delta = go_pprof(tmp_path, "-raw", "-seconds", "1", f"{shop.url}/{name}")
-        assert "Duration: 1" in delta.text
+        delta = go_pprof(tmp_path, "-raw", "-seconds", "1", f"{any_shop.url}/{name}")
+        assert re.search(r"^Duration: [1-9]", delta.text, re.MULTILINE)
     saved = tmp_path / "before.pb.gz"
-    saved.write_bytes(shop.get(name).body)
-    go_pprof(tmp_path, "-top", "-base", saved, f"{shop.url}/{name}")
+    saved.write_bytes(any_shop.get(name).body)
+    go_pprof(tmp_path, "-top", "-base", saved, f"{any_shop.url}/{name}")
 
 
 @pytest.mark.parametrize(
@@ -75,12 +75,12 @@ def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
         assert "asgi_pprof.app.PprofApp.answer" in report.text
 
 
-def test_goroutine_profile_has_files_and_lines(shop, tmp_path):
+def test_goroutine_profile_has_files_and_lines(any_shop, tmp_path):
     """The waiting task's own line is in -raw, under its function and file."""
-    with leaving_client(shop.port, "/wait/7"):
-        until(lambda: "waiting-7" in shop.get("goroutine?debug=1").text)
-        raw = go_pprof(tmp_path, "-raw", f"{shop.url}/goroutine").text
-    shop.visit("/release")
+    with leaving_client(any_shop.port, "/wait/7"):
+        until(lambda: "waiting-7" in any_shop.get("goroutine?debug=1").text)
+        raw = go_pprof(tmp_path, "-raw", f"{any_shop.url}/goroutine").text
+    any_shop.visit("/release")
     line = _line_of("await released.wait()")
     assert re.search(
         rf"tests\.apps\.wait_for_release {re.escape(apps.__file__)}:{line}:\d+ s=\d+", raw
@@ -90,13 +90,13 @@ def test_goroutine_profile_has_files_and_lines(shop, tmp_path):
     assert "state:[Event.wait]" in raw
 
 
-def test_goroutine_tags_tell_what_tasks_wait_for(shop, tmp_path):
+def test_goroutine_tags_tell_what_tasks_wait_for(any_shop, tmp_path):
     """-tags counts tasks by what they wait for, -tagfocus keeps those."""
-    with leaving_client(shop.port, "/wait/8"), leaving_client(shop.port, "/wait/9"):
-        until(lambda: shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
+    with leaving_client(any_shop.port, "/wait/8"), leaving_client(any_shop.port, "/wait/9"):
+        until(lambda: any_shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
         saved = tmp_path / "goroutine.pb.gz"
-        saved.write_bytes(shop.get("goroutine").body)
-    shop.visit("/release")
+        saved.write_bytes(any_shop.get("goroutine").body)
+    any_shop.visit("/release")
     tags = go_pprof(tmp_path, "-tags", saved).text
     assert re.search(r"state: Total \d+", tags)
     assert re.search(r"\b2 \(.*\): Event\.wait", tags)
@@ -105,28 +105,28 @@ def test_goroutine_tags_tell_what_tasks_wait_for(shop, tmp_path):
     assert "asgi_pprof.app.PprofApp.answer" not in focused
 
 
-def test_contention_of_a_window_has_waiters_and_holders(shop, tmp_path):
+def test_contention_of_a_window_has_waiters_and_holders(any_shop, tmp_path):
     """block and mutex are off; ?seconds=N records what happens meanwhile, and switches off."""
-    with shop.load("/queue", clients=4):
-        waited = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/block?seconds=2").text
-        held = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/mutex?seconds=2").text
+    with any_shop.load("/queue", clients=4):
+        waited = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/block?seconds=1").text
+        held = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/mutex?seconds=1").text
     assert "Type: delay" in waited
     assert "asyncio.locks.Lock.acquire" in waited
     assert "tests.apps.queue_on_a_lock" in waited
     assert "asyncio.locks.Lock.release" in held
     assert "tests.apps.queue_on_a_lock" in held
     assert "switched on for this request only" in waited
-    page = shop.get("").text
+    page = any_shop.get("").text
     assert len(re.findall(r"(?:block|mutex): </div>.*\(off: ", page)) == 2
-    text = go_pprof(tmp_path, "-top", "-cum", f"{shop.url}/block?debug=1").text
+    text = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/block?debug=1").text
     assert "tests.apps.queue_on_a_lock" in text  # what was recorded stays
 
 
-def test_labels_reach_tags_and_focus(shop, tmp_path):
+def test_labels_reach_tags_and_focus(any_shop, tmp_path):
     """-tags lists method, route and tenant; -tagfocus keeps one tenant's samples."""
-    with shop.load("/tenant/acme", clients=1), shop.load("/v1/items/5", clients=1):
+    with any_shop.load("/tenant/acme", clients=1), any_shop.load("/v1/items/5", clients=1):
         saved = tmp_path / "cpu.pb.gz"
-        saved.write_bytes(shop.get("profile?seconds=2").body)
+        saved.write_bytes(any_shop.get("profile?seconds=2").body)
     tags = go_pprof(tmp_path, "-tags", saved).text
     assert re.search(r"route: Total", tags)
     assert "/tenant/{name}" in tags
@@ -142,16 +142,16 @@ def test_labels_reach_tags_and_focus(shop, tmp_path):
 
 def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
     """heap?seconds=N finds ten megabytes kept meanwhile, and tracing is off again."""
+    traced = []
+
+    def keep():
+        traced.append(pure_shop.state()["tracing"])
+        pure_shop.visit("/keep")
+
     saved = tmp_path / "heap.pb.gz"
-    reader = threading.Thread(
-        target=lambda: saved.write_bytes(pure_shop.get("heap?seconds=2").body)
-    )
-    reader.start()
-    until(lambda: "asgi_pprof.app._wait" in pure_shop.get("goroutine?debug=1").text)
-    assert pure_shop.state()["tracing"]
-    pure_shop.visit("/keep")
-    reader.join()
-    pure_shop.visit("/forget")
+    answer = pure_shop.window("heap", keep, undo=lambda: pure_shop.visit("/forget"))
+    saved.write_bytes(answer.body)
+    assert traced[-1]
     assert not pure_shop.state()["tracing"]
     top = go_pprof(tmp_path, "-top", "-unit=MB", saved).text
     assert flat(top)["tests.apps.keep_ten_megabytes"] == "10MB"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import socket
 import threading
@@ -104,10 +105,10 @@ def test_cpu_samples_carry_method_and_route(shop):
     assert "12345" not in str(list(message.string_table))
 
 
-def test_cpu_profile_is_marked_as_go_marks_it(shop):
+def test_cpu_profile_is_marked_as_go_marks_it(any_shop):
     """Types, period, start time and duration are those of spec 2.3."""
     before = time.time_ns()
-    message = official.parse(shop.get("profile?seconds=1").body)
+    message = official.parse(any_shop.get("profile?seconds=1").body)
     strings = message.string_table
     types = [(strings[each.type], strings[each.unit]) for each in message.sample_type]
     assert types == [("samples", "count"), ("cpu", "nanoseconds")]
@@ -116,10 +117,10 @@ def test_cpu_profile_is_marked_as_go_marks_it(shop):
     assert 10**9 <= message.duration_nanos < 5 * 10**9
 
 
-def test_deep_recursion_is_cut_and_says_so(shop):
+def test_deep_recursion_is_cut_and_says_so(any_shop):
     """10,000 frames are sampled without harm: 128 are kept, and the cut is marked."""
-    with shop.load("/recurse/10000", clients=1):
-        message = official.parse(shop.get("profile?seconds=2").body)
+    with any_shop.load("/recurse/10000", clients=1):
+        message = official.parse(any_shop.get("profile?seconds=2").body)
     deep = [
         stack
         for stack, _, _ in samples(message)
@@ -127,7 +128,7 @@ def test_deep_recursion_is_cut_and_says_so(shop):
     ]
     assert deep
     assert all(len(stack) == 129 for stack in deep)
-    assert shop.visit("/quick").status == 200
+    assert any_shop.visit("/quick").status == 200
 
 
 def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
@@ -137,10 +138,12 @@ def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
         state = server.state()
         assert state["wakeup"] != -1
         answers = []
-        reader = threading.Thread(target=lambda: answers.append(server.get("profile?seconds=2")))
+        profile = "profile?seconds=2&hz=1000"
+        reader = threading.Thread(target=lambda: answers.append(server.get(profile)))
         reader.start()
         until(lambda: server.is_sampling())
-        server.visit("/block/6")  # 600 signals; the socket pair holds under 300
+        # A signal at each tick of the kernel, 4 ms apart; the socket pair holds under 300.
+        server.visit("/block/3")
         reader.join()
         assert answers[0].status == 200
         assert server.state()["wakeup"] == state["wakeup"]
@@ -178,9 +181,9 @@ def test_without_a_main_thread_loop_the_signal_engine_says_so(loop_name, monkeyp
         assert ask(port, "/debug/pprof/goroutine").status == 200
 
 
-def test_two_middlewares_share_one_process(loop_name):
+def test_two_middlewares_share_one_process():
     """Two apps, two prefixes: one CPU profile at a time, and both orders of ending are clean."""
-    with serve_process("tests.integration.busy_apps:two_of_everything", loop=loop_name) as server:
+    with serve_process("tests.integration.busy_apps:two_of_everything") as server:
         outer = ask(server.port, "/debug/pprof/goroutine?debug=1")
         inner = ask(server.port, "/inner/debug/pprof/goroutine?debug=1")
         second = ask(server.port, "/other/goroutine?debug=1")
@@ -255,19 +258,18 @@ def test_goroutines_are_all_tasks_with_names_and_states(shop):
     assert len(set(ids)) == count
 
 
-def test_seconds_delta_of_goroutines_shows_the_new_ones(shop):
+def test_seconds_delta_of_goroutines_shows_the_new_ones(any_shop):
     """A task that appears meanwhile counts 1, those that stay count nothing."""
-    answers = []
-    reader = threading.Thread(target=lambda: answers.append(shop.get("goroutine?seconds=2")))
-    reader.start()
-    time.sleep(0.5)
-    with leaving_client(shop.port, "/wait/3"):
-        reader.join()
-    shop.visit("/release")
-    message = official.parse(answers[0].body)
-    changes = {stack[0]: values for stack, values, _ in samples(message)}
+    with contextlib.ExitStack() as clients:
+
+        def wait():
+            clients.enter_context(leaving_client(any_shop.port, "/wait/3"))
+            until(lambda: "wait_for_release" in any_shop.get("goroutine?debug=1").text)
+
+        answer = any_shop.window("goroutine", wait, undo=lambda: any_shop.visit("/release"))
+    changes = {stack[0]: values for stack, values, _ in samples(official.parse(answer.body))}
     assert changes["asyncio.locks.Event.wait"] == [1]
-    assert answers[0].headers["content-disposition"] == 'attachment; filename="goroutine-delta"'
+    assert answer.headers["content-disposition"] == 'attachment; filename="goroutine-delta"'
 
 
 def test_gc_parameter_collects_for_the_heap_only(any_shop):

@@ -215,6 +215,8 @@ def _end(how: str, hz: int, rate: int) -> None:
         case "exception":
             raise work.Odd("on purpose")
         case "interrupt":
+            # A job that a shell has started in the background inherits it ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(signal.SIGINT)
         case "terminate":
             signal.raise_signal(signal.SIGTERM)

@@ -610,7 +610,7 @@ SCENARIOS = {
     """,
     "tracemalloc on and off beside us": """
         app = PprofApp(memory_profile_rate=1)
-        for number in range(30):
+        for number in range(15):
             tracemalloc.start(number + 1)
             kept = keep_blocks(number)
             assert live() == number
@@ -745,7 +745,7 @@ SCENARIOS = {
         threads = [threading.Thread(target=loop) for _ in range(4)]
         for thread in threads:
             thread.start()
-        end = time.monotonic() + 4
+        end = time.monotonic() + 2
         while time.monotonic() < end:
             heap_sampler.copy().samples()
             native.marked_labels()
@@ -776,27 +776,22 @@ SCENARIOS = {
 }
 
 
-def program_of(name):
-    return COMMON + textwrap.dedent(SCENARIOS[name])
-
-
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_it_shares_the_process(name):
     """Right results, exit status 0, and nothing on stderr."""
-    run_program(program_of(name))
+    run_program(COMMON + textwrap.dedent(SCENARIOS[name]))
 
 
-@pytest.mark.parametrize(
-    "name", ["tracemalloc meanwhile", "tracemalloc after, we end first", "exit with all on"]
-)
 @pytest.mark.parametrize(
     "allocator",
     ["malloc", "malloc_debug", "debug", "pymalloc", "pymalloc_debug", "default"],
 )
-def test_it_goes_with_every_allocator(name, allocator):
-    """Whatever PYTHONMALLOC says."""
-    run_program(program_of(name), PYTHONMALLOC=allocator)
-    run_program(program_of(name), options=(), PYTHONMALLOC=allocator)
+@pytest.mark.parametrize("options", [QUIET, ()], ids=["-X dev", ""])
+def test_it_goes_with_every_allocator(options, allocator):
+    """PYTHONMALLOC may have any value, tracemalloc come and go, and all be on at the exit."""
+    names = ("tracemalloc meanwhile", "tracemalloc after, we end first", "exit with all on")
+    program = COMMON + "".join(textwrap.dedent(SCENARIOS[name]) for name in names)
+    run_program(program, options=options, PYTHONMALLOC=allocator)
 
 
 def test_an_interrupt_ends_the_program_as_ever():
@@ -833,7 +828,7 @@ def create(own_gil):
 SOURCE = '''if True:
     import contextvars, time
     variable = contextvars.ContextVar("x")
-    end = time.monotonic() + 2
+    end = time.monotonic() + 1
     while time.monotonic() < end:
         variable.set(bytes(600))
         kept = [bytes(n) for n in range(600)], {str(n): [n] for n in range(300)}
@@ -850,7 +845,10 @@ def keep_blocks(count, size):
 """
 
 
-@pytest.mark.parametrize("own_gil", ["1", "0"])
+OWN_GILS = pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
+
+
+@pytest.mark.parametrize("own_gil", [pytest.param("1", marks=OWN_GILS), "0"])
 def test_other_interpreters_run_beside_both_samplers(own_gil):
     """With their own GIL (3.12 and later) or ours; what this one keeps is counted exactly."""
     program = (
@@ -884,7 +882,7 @@ heap_sampler.disable()
     run_program(program, own_gil, options=())
 
 
-@pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
+@OWN_GILS
 def test_switching_on_and_off_beside_interpreters_with_their_own_gil():
     """
     Hooks that are there stay, passing on, and none is put there: CPython changes allocators
