@@ -1,9 +1,9 @@
 """
-The `symbol` endpoint: names for the addresses of debug=1 texts.
+The `symbol` endpoint: function names for the addresses in debug=1 texts.
 
-Our addresses are hashes, which do not lead back to a name, so the places of
-every text served are remembered, the latest 65,536 of them. Another worker of
-the same service does not know them.
+Addresses are hashes, from which no name can be computed, so the latest 65,536
+locations of the texts served are remembered. Other workers of the same service do
+not know them.
 
 Source: net/http/pprof, Symbol; strconv, ParseUint with base 0.
 """
@@ -19,25 +19,25 @@ from asgi_pprof.slices import Slices
 
 _SLICE_S = 0.001
 _MAX_NAMES = 65_536
-_BUFFER = 4096  # bufio's: an item and what ends it must fit
+_BUFFER = 4096  # the size of bufio's buffer, which must hold an item and its separator
 _MAX_BODY = 16 * 2**20  # 800,000 addresses
 _MAX_ADDRESS = 2**64 - 1
 _GO_INTEGER = re.compile(r"0[xX](_?[0-9a-fA-F])+|0[bB](_?[01])+|0[oO]?(_?[0-7])+|[1-9](_?[0-9])*|0")
 
 
 class AddressBook:
-    """Function names by address, for the profiles one application has shown as text."""
+    """Function names by address, from the texts that one application has served."""
 
     def __init__(self) -> None:
         self._names: dict[int, str] = {}
 
     def remember(self, profile: Profile) -> None:
-        """Remember the places of a profile; the oldest are forgotten when there are too many."""
-        places: set[Location] = set()
+        """Remember the locations of a profile; drop the oldest beyond the limit."""
+        locations: set[Location] = set()
         for sample in profile.samples:
             yield_gil()
-            places.update(sample.stack)
-        for location in places:
+            locations.update(sample.stack)
+        for location in locations:
             yield_gil()
             address = location.address
             self._names.pop(address, None)
@@ -47,12 +47,12 @@ class AddressBook:
 
     async def answer(self, chunks: AsyncIterator[bytes]) -> str:
         """
-        Return the lines for a list of addresses, separated by `+`.
+        Return a line for each known address of a list separated by `+`.
 
-        Known addresses are echoed in hexadecimal with the function's name;
-        the return address (one above) works as well. Others are left out.
+        The line has the address in hexadecimal and the function's name. The return
+        address (one above the location's own) is known as well.
         """
-        lines = ["num_symbols: 1\n"]  # the number only says that there are symbols
+        lines = ["num_symbols: 1\n"]  # any number above 0 says that there are symbols
         rest, total, slices = b"", 0, Slices(_SLICE_S)
         async for chunk in chunks:
             total += len(chunk)
@@ -75,7 +75,7 @@ class AddressBook:
 
 
 def _parse(text: str) -> int:
-    """Return a Go integer literal's value, 0 for anything else."""
+    """Return the value of a Go integer literal of at most 64 bits, 0 for any other text."""
     if not _GO_INTEGER.fullmatch(text):
         return 0
     digits = text.replace("_", "")

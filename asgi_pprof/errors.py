@@ -1,8 +1,4 @@
-"""
-What can go wrong with a profile request, each with its HTTP status.
-
-One place, `app.py`, turns these into responses; nothing else knows of HTTP.
-"""
+"""The errors of a profile request, each with its HTTP status; `app.py` makes responses of them."""
 
 from __future__ import annotations
 
@@ -11,21 +7,21 @@ class PprofError(Exception):
     """
     A request that cannot be answered with a profile.
 
-    The message is the whole response body and ends up in front of whoever
-    runs `go tool pprof`, so it says what came and what would be accepted.
+    The message is the whole response body, and `go tool pprof` prints it: it says
+    what came and what would be accepted.
     """
 
     status = 500
 
 
 class BadParameter(PprofError):
-    """A query parameter that the endpoint cannot take."""
+    """A query parameter has a value that the endpoint does not accept."""
 
     status = 400
 
 
 class AccessDenied(PprofError):
-    """The guard did not let this request in."""
+    """The guard refuses the request."""
 
     status = 403
 
@@ -40,25 +36,25 @@ class UnknownProfile(PprofError):
 
 
 class ProfileBusy(PprofError):
-    """Something that only one at a time can use is in use. 500, as Go has it."""
+    """Another request uses what only one can use at a time. The status is Go's."""
 
 
 class ProfileUnavailable(PprofError):
-    """This process cannot take this profile; the message says what would help."""
+    """This process cannot record the profile; the message says what would help."""
 
     status = 501
 
 
 class ClientGone(PprofError):
-    """The client left before its profile was done. Text and status are Go's."""
+    """The client disconnected before its profile was complete. Text and status are Go's."""
 
     def __init__(self) -> None:
         super().__init__("context canceled")
 
 
 class IncompatibleProfiles(PprofError):
-    """Two profiles that count different things were to be combined."""
+    """Two profiles with different sample or period types cannot be combined."""
 
 
 class InvalidProfile(PprofError):
-    """A profile that breaks the format's rules; always a bug of ours."""
+    """A profile breaks the rules of the format, which is always a bug here."""

@@ -1,11 +1,11 @@
 """
-Who may come in.
+Decides which requests are answered.
 
-By default: a peer on this machine, by the socket's address and never by a
-header; not a request that a proxy has passed on (behind a proxy on this
-machine everybody looks local); not a browser tricked into asking (a Host that
-is a name can be rebound to 127.0.0.1; a page of another site may send
-requests, though not read the answers).
+By default only those of a peer on this machine, by the address of the socket and
+never by a header. Refused are requests that a proxy forwarded, because behind a proxy
+on this machine every client looks local, and requests that a web page may have made
+a browser send: a Host that is a name can be rebound to 127.0.0.1, and pages of other
+sites can send requests, although they cannot read the answers.
 
 Source: DNS rebinding: developer.chrome.com, Private Network Access; fetch
 metadata: w3.org/TR/fetch-metadata; CVE-2019-11248 for what happens without.
@@ -23,7 +23,7 @@ from starlette.types import Scope
 from asgi_pprof.errors import AccessDenied
 
 Guard = Callable[[Scope], None]
-"""Lets a request's scope pass, or raises AccessDenied with the reason."""
+"""Returns to allow the request of a scope, or raises AccessDenied with the reason."""
 
 _FORWARDING = frozenset(
     (
@@ -34,7 +34,6 @@ _FORWARDING = frozenset(
     ).split()
 )
 
-
 # RFC 3986: a bracketed address or a name, then perhaps a port.
 _HOST = re.compile(
     r"(?:\[(?P<address>[^\[\]]+)\]|(?P<name>[^\[\]:@/?#\s]+))(?::(?P<port>[0-9]{0,9}))?"
@@ -43,10 +42,10 @@ _HOST = re.compile(
 
 def allow_loopback(scope: Scope) -> None:
     """
-    Let requests from this machine pass, made directly and on purpose.
+    Allow direct and deliberate requests from this machine.
 
     Raises:
-        AccessDenied: With the first reason found, which names no secret.
+        AccessDenied: The message is the first reason found, and quotes no header's value.
     """
     headers = Headers(scope=scope)
     _check_peer(scope)

@@ -1,10 +1,10 @@
 """
-Sample labels, carried in a contextvar and so inherited by child tasks, by
-`asyncio.to_thread` and by anyio's worker threads (every `def` endpoint).
+Sample labels, in a contextvar: child tasks, `asyncio.to_thread` and anyio's worker
+threads (every `def` endpoint) inherit them.
 
-A label set is a link to the set around it plus its own pairs; nothing is
-merged or looked up until a sample is read out. That keeps the cost in the
-application's path at an object and two contextvar calls.
+A label set is a link to the set around it and pairs of its own. Sets are merged only
+when a sample is read, so setting labels costs the application an object and two
+contextvar calls.
 
 Source: runtime/pprof, Do and Labels.
 """
@@ -25,26 +25,23 @@ _Callable = TypeVar("_Callable", bound=Callable[..., Any])
 
 
 class LabelSet(Protocol):
-    """
-    What the contextvar holds: labels that can be asked for later, from any thread.
-
-    With the C core each has a number of its own, which is never used again.
-    """
+    """A value of the contextvar; any thread may read its labels later."""
 
     outer: LabelSet | None
 
     @property
-    def number(self) -> int: ...
+    def number(self) -> int:
+        """Return the number by which the C core knows the set; it is never reused."""
 
     def own(self) -> dict[str, str]:
-        """Return its labels, without those of the sets around it."""
+        """Return the labels of this set, without those of the sets around it."""
 
 
 current: ContextVar[LabelSet | None] = ContextVar("asgi_pprof_labels", default=None)
 
 
 def resolve(label_set: LabelSet | None) -> Pairs:
-    """Return the labels of a set, sorted by key; () for none."""
+    """Return the labels of a set and of those around it, sorted by key; () for None."""
     pairs: dict[str, str] = {}
     while label_set is not None:
         pairs = {**label_set.own(), **pairs}
@@ -54,23 +51,21 @@ def resolve(label_set: LabelSet | None) -> Pairs:
 
 class labels:
     """
-    Label everything that runs inside: samples and tasks carry key and value.
+    Label all samples and tasks of the code that runs inside.
 
     A context manager, and a decorator for plain and `async` functions. Inner
-    labels add to the outer ones and win over those of the same key. Child
-    tasks and worker threads started inside inherit them.
+    labels are added to the outer ones, and replace those with the same key.
+    Child tasks and worker threads started inside inherit them.
 
         with labels(tenant="acme"):
             await handle()
 
     Args:
-        mapping: Labels whose keys are no Python names, such as "http.route".
-        pairs: Labels by keyword. Values are turned into strings.
+        mapping: Labels whose keys are not Python names, such as "http.route".
+        pairs: Labels by keyword. Values are converted to strings.
 
     Raises:
         ValueError: A key or a value is empty (scrapers refuse such labels).
-
-    Source: runtime/pprof, Do and Labels.
     """
 
     def __init__(self, mapping: Mapping[str, object] | None = None, /, **pairs: object) -> None:
@@ -83,28 +78,27 @@ class labels:
         current.set(_OwnLabels(self._own, current.get()))
 
     def __exit__(self, *exc_info: object) -> None:
-        # Not by token: tasks that share this manager would have to share them.
+        # Not by the token of `set`: tasks and threads may share this manager.
         inner = current.get()
         if isinstance(inner, _OwnLabels):
             current.set(inner.outer)
 
     def __call__(self, function: _Callable) -> _Callable:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            # A generator runs in its caller's context, one piece at a time.
+            # A generator runs in the context of each caller of `next`.
             raise TypeError(f"labels cannot decorate the generator {function.__qualname__}")
-        # Each call enters a manager of its own: calls overlap in tasks and threads.
         if inspect.iscoroutinefunction(function):
 
             @functools.wraps(function)
             async def call_async(*args: Any, **kwargs: Any) -> Any:
-                with labels(self._own):
+                with self:
                     return await function(*args, **kwargs)
 
             return cast(_Callable, call_async)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            with labels(self._own):
+            with self:
                 return function(*args, **kwargs)
 
         return cast(_Callable, call)

@@ -17,36 +17,31 @@ SampleKey = tuple[Stack, tuple[Label, ...]]
 
 
 def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
-    """Return one sample per stack and label set, values added up, in order of first appearance."""
+    """Return one sample per stack and labels with the summed values, in order of appearance."""
     totals: dict[SampleKey, tuple[int, ...]] = {}
     for sample in samples:
         yield_gil()
         key = (sample.stack, sample.labels)
         known = totals.get(key)
-        totals[key] = sample.values if known is None else _add(known, sample.values)
-    return tuple(_sample(key, values) for key, values in totals.items())
-
-
-def _sample(key: SampleKey, values: tuple[int, ...]) -> Sample:
-    yield_gil()
-    return Sample(key[0], values, key[1])
+        if known is None:
+            totals[key] = sample.values
+        else:
+            totals[key] = tuple(a + b for a, b in zip(known, sample.values, strict=True))
+    summed = []
+    for (stack, labels), values in totals.items():
+        yield_gil()
+        summed.append(Sample(stack, values, labels))
+    return tuple(summed)
 
 
 def subtract(after: Profile, before: Profile) -> Profile:
     """
-    Return what happened between two snapshots of one profile.
+    Return the difference of two snapshots of one profile.
 
-    Samples pair up by stack and labels; values are element-wise differences
-    in the units of `sample_types`, negative where a quantity shrank. Samples
-    in which nothing changed are left out.
-
-    Args:
-        after: The later snapshot; its `time_ns`, comments and
-            `default_sample_type` are kept (Go loses the last).
-        before: The earlier one, with the same sample and period types.
-
-    Returns:
-        A new profile whose `duration_ns` spans the two.
+    Values of samples with the same stack and labels are subtracted one by one, and
+    are negative where a quantity shrank. Samples without a change are left out. The
+    duration is the time between the snapshots; all else is the later one's (Go loses
+    the default sample type).
 
     Raises:
         IncompatibleProfiles: The sample or period types differ.
@@ -66,7 +61,3 @@ def subtract(after: Profile, before: Profile) -> Profile:
         samples=tuple(sample for sample in changes if any(sample.values)),
         duration_ns=max(after.time_ns - before.time_ns, 1),
     )
-
-
-def _add(left: tuple[int, ...], right: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(a + b for a, b in zip(left, right, strict=True))

@@ -1,8 +1,8 @@
 """
-Slow work off the event loop, on a short-lived thread of our own.
+Runs slow work on a new thread, off the event loop.
 
-Not on the loop's default executor and not on anyio's pool: when those are
-exhausted is just when somebody asks for a profile.
+Not on the loop's default executor or in anyio's pool: profiles are wanted most when
+those are exhausted.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import TypeVar
 _Result = TypeVar("_Result")
 
 _HOLD_GIL_S = 0.0005
-_PAUSE_S = 0.0001  # a sleep of 0 is over before the waiting thread has woken
+_PAUSE_S = 0.0001  # a sleep of 0 ends before the waiting thread has woken
 
 
 class _GilHold(threading.local):
-    ends = math.inf  # on threads that are not ours
+    ends = math.inf  # on threads that `run_in_thread` did not start
 
 
 _gil_hold = _GilHold()
@@ -30,10 +30,10 @@ _gil_hold = _GilHold()
 
 def yield_gil() -> None:
     """
-    Release the GIL for a moment if this is a thread of ours that has held it for 0.5 ms.
+    Release the GIL for 0.1 ms if a thread of `run_in_thread` has held it for 0.5 ms.
 
-    Called in every loop over samples; costs about 0.1 us. A thread that waits
-    for CPython to take the GIL away delays the event loop by 5 ms each time.
+    Every loop over samples calls this, at about 0.1 us a call: a thread that keeps
+    the GIL until CPython takes it away delays the event loop by 5 ms each time.
     """
     if time.perf_counter() > _gil_hold.ends:
         time.sleep(_PAUSE_S)
@@ -42,10 +42,10 @@ def yield_gil() -> None:
 
 async def run_in_thread(function: Callable[[], _Result]) -> _Result:
     """
-    Return what the function returns, run on a new thread that ends with it.
+    Run a function on a new thread; return its result.
 
-    Cancelling the caller does not stop the function. If no thread can be
-    started the function runs here, on the loop: late is better than nothing.
+    Cancelling the caller does not stop the function. If no thread can be started,
+    the function runs here and blocks the loop: a slow answer is better than none.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Result] = loop.create_future()
@@ -68,10 +68,10 @@ async def run_in_thread(function: Callable[[], _Result]) -> _Result:
         try:
             loop.call_soon_threadsafe(deliver, result, error)
         except RuntimeError:
-            pass  # the loop was closed meanwhile: nobody waits any more
+            pass  # the loop has been closed, and with it the caller
 
     try:
-        # Not threading.Thread: applications patch and count those, as we do.
+        # Not threading.Thread: applications patch and count those, as `threadcreate` does.
         _thread.start_new_thread(work, ())
     except RuntimeError:
         return function()

@@ -1,8 +1,8 @@
 """
-The query string, read by Go's rules: from raw bytes to checked values.
+Parses query strings by Go's rules.
 
-The first value of a repeated key wins, unknown keys are ignored, and a pair
-that Go's parser refuses (a bad escape, a semicolon) is as if it were absent.
+The first value of a repeated key wins. Unknown keys are ignored, as are pairs that
+Go's parser refuses (a bad escape, a semicolon).
 
 Source: net/url ParseQuery; strconv Atoi and ParseInt; net/http/pprof.
 """
@@ -14,18 +14,19 @@ from urllib.parse import unquote_plus
 
 from asgi_pprof.errors import BadParameter
 
-DEFAULT_CPU_SECONDS = 30
-DEFAULT_HZ = 100  # as Go: enough for 1 % shares in 30 s, far below what costs show
-MAX_HZ = 1000
+DEFAULT_HZ = 100  # as Go: shares of 1 % show in 30 s, at a cost too low to be noticed
+
+_DEFAULT_CPU_SECONDS = 30
+_MAX_HZ = 1000
 
 _INT64_MAX = 2**63 - 1
-_MAX_SECONDS = _INT64_MAX // 1_000_000_000  # about 292 years: their nanoseconds still fit
+_MAX_SECONDS = _INT64_MAX // 1_000_000_000  # about 292 years in nanoseconds
 _INTEGER = re.compile(r"[+-]?[0-9]+")
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
 class Params:
-    """The parameters of one request, each read as its endpoint needs it."""
+    """The parameters of one request."""
 
     def __init__(self, query_string: bytes) -> None:
         self._values: dict[str, str] = {}
@@ -37,46 +38,43 @@ class Params:
 
     @property
     def debug(self) -> int:
-        """0 for protobuf, anything else for text; what is no number is 0."""
+        """Return 0 for protobuf, any other number for text; 0 if it is not a number."""
         return self._number("debug")
 
     @property
     def gc(self) -> bool:
-        """Whether to collect garbage first: any number above 0."""
+        """Return whether to collect garbage first: `gc` is a number above 0."""
         return self._number("gc") > 0
 
     @property
     def cpu_seconds(self) -> int:
         """
-        Return how long to profile the CPU, by the rules of `/profile`.
+        Return the duration of a CPU profile.
 
-        What is missing, not positive or no 64-bit integer is 30, as in Go.
-        Go overflows above 9,223,372,036 s; here that is the longest.
+        It is 30 if `seconds` is missing, not positive or not a 64-bit integer, as in
+        Go. Go overflows above 9,223,372,036 s; here that is the maximum.
         """
-        seconds = _parse_int64(self._values.get("seconds", ""))
-        if seconds is None or seconds <= 0:
-            return DEFAULT_CPU_SECONDS
-        return min(seconds, _MAX_SECONDS)
+        return self._positive_seconds() or _DEFAULT_CPU_SECONDS
 
     @property
     def hz(self) -> int:
         """
-        Return how many samples to take in a second of CPU time; ours, not Go's.
+        Return the number of samples per second of CPU time; Go has no such parameter.
 
         Raises:
-            BadParameter: `hz` is there and no number from 1 to 1000.
+            BadParameter: `hz` is not empty and not a number from 1 to 1000.
         """
         text = self._values.get("hz", "")
         if text == "":
             return DEFAULT_HZ
         hz = _parse_int64(text)
-        if hz is None or not 1 <= hz <= MAX_HZ:
-            raise BadParameter(f'invalid value for "hz" - must be an integer from 1 to {MAX_HZ}')
+        if hz is None or not 1 <= hz <= _MAX_HZ:
+            raise BadParameter(f'invalid value for "hz" - must be an integer from 1 to {_MAX_HZ}')
         return hz
 
     @property
     def delta(self) -> bool:
-        """Whether a difference of two snapshots is asked for: `seconds` is there and not empty."""
+        """Return whether the difference of two snapshots is requested: `seconds` is not empty."""
         return self._values.get("seconds", "") != ""
 
     @property
@@ -87,17 +85,20 @@ class Params:
         Raises:
             BadParameter: `seconds` is not a positive integer.
         """
-        seconds = _parse_int64(self._values.get("seconds", ""))
-        if seconds is None or seconds <= 0:
+        seconds = self._positive_seconds()
+        if seconds is None:
             raise BadParameter('invalid value for "seconds" - must be a positive integer')
-        return min(seconds, _MAX_SECONDS)
+        return seconds
+
+    def _positive_seconds(self) -> int | None:
+        seconds = _parse_int64(self._values.get("seconds", ""))
+        return min(seconds, _MAX_SECONDS) if seconds is not None and seconds > 0 else None
 
     def _number(self, key: str) -> int:
         value = self._values.get(key, "")
-        # A number of any length saturates in Go; only its sign matters here.
         if not _INTEGER.fullmatch(value):
             return 0
-        return max(-_INT64_MAX, min(_INT64_MAX, _int(value)))
+        return max(-_INT64_MAX, min(_INT64_MAX, _int(value)))  # saturates, as in Go
 
 
 def _parse_int64(text: str) -> int | None:
@@ -108,7 +109,7 @@ def _parse_int64(text: str) -> int | None:
 
 
 def _int(digits: str) -> int:
-    # int() refuses numbers of more than 4,300 digits and is slow below that;
-    # 20 significant digits are already beyond 64 bits.
+    # int() refuses numbers of more than 4,300 digits, and is slow with fewer.
+    # Numbers of 20 significant digits are beyond 64 bits already.
     sign = -1 if digits.startswith("-") else 1
     return sign * int(digits.lstrip("+-").lstrip("0")[:20] or "0")

@@ -1,10 +1,9 @@
 """
-Which requests are ours, and under what name.
+Decides whether a request is for us, and for which profile.
 
-Paths are taken as Go's ServeMux takes them: decoded before matching, except
-that an encoded slash is no separator; a path that is not clean (`//`, `.`,
-`..`) is redirected to the clean one, if that is ours. A trailing slash belongs
-to the name.
+Paths are matched as by Go's ServeMux. They are decoded first, but an encoded slash is
+not a separator. A path that is not clean (`//`, `.`, `..`) is redirected to the clean
+one, if that is ours. A trailing slash belongs to the name.
 
 Source: net/http, ServeMux and cleanPath; starlette, get_route_path.
 """
@@ -18,18 +17,18 @@ from urllib.parse import quote, unquote
 
 from starlette.types import Scope
 
-# Stands for %2F in a decoded path; unquote never yields a lone surrogate.
+# Represents %2F in a decoded path; unquote never returns a lone surrogate.
 _ENCODED_SLASH = "\ud800"
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
     """
-    A request of ours.
+    The profile that a request is for.
 
     Args:
         name: The profile's name, "" for the index.
-        redirect: Where to send the client instead, "" to answer.
+        redirect: The location to send the client to, "" to answer the request.
     """
 
     name: str
@@ -38,13 +37,13 @@ class Target:
 
 def locate(scope: Scope, prefix: str) -> Target | None:
     """
-    Return what an HTTP request asks of us, None if it is not ours.
+    Return the profile that an HTTP request is for, None if it is not for us.
 
     Args:
-        scope: Its path may or may not begin with its `root_path`: servers,
+        scope: Its path may or may not start with its `root_path`: servers,
             proxies and mounts differ.
-        prefix: Where we are below the root path, such as "/debug/pprof"; ""
-            for an app that is itself mounted.
+        prefix: The path of the index below the root path, such as "/debug/pprof";
+            "" for an app that is itself mounted.
     """
     path = _path_below_root(scope)
     clean = _clean(path)
@@ -59,11 +58,11 @@ def locate(scope: Scope, prefix: str) -> Target | None:
 
 def _path_below_root(scope: Scope) -> str:
     path, root = _matching_path(scope), _root_path(scope)
-    # Behind a proxy that strips its prefix, a mount's root path is the prefix
-    # and the mount, of which the path has only the mount.
+    # Behind a proxy that strips its prefix, the root path of a mount is the prefix
+    # and the mount's path; the request's path has only the latter.
     outermost = scope.get("app_root_path")
     mount = root.removeprefix(outermost.rstrip("/")) if isinstance(outermost, str) else ""
-    # Root paths come decoded, slashes and all.
+    # Servers decode root paths completely, slashes too.
     flat = path.replace(_ENCODED_SLASH, "/")
     for above in (root, mount):
         if above and (flat == above or flat.startswith(f"{above}/")):
@@ -76,7 +75,7 @@ def _root_path(scope: Scope) -> str:
 
 
 def _matching_path(scope: Scope) -> str:
-    """Return the decoded path in which encoded slashes are marked."""
+    """Return the decoded path, with `_ENCODED_SLASH` for each encoded slash."""
     path: str = scope["path"]
     raw_path = scope.get("raw_path")
     raw = raw_path.partition(b"?")[0].decode("latin-1") if isinstance(raw_path, bytes) else ""
@@ -87,7 +86,7 @@ def _matching_path(scope: Scope) -> str:
 
 
 def _clean(path: str) -> str:
-    """Return the path as Go's cleanPath: rooted, no empty or dot segments, trailing slash kept."""
+    """Return the path without empty and dot segments, as Go's cleanPath."""
     if not path:
         return ""
     clean = posixpath.normpath("/" + path.lstrip("/"))

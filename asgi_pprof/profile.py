@@ -1,12 +1,12 @@
 """
 The profile model: collectors make a `Profile`, encoders read it.
 
-It is profile.proto without the bookkeeping: real strings and real references,
-no ids and no string table. Everything here is immutable. Stacks are leaf first.
+It is profile.proto without the bookkeeping: real strings and references in place of
+ids and a string table. Everything here is immutable. Stacks are leaf first.
 
-Functions, locations and value types are tuples rather than dataclasses because
-every merge hashes them by the thousand: a 60-frame stack hashes in about 6 us
-as tuples and in 40 us as frozen dataclasses (CPython 3.11).
+Functions, locations and value types are tuples, not dataclasses, because a merge
+hashes thousands of them: a stack of 60 frames takes about 6 us as tuples and 40 us
+as frozen dataclasses (CPython 3.11).
 
 Source: google/pprof, proto/profile.proto and profile/profile.go, CheckValid.
 """
@@ -21,14 +21,14 @@ from typing import NamedTuple
 
 from asgi_pprof.errors import InvalidProfile
 
-MAX_VALUES = 4  # Alloy keeps values in fixed arrays of four
+_MAX_VALUES = 4  # Alloy keeps values in fixed arrays of four
 
 Label = tuple[str, str | int]
-"""A key with a string, or with a number in the unit its key names (`bytes`)."""
+"""A key, and a string or a number; the key names the number's unit (`bytes`)."""
 
 
 class ValueType(NamedTuple):
-    """What a value counts, and its unit in full: ("cpu", "nanoseconds")."""
+    """The quantity a value counts, and its unit in full: ("cpu", "nanoseconds")."""
 
     type: str
     unit: str
@@ -43,7 +43,7 @@ class Function(NamedTuple):
 
 
 class Location(NamedTuple):
-    """A line inside a function; 0 where the line is not known."""
+    """A line inside a function; 0 if the line is unknown."""
 
     function: Function
     line: int
@@ -51,13 +51,12 @@ class Location(NamedTuple):
     @property
     def address(self) -> int:
         """
-        A number that stands for this place: unique, non-zero, and the same in
-        every worker and after a restart.
+        Return a unique number above 0, the same in every worker and after a restart.
 
-        Scrapers tell stacks apart by addresses alone, so the address is a
-        63-bit hash of file, line and name (without the module, which is
-        `__main__` in one worker and `__mp_main__` in another). The top bit
-        stays clear: some readers keep addresses in signed numbers.
+        Scrapers compare stacks by addresses alone, so the address is a hash of file,
+        line and name, without the names of the main module: it is `__main__` in one
+        worker and `__mp_main__` in another. It has 63 bits, because some readers keep
+        addresses in signed numbers.
         """
         name, filename, _ = self.function
         return _address(name, filename, self.line)
@@ -75,16 +74,16 @@ Stack = tuple[Location, ...]
 
 
 def pseudo_location(name: str) -> Location:
-    """Return a place that is no code, such as `<unknown>`; the angle brackets set it apart."""
+    """Return a location that is not code, named in angle brackets, such as `<unknown>`."""
     return Location(Function(f"<{name}>", "", 0), 0)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """
-    One stack, leaf first, with a value for each of the profile's sample types.
+    A stack, and a value for each of the profile's sample types.
 
-    Labels are sorted by key, and neither keys nor values are empty.
+    Labels are sorted by key; neither keys nor values are empty.
     """
 
     stack: Stack
@@ -95,17 +94,18 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
-    A set of samples, what their values mean, and when they were taken.
+    A set of samples, the meaning of their values, and the time they cover.
 
     Args:
-        sample_types: What each value counts, at most four.
-        period_type: What is sampled; `period` is the events from one sample to the next.
+        sample_types: The types of the values, one to four.
+        period_type: The type of the sampled events, of which there is one sample
+            for every `period`.
         time_ns: UTC nanoseconds: the start of a CPU profile, the moment of a
             snapshot, the end of a delta.
-        duration_ns: How long it covers; 0 for a snapshot (readers take any
-            other number as the mark of a delta).
-        default_sample_type: What a viewer shows first; "" leaves it to the viewer.
-        comments: Lines for the reader: what was not seen, and what it cost.
+        duration_ns: The time covered; 0 for a snapshot, since readers take any
+            other number as the mark of a delta.
+        default_sample_type: The type a viewer shows first; "" leaves it to the viewer.
+        comments: Remarks for the reader, such as what is missing and what it cost.
     """
 
     sample_types: tuple[ValueType, ...]
@@ -118,7 +118,7 @@ class Profile:
     comments: tuple[str, ...] = ()
 
     def total(self, type_name: str) -> int:
-        """Return the sum of the value of this type over all samples."""
+        """Return the sum over all samples of the values of this type."""
         (index,) = (i for i, kind in enumerate(self.sample_types) if kind.type == type_name)
         return sum(sample.values[index] for sample in self.samples)
 
@@ -126,7 +126,7 @@ class Profile:
 def count_profile(
     name: str, samples: Iterable[Sample], time_ns: int, comments: tuple[str, ...] = ()
 ) -> Profile:
-    """Return a profile of NAME/count, the only value of each sample."""
+    """Return a profile whose samples have one value each, of type NAME/count."""
     kind = ValueType(name, "count")
     return Profile((kind,), tuple(samples), kind, period=1, time_ns=time_ns, comments=comments)
 
@@ -134,17 +134,17 @@ def count_profile(
 @dataclass(frozen=True, slots=True)
 class Goroutine:
     """
-    One asyncio task as the debug=2 dump shows it.
+    An asyncio task as the debug=2 dump shows it.
 
     Args:
-        id: A small number, the same for a task as long as it lives.
-        state: What stands in the brackets: "running", "runnable" or what it waits for.
+        id: A small number that the task keeps as long as it lives.
+        state: The text in brackets: "running", "runnable" or what the task waits for.
         stack: Its await chain, leaf first.
-        labels: The labels of its context, and what else is to say of it.
-        minutes: For how many whole minutes it is known to wait.
+        labels: The labels of its context, and further properties.
+        minutes: The whole minutes that it is known to have waited.
         leaked: Whether nothing can wake it any more.
-        created_by: Where the call was that made it.
-        creator: The number of the task that made it; 0 if none did.
+        created_by: The location of the call that created it.
+        creator: The id of the task that created it; 0 if none did.
     """
 
     id: int
@@ -159,13 +159,13 @@ class Goroutine:
 
 def check_valid(profile: Profile) -> None:
     """
-    Check a profile against the rules that every reader of ours shares.
+    Raise unless a profile keeps the rules of all readers; tests check every profile.
 
     Raises:
-        InvalidProfile: Saying what is wrong, and where.
+        InvalidProfile: The message names the rule and the sample.
 
-    Source: google/pprof CheckValid; the stricter rules of Alloy and Parca
-    (addresses, at most four values, non-empty labels).
+    Source: google/pprof, CheckValid; the stricter rules of Alloy and Parca (at most
+    four values, non-empty labels).
     """
     for fault in _faults(profile):
         raise InvalidProfile(fault)
@@ -173,8 +173,8 @@ def check_valid(profile: Profile) -> None:
 
 def _faults(profile: Profile) -> Iterator[str]:
     types = profile.sample_types
-    if not 1 <= len(types) <= MAX_VALUES:
-        yield f"{len(types)} sample types, need 1 to {MAX_VALUES}"
+    if not 1 <= len(types) <= _MAX_VALUES:
+        yield f"{len(types)} sample types, need 1 to {_MAX_VALUES}"
     if profile.default_sample_type not in {"", *(kind.type for kind in types)}:
         yield f"default sample type {profile.default_sample_type!r} is none of the sample types"
     if profile.time_ns <= 0:

@@ -12,11 +12,11 @@ from asgi_pprof.native.core import LabelNode
 
 class RequestLabels(LabelNode):
     """
-    The labels of one request: its method and the template of its route.
+    The label set of one request.
 
-    The template is known only after routing, so it is looked up in the scope
-    when a sample is read out. `finish` lets go of the scope when the request
-    is over: a task that outlives it keeps the template, not the request.
+    The route is known only after routing, so it is looked up in the scope when a
+    sample is read. `finish` releases the scope at the end of the request: a task
+    that outlives the request keeps the template alive, not the request.
     """
 
     __slots__ = ("_headers", "_method", "_routing", "outer")
@@ -28,9 +28,9 @@ class RequestLabels(LabelNode):
         self.outer = self._without_other_requests(around) if around is not None else None
 
     def _without_other_requests(self, around: LabelSet) -> LabelSet | None:
-        # A server may start a request in the context of an earlier one on the
-        # same connection (uvicorn does, after a large body and when requests
-        # are pipelined): that one's labels are not ours, and must not pile up.
+        # A server may start a request in the context of an earlier one on the same
+        # connection (uvicorn does, after a large body and when requests are
+        # pipelined). The labels of the earlier one must not apply here, nor accumulate.
         link: LabelSet | None = around
         while link is not None:
             if isinstance(link, RequestLabels) and link._headers is not self._headers:
@@ -39,13 +39,13 @@ class RequestLabels(LabelNode):
         return around
 
     def finish(self) -> None:
-        """Keep of the scope only what names the route."""
+        """Release the scope, except for the keys that name the route."""
         scope = self._routing
         self._routing = {key: scope[key] for key in _ROUTING_KEYS if key in scope}
         self._headers = None
 
     def own(self) -> dict[str, str]:
-        """Return the method, and the route where routing has found one."""
+        """Return the method, and the route if routing has found one."""
         pairs = {"method": self._method} if self._method else {}
         if route := route_template(self._routing):
             pairs["route"] = route
@@ -57,16 +57,16 @@ _ROUTING_KEYS = ("route", "router", "fastapi", "app_root_path", "root_path")
 
 def route_template(scope: Scope) -> str:
     """
-    Return the path template of the route that serves this scope, "" if none does (yet).
+    Return the path template of the route that serves this scope, "" if none is known.
 
-    Never the raw path, so that there are as many values as routes. What the
-    router left in the scope is all that is used: `route`, FastAPI's effective
-    route of an included router (0.120 and later keep the router's prefix only
-    there), and for mounted apps the templates of the mounts on the way.
+    Never returns the raw path, so there are no more values than routes. Reads only
+    what routers leave in the scope: `route`; FastAPI's effective route of an included
+    router (since 0.120 the only place that has the router's prefix); for mounted apps,
+    the templates of the mounts that led there.
     """
     route = scope.get("route")
     if getattr(route, "routes", None):
-        return ""  # a mount whose own routes did not match
+        return ""  # a mount, none of whose routes matched
     context = scope.get("fastapi", {}).get("effective_route_context")
     path = getattr(context, "path_format", None) or getattr(route, "path", None)
     if not isinstance(path, str):
@@ -75,7 +75,7 @@ def route_template(scope: Scope) -> str:
 
 
 def _mount_template(scope: Scope) -> str:
-    # Set by starlette's Mount: the root path before the first mount.
+    # starlette's Mount keeps the root path from before the first mount there.
     outer = scope.get("app_root_path")
     if outer is None:
         return ""
@@ -85,12 +85,9 @@ def _mount_template(scope: Scope) -> str:
 
 def _match_mounts(routes: Any, mounted: str) -> str:
     for mount in routes:
-        regex, routes_below = (
-            getattr(mount, "path_regex", None),
-            getattr(mount, "routes", None),
-        )
-        if regex is None or not routes_below or not (match := regex.match(mounted + "/")):
+        regex, inner = getattr(mount, "path_regex", None), getattr(mount, "routes", None)
+        if regex is None or not inner or not (match := regex.match(mounted + "/")):
             continue
         rest = match.groupdict().get("path", "").rstrip("/")
-        return cast(str, mount.path) + (_match_mounts(routes_below, "/" + rest) if rest else "")
+        return cast(str, mount.path) + (_match_mounts(inner, "/" + rest) if rest else "")
     return ""

@@ -1,14 +1,15 @@
 """
-Captured stacks: named, counted, and as stacks of locations, leaf first.
+Captured stacks: how they are named and counted. Stacks are leaf first.
 
-Nothing is kept of a frame but its code and where it was: a kept frame keeps its locals alive.
+A captured stack has the code and the bytecode offset of each frame, never the frame
+itself, which would keep its locals alive.
 """
 
 from __future__ import annotations
 
 import sys
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import NamedTuple
 
@@ -18,7 +19,6 @@ from asgi_pprof.runtime.chains import Chain, wrappers
 from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
 from asgi_pprof.runtime.frames import RawStack as RawStack
 from asgi_pprof.runtime.frames import capture as capture
-from asgi_pprof.runtime.frames import current_frames as current_frames
 
 TRUNCATED = pseudo_location("truncated: outer frames not recorded")
 UNKNOWN = pseudo_location("unknown")
@@ -26,19 +26,21 @@ UNKNOWN = pseudo_location("unknown")
 
 class Symbols:
     """
-    Names for code, remembered for the length of one collection.
+    Functions and locations by code object, cached for one collection.
 
-    Codes are remembered by identity and kept alive meanwhile: equal code
-    objects of different files compare equal.
+    The caches go by identity and keep the code alive: equal code objects of
+    different files compare equal.
     """
 
     def __init__(self) -> None:
-        self._modules = _module_names()
+        self._modules: dict[str, str] = {}
+        for filename, name, _ in loaded_modules():
+            self._modules.setdefault(filename, name)
         self._functions: dict[int, tuple[CodeType, Function]] = {}
         self._lines: dict[int, tuple[list[int], list[int]]] = {}
 
     def function(self, code: CodeType) -> Function:
-        """Return a code's function, named after the module where that is loaded."""
+        """Return the function of a code object."""
         known = self._functions.get(id(code))
         if known is None:
             name = self.qualify(code.co_filename, code.co_qualname)
@@ -47,26 +49,23 @@ class Symbols:
         return known[1]
 
     def qualify(self, filename: str, qualname: str) -> str:
-        """Return the name with the module of the file in front, if one is loaded from it."""
+        """Return the name qualified by the module that is loaded from the file, if any."""
         module = self._modules.get(filename)
         return f"{module}.{qualname}" if module else qualname
 
     def instruction(self, code: CodeType, lasti: int) -> Location:
         """Return the location of a bytecode offset, as `frame.f_lasti` gives it."""
         if id(code) not in self._lines:
-            self.function(code)  # keeps the code alive, and with it the id
+            self.function(code)  # keeps the code alive, so that its id stays valid
             ranges = [(start, line) for start, _, line in code.co_lines() if line is not None]
-            self._lines[id(code)] = (
-                [start for start, _ in ranges],
-                [line for _, line in ranges],
-            )
+            self._lines[id(code)] = [start for start, _ in ranges], [line for _, line in ranges]
         starts, lines = self._lines[id(code)]
         index = bisect_right(starts, lasti) - 1
         line = lines[index] if index >= 0 else code.co_firstlineno
         return Location(self.function(code), line)
 
     def stack(self, raw: RawStack) -> Stack:
-        """Return the locations of a captured stack, with the mark of truncation if it was cut."""
+        """Return the locations of a captured stack, with `TRUNCATED` at the end if it was cut."""
         stack = tuple(
             self.instruction(code, lasti)
             for code, lasti in raw[:MAX_DEPTH]
@@ -75,26 +74,25 @@ class Symbols:
         return (*stack, TRUNCATED) if len(raw) > MAX_DEPTH else stack
 
 
-def _module_names() -> dict[str, str]:
-    names: dict[str, str] = {}
-    # A copy, which nobody else changes: making pairs of the items may collect garbage (3.11).
+def loaded_modules() -> Iterator[tuple[str, str, ModuleType]]:
+    """Yield the file, the name and the module for each entry of `sys.modules` with a file."""
+    # A copy, which no other code changes: creating the pairs may collect garbage (3.11).
     for name, module in sys.modules.copy().items():
-        # Asking the object itself could load a lazy module, or a proxy of one.
+        # Normal attribute access could load a lazy module, or the target of a proxy.
         if issubclass(type(module), ModuleType):
             filename = object.__getattribute__(module, "__dict__").get("__file__")
             if isinstance(filename, str):
-                names.setdefault(filename, name)
-    return names
+                yield filename, name, module
 
 
 class StackKey(NamedTuple):
     """
-    A captured stack in the form that can be looked up.
+    A captured stack in a form that can be a key.
 
     Args:
-        places: The id of the code and the bytecode offset of each frame in turn, leaf
-            first. Code goes by identity: equal code objects of different files compare equal.
-        codes: The code of each frame, to keep it alive, and with it the ids.
+        places: For each frame the id of its code, then its bytecode offset. Ids,
+            because equal code objects of different files compare equal.
+        codes: The code of each frame, kept alive so that the ids stay valid.
     """
 
     places: tuple[int, ...] = ()
@@ -108,7 +106,7 @@ def stack_key(stack: RawStack) -> StackKey:
 
 
 class StackTotal(NamedTuple):
-    """The summed values of one stack, its labels, and the location in front of its leaf, if any."""
+    """A stack, the location to put in front of its leaf if any, its labels and summed values."""
 
     stack: RawStack
     leaf: Location | None
@@ -116,7 +114,7 @@ class StackTotal(NamedTuple):
     values: tuple[int, ...]
 
     def sample(self, symbols: Symbols) -> Sample:
-        """Return it as a sample."""
+        """Return the total as a sample."""
         leaf = () if self.leaf is None else (self.leaf,)
         stack = (*leaf, *symbols.stack(self.stack)) or (UNKNOWN,)
         return Sample(stack, self.values, self.labels)
@@ -124,24 +122,24 @@ class StackTotal(NamedTuple):
 
 class StackCounter:
     """
-    Adds up values by captured stack, labels and leaf; stacks are named when the totals are read.
+    Sums values by captured stack, labels and leaf.
 
-    Memory is bounded: what comes after `max_stacks` different keys is added up
-    under one location. There is no lock: one thread may add at a time, and any
-    thread may read.
+    Memory is bounded: keys beyond `max_stacks` share one total. There is no lock: one
+    thread may add at a time, and any thread may read.
 
     Args:
-        overflow: The location of all that has no total of its own.
-        max_stacks: How many keys have totals of their own; about 3 KiB each at 30 frames.
+        overflow: The location of the shared total.
+        max_stacks: The number of keys with a total of their own; one takes about 3 KiB
+            at 30 frames.
     """
 
     def __init__(self, overflow: Location, max_stacks: float = 4096) -> None:
         self._overflow = overflow
         self._max_stacks = max_stacks
         self._totals: dict[_CounterKey, tuple[StackKey, list[float]]] = {}
-        self._further: list[float] = []
+        self._shared: list[float] = []
         self.overflowed = 0
-        """How many times something was added that has no total of its own."""
+        """The number of additions to the shared total."""
 
     def add(
         self,
@@ -150,7 +148,7 @@ class StackCounter:
         labels: tuple[Label, ...] = (),
         leaf: Location | None = None,
     ) -> None:
-        """Add values to the total of this stack, these labels and this leaf."""
+        """Add values to the total of a key."""
         key = stack.places, labels, leaf
         known = self._totals.get(key)
         if known is not None:
@@ -160,7 +158,7 @@ class StackCounter:
             return
         else:
             self.overflowed += 1
-            total = self._further = self._further or [0] * len(values)
+            total = self._shared = self._shared or [0] * len(values)
         for index, value in enumerate(values):
             total[index] += value
 
@@ -168,25 +166,21 @@ class StackCounter:
         return len(self._totals) + bool(self.overflowed)
 
     def totals(self) -> list[StackTotal]:
-        """Return all totals as they are now, nothing named; values are rounded down."""
-        totals = [
-            StackTotal(_raw(stack), leaf, labels, tuple(map(int, values)))
-            for (_, labels, leaf), (stack, values) in list(self._totals.items())
-        ]
+        """Return copies of all totals; values are rounded down."""
+        totals = []
+        for (places, labels, leaf), (stack, values) in list(self._totals.items()):
+            raw = tuple(zip(stack.codes, places[1::2], strict=True))
+            totals.append(StackTotal(raw, leaf, labels, tuple(map(int, values))))
         if self.overflowed:
-            totals.append(StackTotal((), self._overflow, (), tuple(map(int, self._further))))
+            totals.append(StackTotal((), self._overflow, (), tuple(map(int, self._shared))))
         return totals
 
 
 _CounterKey = tuple[tuple[int, ...], tuple[Label, ...], Location | None]
 
 
-def _raw(stack: StackKey) -> RawStack:
-    return tuple(zip(stack.codes, stack.places[1::2], strict=True))
-
-
 def name_totals(totals: Iterable[StackTotal]) -> tuple[Sample, ...]:
-    """Return totals as samples with named stacks; slow, for any thread."""
+    """Return totals as samples with named stacks; slow, callable on any thread."""
     symbols = Symbols()
     return sum_samples(total.sample(symbols) for total in totals)
 

@@ -1,3 +1,3 @@
-"""The version, in one place; read by the build without importing the package."""
+"""The version, which the build reads without importing the package."""
 
 VERSION = "0.1.0"

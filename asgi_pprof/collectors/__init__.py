@@ -1,55 +1,61 @@
 """
-Where profiles come from, one module per source.
+The sources of profiles: snapshots, and profiles that take time to record.
 
-Two kinds, two Protocols: what can be read at one moment, and what has to be
-watched for a while. Both are called on the event loop that serves the request;
-what is slow they hand to a thread.
+Both kinds are called on the event loop that serves the request, and hand slow
+work to a thread.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from asgi_pprof.profile import Profile
 
 
 class SnapshotCollector(Protocol):
-    """A profile of totals at one moment; two of them make a delta."""
+    """Takes totals at one moment; two snapshots make a delta."""
 
     def count(self) -> int:
-        """Return the number for the index page; cheap, and 0 when nothing is known."""
+        """Return the number for the index page, cheaply; 0 when nothing is known."""
 
     def note(self) -> str:
-        """Return what the index page should say, such as that it is off; "" if nothing."""
+        """Return a remark for the index page, such as that the profile is off, or ""."""
 
     def window(self) -> AbstractContextManager[None]:
-        """Return a manager that holds on whatever a delta needs to see its seconds."""
+        """Return a manager that keeps recording on between the two snapshots of a delta."""
 
     async def snapshot(self) -> Callable[[], Profile]:
         """
-        Take the totals now, and return a function that makes the profile of them.
+        Copy the totals now; return a function that makes the profile of them.
 
-        That function may be slow; it runs on any thread, once, after the
-        window is closed. The profile's `time_ns` is now, it has no duration.
+        The function may be slow: it is called once, on any thread, after the
+        window is closed. The profile has the time of the copy and no duration.
         """
+
+
+class AlwaysOn:
+    """The parts of a snapshot collector that has nothing to switch on."""
+
+    def note(self) -> str:
+        """Return ""."""
+        return ""
+
+    def window(self) -> AbstractContextManager[None]:
+        """Return a manager that does nothing."""
+        return nullcontext()
 
 
 class TimedCollector(Protocol):
-    """A profile of what happens during some seconds."""
+    """Records what happens during some seconds."""
 
     async def collect(self, duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
         """
-        Return a profile of the next seconds, or of those until `stop` is set.
-
-        Args:
-            duration_s: How long.
-            stop: Ends it early.
-            hz: How many samples to take in a second.
+        Return a profile of the next seconds, or of the time until `stop` is set.
 
         Raises:
-            ProfileBusy: It is taken already.
-            ProfileUnavailable: This process cannot take it.
+            ProfileBusy: A profile of this kind is being recorded already.
+            ProfileUnavailable: This process cannot record one.
         """

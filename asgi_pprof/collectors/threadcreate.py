@@ -1,11 +1,16 @@
 """
-threadcreate: where each thread was started.
+threadcreate: the stacks that started threads.
 
-What is measured: the stack that called `threading.Thread.start`, counted and
-never forgotten, as Go counts threads ever created. `Thread.start` is wrapped
-while a middleware lives, which costs about 10 us a thread started. Threads there
-were before, counted once, have the stack `<unknown>`; threads started past
-`threading` (`_thread`, C libraries) afterwards are missed.
+What is measured: calls of `threading.Thread.start`, by stack. Counts never fall,
+because Go counts all threads ever created.
+
+How: `Thread.start` is wrapped while a middleware lives.
+
+What it costs: about 10 us for each thread that is started.
+
+What it misses: the stacks of threads that were there before, which are counted
+once, under `<unknown>`; and threads that are started later without `threading`
+(by `_thread` or by C libraries).
 
 Source: runtime/pprof, threadcreate; CPython, Lib/threading.py.
 """
@@ -17,10 +22,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from types import FrameType
 from typing import Any
 
+from asgi_pprof.collectors import AlwaysOn
 from asgi_pprof.profile import Profile, count_profile
 from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import capture
@@ -29,17 +34,12 @@ from asgi_pprof.stacks import UNKNOWN, StackCounter, StackTotal, name_totals, st
 
 
 class ThreadStarts(Recorder):
-    """
-    Counts the stacks that start threads, while switched on; one for the process.
-
-    Args:
-        counter: Where they are counted.
-    """
+    """Counts the stacks that start threads."""
 
     def __init__(self, counter: StackCounter | None = None) -> None:
         super().__init__()
-        # Of its own: no thread of the application waits while a recorder is switched.
-        # Reentrant: a signal handler may start a thread while a start is recorded.
+        # Not the lock of the recorders: the application's threads must not wait for
+        # that. Reentrant: a signal handler may start a thread during a recording.
         self._counting = threading.RLock()
         self._before = 0
         self._counter = StackCounter(UNKNOWN) if counter is None else counter
@@ -57,7 +57,8 @@ class ThreadStarts(Recorder):
         threading.Thread.start = self._wrapper  # type: ignore[method-assign]
 
     def _disabled(self) -> None:
-        # A library that has wrapped our wrapper meanwhile keeps it; it then only delegates.
+        # If another library has wrapped our wrapper meanwhile, it stays in place and
+        # only delegates.
         if not self._settings and threading.Thread.start is self._wrapper:
             assert self._original is not None
             threading.Thread.start = self._original  # type: ignore[method-assign]
@@ -77,7 +78,8 @@ class ThreadStarts(Recorder):
     def _record(self, frame: FrameType | None) -> None:
         try:
             stack = stack_key(capture(frame))
-            # In a forked child another hook may start a thread before ours renews the lock.
+            # In a forked child, another library's fork hook may start a thread before
+            # our hook has renewed the lock.
             if not self._counting.acquire(timeout=0.1):
                 self._unrecorded += 1
                 return
@@ -89,39 +91,26 @@ class ThreadStarts(Recorder):
             self._unrecorded += 1
 
     def totals(self) -> list[StackTotal]:
-        """Return the counts by stack, unknown ones by none."""
+        """Return the counts by stack; threads of unknown stack are under the empty one."""
         unknown = StackTotal((), None, (), (self._before + self._unrecorded,))
         return [*self._counter.totals(), *([unknown] if unknown.values[0] else [])]
 
     def count(self) -> int:
-        """Return how many threads have been counted."""
+        """Return the number of threads counted."""
         return sum(total.values[0] for total in self.totals())
 
 
-class ThreadCreateCollector:
-    """
-    The stacks that created threads.
-
-    Args:
-        starts: Where they are counted.
-    """
+class ThreadCreateCollector(AlwaysOn):
+    """Reads the counts of `ThreadStarts`."""
 
     def __init__(self, starts: ThreadStarts) -> None:
         self._starts = starts
 
     def count(self) -> int:
-        """Return the number of threads ever created, as far as known."""
+        """Return the number of threads known to have been created."""
         return self._starts.count()
 
-    def note(self) -> str:
-        """Return nothing: it is always on."""
-        return ""
-
-    def window(self) -> AbstractContextManager[None]:
-        """Return a manager that does nothing."""
-        return nullcontext()
-
     async def snapshot(self) -> Callable[[], Profile]:
-        """Give threadcreate/count by the stack that called `Thread.start`."""
+        """Take threadcreate/count by the stack that called `Thread.start`."""
         totals, time_ns = self._starts.totals(), time.time_ns()
         return lambda: count_profile("threadcreate", name_totals(totals), time_ns)

@@ -1,18 +1,19 @@
 """
-thread: where every OS thread is now.
+thread: the current stack of every OS thread.
 
-What is measured: one sample a thread with its current stack (`runtime.frames`):
-the GIL is held while all are read, so the stacks belong to one moment. Labels
-tell its name, the system's id for it, whether it is a daemon, what the system
-says it does (right after), and the event loop and the task it runs. Threads that
-Python does not know (a C library's) have one pseudo-frame with the system's name
-for them.
+What is measured: one sample per thread, with its stack at the same moment as all
+others. Labels give the thread's name, its native id, whether it is a daemon, its
+state in the kernel (read just after the stacks), and the event loop and task it
+runs. A thread that runs no Python code (a C library's) has one pseudo-frame, with
+its name in the kernel.
 
-What it costs: nothing until somebody asks.
+How: `runtime.frames` reads all stacks while it holds the GIL.
 
-What it misses: what a thread does in C, and who had the GIL: whoever looks has
-it. Threads of other interpreters are not looked at; without the C core no thread
-is, once there may be any.
+What it costs: nothing until a profile is requested.
+
+What it misses: C frames, and which thread had the GIL, because the reader has it.
+Threads of other interpreters are not read. Without the C core no stack is read once
+other interpreters may exist.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ import functools
 import threading
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 
+from asgi_pprof.collectors import AlwaysOn
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Label, Profile, Sample, count_profile, pseudo_location
 from asgi_pprof.runtime.frames import CurrentFrames, RawStack, current_frames, why_not
@@ -31,9 +32,9 @@ from asgi_pprof.runtime.proc import native_thread_ids, system_labels, system_nam
 from asgi_pprof.stacks import UNKNOWN, Symbols
 
 
-class ThreadCollector:
+class ThreadCollector(AlwaysOn):
     """
-    The stack of every OS thread.
+    Takes the stack of every OS thread.
 
     Args:
         current_frames: Test seam for `frames.current_frames`.
@@ -46,16 +47,8 @@ class ThreadCollector:
         """Return the number of OS threads."""
         return len(native_thread_ids()) or threading.active_count()
 
-    def note(self) -> str:
-        """Return nothing: it is always on."""
-        return ""
-
-    def window(self) -> AbstractContextManager[None]:
-        """Return a manager that does nothing."""
-        return nullcontext()
-
     async def snapshot(self) -> Callable[[], Profile]:
-        """Give thread/count, labelled with what is known of the thread."""
+        """Take thread/count by stack, labelled with the properties of the thread."""
         threads = {thread.ident: thread for thread in threading.enumerate()}
         loops = {running.thread_ident: running for running in running_loops()}
         stacks: list[tuple[RawStack, tuple[Label, ...]]] = []
@@ -67,8 +60,8 @@ class ThreadCollector:
             unlisted += thread is None
             stacks.append((stack.places(), _labels(thread, loops.get(ident))))
         native = [thread_id for thread_id in native_thread_ids() if thread_id not in listed]
-        # Threads that run Python but are unknown to `threading` are in both
-        # views, and nothing says which is which: leave out as many.
+        # A thread that runs Python but is unknown to `threading` has a stack and a
+        # native id, which nothing connects: leave out as many ids as such stacks.
         others = [
             Sample(
                 (pseudo_location(f"native thread {system_name(thread_id)}"),),

@@ -1,8 +1,7 @@
 """
-The heap profile, from the engine that is on: native, else tracemalloc.
+heap and allocs, from the native engine if that is on, else from tracemalloc.
 
-See `sampler` and `tracing` for what each measures, how, and what
-it costs and misses.
+`sampler` and `tracing` tell what each engine measures, how, and what it costs and misses.
 """
 
 from __future__ import annotations
@@ -34,21 +33,17 @@ _SAMPLE_TYPES = (
 
 class HeapCollector:
     """
-    The heap as sampled or traced; `allocs` is the same with another default.
+    Reads the engine that is on.
 
     Args:
         sampler: The native engine.
         tracing: The tracemalloc engine.
-        peaks: The tracemalloc engine's memory of past allocations, shared by the two.
+        peaks: The past allocations that tracemalloc saw, shared by `heap` and `allocs`.
         default_sample_type: "alloc_space" for `allocs`, "" for `heap`.
     """
 
     def __init__(
-        self,
-        sampler: HeapSampler,
-        tracing: Tracing,
-        peaks: Peaks,
-        default_sample_type: str = "",
+        self, sampler: HeapSampler, tracing: Tracing, peaks: Peaks, default_sample_type: str = ""
     ) -> None:
         self._sampler = sampler
         self._tracing = tracing
@@ -56,13 +51,13 @@ class HeapCollector:
         self._default_sample_type = default_sample_type
 
     def count(self) -> int:
-        """Return the number of stacks seen; with tracemalloc, those of the last snapshot."""
+        """Return the number of stacks sampled, or of those in the last tracemalloc snapshot."""
         if self._sampler.is_on():
             return self._sampler.stack_count()
         return self._peaks.last_count if tracemalloc.is_tracing() else 0
 
     def note(self) -> str:
-        """Return which engine serves, or how to switch one on."""
+        """Return the name of the engine that is on, or how to switch one on."""
         if self._sampler.is_on():
             return f"engine: {sampler.ENGINE}"
         if tracemalloc.is_tracing():
@@ -70,11 +65,11 @@ class HeapCollector:
         return f"{OFF} (no {sampler.ENGINE} engine: {self._sampler.why_off()})"
 
     def window(self) -> AbstractContextManager[None]:
-        """Return a manager that traces inside, unless samples are there anyhow."""
+        """Return a manager that switches tracemalloc on unless the native engine is on."""
         return nullcontext() if self._sampler.resume() else self._tracing.on()
 
     async def snapshot(self) -> Callable[[], Profile]:
-        """Give live memory, not scaled; with a comment that says why while nothing is seen."""
+        """Take allocated and live memory, not scaled; without an engine only a comment."""
         time_ns = time.time_ns()
         if self._sampler.resume():
             heap = await run_in_thread(self._sampler.copy)

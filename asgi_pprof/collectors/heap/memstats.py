@@ -1,10 +1,9 @@
 """
-runtime.MemStats as CPython and the system know it.
+runtime.MemStats, filled with what CPython and the system know.
 
-Every field of Go's struct is there. Each has a source, given beside it below
-and in docs/profiles.md; where CPython has no such thing it is 0. Pauses of the
-garbage collector are timed by `gc.callbacks` while a middleware lives, which
-costs well under 1 us a collection.
+docs/profiles.md gives the source of each field. A field that CPython has nothing for
+is 0. Pauses of the garbage collector are timed by `gc.callbacks` while a middleware
+lives, which costs well under 1 us per collection.
 
 Source: runtime/mstats.go; runtime/pprof, writeHeapInternal; CPython, gc and
 sys documentation; mallinfo(3), proc(5).
@@ -15,8 +14,8 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.runtime.proc import proc_status
@@ -24,104 +23,65 @@ from asgi_pprof.runtime.proc import proc_status
 
 @dataclass(frozen=True, slots=True)
 class AllocationCounters:
-    """Allocations and frees by Python's allocators, and bytes allocated, since counting began."""
+    """The calls of Python's allocators, and the bytes they allocated, since counting began."""
 
     mallocs: int
     frees: int
     total_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class MemStats:
-    """Go's runtime.MemStats in its order, and RSS; bytes unless named otherwise."""
-
-    Alloc: int
-    TotalAlloc: int
-    Sys: int
-    Lookups: int
-    Mallocs: int
-    Frees: int
-    HeapAlloc: int
-    HeapSys: int
-    HeapIdle: int
-    HeapInuse: int
-    HeapReleased: int
-    HeapObjects: int
-    StackInuse: int
-    StackSys: int
-    MSpanInuse: int
-    MSpanSys: int
-    MCacheInuse: int
-    MCacheSys: int
-    BuckHashSys: int
-    GCSys: int
-    OtherSys: int
-    NextGC: int
-    LastGC: int
-    PauseTotalNs: int
-    PauseNs: tuple[int, ...]
-    PauseEnd: tuple[int, ...]
-    NumGC: int
-    NumForcedGC: int
-    GCCPUFraction: float
-    BySize: tuple[int, ...]
-    DebugGC: bool
-    MaxRSS: int
-    RSS: int
+MemStats = Mapping[str, int | float | tuple[int, ...]]
+"""The fields of Go's runtime.MemStats in its order, then DebugGC and MaxRSS, which Go
+prints too, and RSS, which is ours; in bytes unless the name says otherwise."""
 
 
 def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = None) -> MemStats:
     """
-    Return the numbers now; takes some hundred us, from any thread.
+    Return the current numbers; takes some hundred us, on any thread.
 
     Args:
-        live_bytes: What a heap profile says is in use.
-        counters: What the native heap sampler has counted, if it is on.
+        live_bytes: The live bytes of a heap profile.
+        counters: Those of the native heap sampler, if it is on.
     """
     malloc, status, pauses = _mallinfo(), proc_status(), gc_pauses.pauses()
     counters = counters or AllocationCounters(0, 0, 0)
-    return MemStats(
-        Alloc=live_bytes,
-        TotalAlloc=counters.total_bytes,
-        Sys=status.get("VmData", 0) + status.get("VmStk", 0),
-        Lookups=0,
-        Mallocs=counters.mallocs,
-        Frees=counters.frees,
-        HeapAlloc=live_bytes,
-        HeapSys=malloc["arena"] + malloc["hblkhd"],
-        HeapIdle=malloc["fordblks"],
-        HeapInuse=malloc["uordblks"] + malloc["hblkhd"],
-        HeapReleased=0,
-        HeapObjects=sys.getallocatedblocks(),
-        StackInuse=status.get("VmStk", 0),
-        StackSys=status.get("VmStk", 0),
-        MSpanInuse=0,
-        MSpanSys=0,
-        MCacheInuse=0,
-        MCacheSys=0,
-        BuckHashSys=tracemalloc.get_tracemalloc_memory() if tracemalloc.is_tracing() else 0,
-        GCSys=0,
-        OtherSys=0,
-        NextGC=0,
-        LastGC=gc_pauses.last_end_ns,
-        PauseTotalNs=gc_pauses.total_ns,
-        PauseNs=tuple(pause_ns for pause_ns, _ in pauses),
-        PauseEnd=tuple(end_ns for _, end_ns in pauses),
-        NumGC=sum(generation["collections"] for generation in gc.get_stats()),
-        NumForcedGC=gc_pauses.forced,
-        GCCPUFraction=gc_pauses.cpu_fraction(),
-        BySize=(),
-        DebugGC=gc.get_debug() != 0,
-        MaxRSS=_max_rss(),
-        RSS=status.get("VmRSS", 0),
-    )
+    return {
+        "Alloc": live_bytes,
+        "TotalAlloc": counters.total_bytes,
+        "Sys": status.get("VmData", 0) + status.get("VmStk", 0),
+        "Lookups": 0,
+        "Mallocs": counters.mallocs,
+        "Frees": counters.frees,
+        "HeapAlloc": live_bytes,
+        "HeapSys": malloc["arena"] + malloc["hblkhd"],
+        "HeapIdle": malloc["fordblks"],
+        "HeapInuse": malloc["uordblks"] + malloc["hblkhd"],
+        "HeapReleased": 0,
+        "HeapObjects": sys.getallocatedblocks(),
+        "StackInuse": status.get("VmStk", 0),
+        "StackSys": status.get("VmStk", 0),
+        "MSpanInuse": 0,
+        "MSpanSys": 0,
+        "MCacheInuse": 0,
+        "MCacheSys": 0,
+        "BuckHashSys": tracemalloc.get_tracemalloc_memory() if tracemalloc.is_tracing() else 0,
+        "GCSys": 0,
+        "OtherSys": 0,
+        "NextGC": 0,
+        "LastGC": gc_pauses.last_end_ns,
+        "PauseTotalNs": gc_pauses.total_ns,
+        "PauseNs": tuple(pause_ns for pause_ns, _ in pauses),
+        "PauseEnd": tuple(end_ns for _, end_ns in pauses),
+        "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
+        "NumForcedGC": gc_pauses.forced,
+        "GCCPUFraction": gc_pauses.cpu_fraction(),
+        "BySize": (),
+        "DebugGC": gc.get_debug() != 0,
+        "MaxRSS": _max_rss(),
+        "RSS": status.get("VmRSS", 0),
+    }
 
 
-_PAIRED = {
-    "Stack": "StackInuse StackSys",
-    "MSpan": "MSpanInuse MSpanSys",
-    "MCache": "MCacheInuse MCacheSys",
-}
 _GO_PRINTS = (
     "Alloc TotalAlloc Sys Lookups Mallocs Frees HeapAlloc HeapSys HeapIdle HeapInuse HeapReleased"
     " HeapObjects Stack MSpan MCache BuckHashSys GCSys OtherSys NextGC LastGC PauseNs PauseEnd"
@@ -131,21 +91,18 @@ _GO_PRINTS = (
 
 def mem_stats_text(stats: MemStats) -> str:
     """
-    Return the trailer of heap?debug=1: Go's lines in Go's order, then those Go does not print.
+    Return the trailer of heap?debug=1: Go's lines in Go's order, then the other fields.
 
     Source: runtime/pprof, writeHeapInternal.
     """
-    values: dict[str, Any] = {field.name: getattr(stats, field.name) for field in fields(stats)}
-    printed = set(_GO_PRINTS)
+    left = dict(stats)
     lines = ["# runtime.MemStats"]
     for name in _GO_PRINTS:
-        if name in _PAIRED:
-            inuse, system = _PAIRED[name].split()
-            printed |= {inuse, system}
-            lines.append(f"# {name} = {values[inuse]} / {values[system]}")
-        else:
-            lines.append(f"# {name} = {_text(values[name])}")
-    lines += (f"# {name} = {_text(value)}" for name, value in values.items() if name not in printed)
+        if name in left:
+            lines.append(f"# {name} = {_text(left.pop(name))}")
+        else:  # Go prints these two as a pair
+            lines.append(f"# {name} = {left.pop(f'{name}Inuse')} / {left.pop(f'{name}Sys')}")
+    lines += (f"# {name} = {_text(value)}" for name, value in left.items())
     return "\n".join(lines) + "\n"
 
 
@@ -161,9 +118,9 @@ _MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblk
 
 
 def _mallinfo() -> dict[str, int]:
-    """Return glibc's mallinfo2, all 0 with another C library."""
+    """Return the fields of glibc's mallinfo2; all are 0 with another C library."""
     try:
-        import ctypes  # here: a build without it must still be able to import this package
+        import ctypes  # not at the top: some builds of Python do not have it
 
         mallinfo2 = ctypes.CDLL(None).mallinfo2
     except (ImportError, AttributeError, OSError, TypeError):

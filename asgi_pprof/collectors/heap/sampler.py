@@ -1,22 +1,22 @@
 """
-Memory by the stack that allocated it: the native engine.
+The native engine of the heap profiles: memory by the stack that allocated it.
 
-What is measured: allocations by Python's own allocators (its "mem" and "obj"
-domains: objects, lists, dicts, strings, bytes), by stack, size class and
-labels: what was allocated since sampling began, and what of it is alive.
+What is measured: allocations in the "mem" and "obj" domains of Python's allocators
+(objects, lists, dicts, strings, bytes), by stack, size class and labels: those since
+sampling began, and those still alive.
 
-How: hooks around those allocators count down bytes and take one allocation in
-512 KiB, at exponential distances as in Go, with its stack. A sampled block is
-known until it is freed; one that is resized counts as allocated anew. Numbers
-are what was sampled; `scale_sampled` makes estimates of them.
+How: hooks around the allocators count bytes down and sample one allocation in
+512 KiB with its stack, at exponential distances as in Go. A sampled block is
+remembered until it is freed; a resized block counts as a new allocation. The
+numbers are those of the samples; `scale_sampled` makes estimates of them.
 
-What it costs: 2 to 6 % of the time of code that does nothing but allocate (16 %
-where it only makes ints), less than the noise on a request; memory is bounded,
-and what does not fit is counted as lost.
+What it costs: 2 to 6 % of the time of code that only allocates (16 % if it only
+creates ints), on a request less than the noise. Memory is bounded; samples for
+which there is no room are counted as lost.
 
-What it misses: the "raw" domain and C libraries' own memory (numpy's buffers,
-parsers, TLS), seen in RSS only; objects that CPython takes from its free lists
-(some ints, tuples, frames), which are no allocations; what was there before.
+What it misses: the "raw" domain and the memory of C libraries (numpy's buffers,
+parsers, TLS), which only RSS includes; objects that CPython takes from its free
+lists (some ints, tuples, frames), which are not allocations; all earlier allocations.
 
 Source: asgi_pprof/_native/heap_sampler.c; runtime/mprof.go.
 """
@@ -43,7 +43,7 @@ ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
 
 _ROW = struct.Struct("=7Q")
-_PENDING = 0x80000000  # labels from here on belong to sets that are alive
+_PENDING = 0x80000000  # from here on, labels are those of sets that are alive
 MAX_RATE = 2**62
 _TRIES = 3
 
@@ -52,7 +52,7 @@ class HeapSampler(Recorder):
     """
     The native heap sampler; a user's setting is a rate, in bytes a sample, 0 for none.
 
-    The rate of the first user counts. The sampler never starts on top of
+    The rate of the first user applies. The sampler never starts on top of
     tracemalloc, whose `stop` would remove its hooks unnoticed; tracemalloc on top
     of the sampler does no harm.
     """
@@ -60,22 +60,22 @@ class HeapSampler(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._rate = 0
-        self._began_ns = 0
-        self._removed = 0
+        self._start_ns = 0
+        self._restarts = 0
         self._failure = ""
 
     def _enabled(self) -> None:
         if len(self._settings) == 1:
             self._rate = self._settings[0]
-            self._removed = 0
-            self._begin()
+            self._restarts = 0
+            self._start()
 
     def _disabled(self) -> None:
         if not self._settings and native:
-            native.heap_stop()  # and forget what was sampled
+            native.heap_stop()  # also drops the samples
 
     def is_on(self) -> bool:
-        """Return whether it samples."""
+        """Return whether the sampler runs."""
         return bool(self._settings and native and native.heap_check())
 
     def resume(self) -> bool:
@@ -91,12 +91,12 @@ class HeapSampler(Recorder):
             if native.heap_check():
                 return True
             if native.heap_stats()["rate"]:
-                self._removed += 1
+                self._restarts += 1
                 native.heap_stop()
-            return self._begin()
+            return self._start()
 
     def why_off(self) -> str:
-        """Return why it is off."""
+        """Return why the sampler is off."""
         if not native:
             return reason
         if self._settings and self._rate == 0:
@@ -104,31 +104,31 @@ class HeapSampler(Recorder):
         return self._failure or "tracemalloc is on"
 
     def counters(self) -> AllocationCounters | None:
-        """Return the exact counts since it began, None while it is off."""
+        """Return the exact counts since the start, None while the sampler is off."""
         if not self.is_on():
             return None
         stats = native.heap_stats()
         return AllocationCounters(stats["mallocs"], stats["frees"], stats["total_bytes"])
 
     def stack_count(self) -> int:
-        """Return how many different stacks have been sampled."""
+        """Return the number of different stacks sampled."""
         count: int = native.heap_stats()["stacks"]
         return count
 
     def copy(self) -> SampledHeap:
-        """Copy what is known now; well under a millisecond, from any thread."""
+        """Return a copy of the samples; takes well under a millisecond, on any thread."""
         for _ in range(_TRIES):
-            # First: the sets that are held here keep their numbers during the rest.
-            waiting: dict[int, Any] = dict(native.heap_pending())
+            # Before the rows: these references keep the sets, and so their numbers, alive.
+            pending: dict[int, Any] = dict(native.heap_pending())
             rows = native.heap_read()
-            waiting.update(pair for pair in native.heap_pending() if pair[0] not in waiting)
-            labels = {number: resolve(label_set) for number, label_set in waiting.items()}
+            pending.update(pair for pair in native.heap_pending() if pair[0] not in pending)
+            labels = {number: resolve(label_set) for number, label_set in pending.items()}
             used = {row[2] for row in _ROW.iter_unpack(rows)}
             if all(label < _PENDING or label in labels for label in used):
-                break  # else a set was born and died meanwhile: it is written down by now
+                break  # else a set came and went meanwhile; its labels are in the book by now
         return SampledHeap(rows, labels, self._rate, tuple(self._comments()))
 
-    def _begin(self) -> bool:
+    def _start(self) -> bool:
         if not native or self._rate == 0 or tracemalloc.is_tracing():
             return False
         try:
@@ -136,18 +136,18 @@ class HeapSampler(Recorder):
         except (MemoryError, OSError, RuntimeError) as error:
             self._failure = f"could not begin: {error}"
             return False
-        self._began_ns = time.time_ns()
+        self._start_ns = time.time_ns()
         return True
 
     def _comments(self) -> list[str]:
         stats = native.heap_stats()
-        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._began_ns // 10**9))
+        since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start_ns // 10**9))
         comments = [
             f"engine: {ENGINE}, one sample in {self._rate} bytes since {since};"
             " what was allocated before or by C libraries is not seen"
         ]
-        if self._removed:
-            comments.append(f"began anew {self._removed} times: another tool removed the hooks")
+        if self._restarts:
+            comments.append(f"began anew {self._restarts} times: another tool removed the hooks")
         for name, what in _LOSSES.items():
             if stats[name]:
                 comments.append(f"{name}: {stats[name]} {what}")
@@ -163,7 +163,7 @@ _LOSSES = {
 
 @dataclass(frozen=True, slots=True)
 class SampledHeap:
-    """What the sampler knew at one moment, and what living label sets said then."""
+    """A copy of the sampler's rows, and the labels that living sets had at that moment."""
 
     rows: bytes
     labels: dict[int, Pairs]

@@ -18,10 +18,10 @@ _SMALL = 512  # pymalloc serves up to here, in classes of 16 bytes
 
 def size_class(size: int) -> int:
     """
-    Return the size of the class that a request of this many bytes belongs to.
+    Return the size of the class of blocks that a size belongs to.
 
-    pymalloc's classes up to 512 bytes, beyond that eight to a doubling: sizes
-    that differ by a few bytes share a sample, as Go's classes make them.
+    The classes are those of pymalloc up to 512 bytes, and eight to each doubling
+    beyond. As in Go, blocks whose sizes differ by a few bytes share a sample.
     """
     if size <= _SMALL:
         return max(16, -(-size // 16) * 16)
@@ -31,12 +31,12 @@ def size_class(size: int) -> int:
 
 def scale_sampled(profile: Profile) -> Profile:
     """
-    Return a heap profile with estimates in place of what was sampled.
+    Return a heap profile with estimates in place of the sampled numbers.
 
-    A block of s bytes is sampled with probability 1 - exp(-s / rate), rate
-    being the profile's period, so what was sampled counts for the inverse of
-    that; blocks of one sample are all of about one size. At period 1 every
-    block was taken, and nothing changes.
+    A block of s bytes is sampled with probability 1 - exp(-s / rate), where rate is
+    the profile's period, so sampled numbers are multiplied by the inverse of that. All
+    blocks of one sample have about the same size. At period 1 every block was
+    sampled, and nothing changes.
 
     Source: runtime/pprof, scaleHeapSample.
     """

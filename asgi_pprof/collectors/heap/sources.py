@@ -1,33 +1,32 @@
 """
-Functions by file and line, for readers that know nothing else (tracemalloc).
+Functions by file and line, which is all that tracemalloc knows.
 
-The compiled module is asked: its code objects know their names and lines. It
-comes from the loader, so normally from the .pyc; where there is none the
-module is compiled again.
+Names and lines are those of the code objects in the compiled module. The module's
+loader returns that, normally from the .pyc file; without a loader the source is
+compiled again.
 """
 
 from __future__ import annotations
 
 import linecache
-import sys
 from collections.abc import Iterator
 from functools import lru_cache
-from types import CodeType, ModuleType
+from types import CodeType
 from typing import Any
 
 from asgi_pprof.profile import Function, Location
-from asgi_pprof.stacks import Symbols
+from asgi_pprof.stacks import Symbols, loaded_modules
 
 
 class LineNames:
-    """Locations by file and line, remembered for the length of one collection."""
+    """Locations by file and line, cached for one collection."""
 
     def __init__(self) -> None:
         self._symbols = Symbols()
         self._locations: dict[tuple[str, int], Location] = {}
 
     def location(self, filename: str, line: int) -> Location:
-        """Return the place, under the name of the innermost function that has the line."""
+        """Return the location of a line in the innermost function that has the line."""
         known = self._locations.get((filename, line))
         if known is None:
             qualname, start_line = _functions(filename).get(line, ("<unknown>", 0))
@@ -39,7 +38,7 @@ class LineNames:
 
 @lru_cache(maxsize=256)  # some 40 kB a file of 1,000 lines
 def _functions(filename: str) -> dict[int, tuple[str, int]]:
-    """Return qualified name and first line of the innermost function, by line."""
+    """Return the qualified name and the first line of the innermost function, by line."""
     functions: dict[int, tuple[str, int]] = {}
     code = _module_code(filename)
     for nested in _nested_codes(code) if code else ():
@@ -59,15 +58,15 @@ def _nested_codes(code: CodeType) -> Iterator[CodeType]:
 def _own_lines(code: CodeType) -> set[int]:
     lines = {line for _, _, line in code.co_lines() if line is not None}
     if len(lines) > 1:
-        # The first line of a function is where it is defined, by the code around it.
+        # The first line of a function belongs to the code that defines it.
         lines.discard(code.co_firstlineno)
     return lines if code.co_name != "<module>" else lines | {code.co_firstlineno}
 
 
 def _module_code(filename: str) -> CodeType | None:
-    module = _module_of(filename)
+    module = next((module for file, _, module in loaded_modules() if file == filename), None)
     loader: Any = getattr(module, "__loader__", None)
-    # Under `python -m`, the loader knows the module by its own name only.
+    # Under `python -m` the loader accepts the module's real name only, not `__main__`.
     name = getattr(getattr(module, "__spec__", None), "name", None) or "__main__"
     try:
         code = loader.get_code(name) if hasattr(loader, "get_code") else None
@@ -76,13 +75,5 @@ def _module_code(filename: str) -> CodeType | None:
         source = "".join(linecache.getlines(filename))
         return compile(source, filename, "exec", dont_inherit=True) if source else None
     except Exception:
-        # No source, or a loader that fails in a way of its own: the line stays unnamed.
+        # There is no source, or a loader raises errors of its own: the line stays unnamed.
         return None
-
-
-def _module_of(filename: str) -> ModuleType | None:
-    for module in list(sys.modules.values()):
-        if issubclass(type(module), ModuleType):
-            if object.__getattribute__(module, "__dict__").get("__file__") == filename:
-                return module
-    return None

@@ -1,25 +1,22 @@
 """
-Live memory by the stack that allocated it: the tracemalloc engine.
+The tracemalloc engine of the heap profiles: live memory by the stack that allocated it.
 
-What is measured: every block Python's allocators have handed out since tracing
-began and that is still alive, by stack and size class: inuse_objects,
-inuse_space. tracemalloc forgets freed blocks, so alloc_objects and alloc_space
-are lower bounds: the most of each that was ever seen alive in a snapshot. They
-never fall, as scrapers that subtract need it.
+What is measured: all live blocks that Python's allocators have allocated since tracing
+began, by stack and size class (inuse_objects, inuse_space). tracemalloc forgets freed
+blocks, so alloc_objects and alloc_space are lower bounds: the maximum of each that any
+snapshot saw alive. They never fall, because scrapers subtract them.
 
-How: `tracemalloc`, which sees every allocation (period 1, nothing is scaled).
-It is on while the application has it on, while a middleware with
-`heap="tracemalloc"` lives, or for the length of one `?seconds=N`.
+How: by `tracemalloc`, which sees every allocation (the period is 1, nothing is scaled).
+It is on while the application has it on, while a middleware with `heap="tracemalloc"`
+lives, or during one `?seconds=N`.
 
-What it costs: 7 times the run time of code that does nothing but allocate with
-one frame a stack, 16 times with 25; 3 to 11 times the CPU of a FastAPI
-request. A snapshot holds the GIL while it copies the traces, 0.3 us a live
-block. Off costs nothing.
+What it costs: code that only allocates takes 7 times as long with one frame per stack,
+16 times with 25; a FastAPI request takes 3 to 11 times the CPU time. A snapshot holds
+the GIL while it copies the traces, for 0.3 us per live block. Nothing while it is off.
 
-What it misses: what was allocated before tracing began, C libraries' own
-memory, and frames beyond the traceback limit (16 here). It knows lines, not
-functions: names come from the compiled modules, and where a line belongs to
-several functions the innermost is named.
+What it misses: memory from before tracing began and that of C libraries; frames beyond
+the traceback limit (16 here); functions: it knows lines, and `sources` names the
+innermost of the functions that a line belongs to.
 
 Source: CPython, Modules/_tracemalloc.c, Lib/tracemalloc.py; runtime/mprof.go.
 """
@@ -47,22 +44,23 @@ from asgi_pprof.stacks import TRUNCATED, UNKNOWN
 ENGINE = "tracemalloc"
 
 _TRACED_FRAMES = 16
-_MAX_PEAKS = 65_536  # stacks and sizes whose lower bound is remembered
+_MAX_PEAKS = 65_536  # sites whose peak is remembered
 
-# As tracemalloc keeps them: ((file, line), ...) leaf first, and the whole depth.
+# In tracemalloc's form: (file, line) of each frame, leaf first.
 _Frames = tuple[tuple[str, int], ...]
-_Traceback = tuple[_Frames, int | None]
-_Trace = tuple[int, int, _Frames, int | None]  # domain, size, frames, whole depth
-_Site = tuple[_Traceback, int]  # a traceback and a size class in bytes
-_NONE = (0, 0)  # objects and bytes
+_Traceback = tuple[_Frames, int | None]  # frames, and the depth before they were cut
+_Trace = tuple[int, int, _Frames, int | None]  # domain, size, and a traceback
+_Site = tuple[_Traceback, int]  # a traceback, and a size class in bytes
+_Usage = tuple[int, int]  # objects and bytes
+_NONE = (0, 0)
 
 
 class Tracing(Recorder):
     """
-    tracemalloc, switched on while it has users.
+    Keeps tracemalloc on while it has users.
 
-    Tracing that the application started is used and never stopped. (A `start`
-    by the application while ours is on has no effect, and cannot be noticed.)
+    Tracing that the application started is used and never stopped. (A `start` by the
+    application while ours is on has no effect, and cannot be noticed.)
     """
 
     def __init__(self) -> None:
@@ -78,7 +76,7 @@ class Tracing(Recorder):
 
     def _disabled(self) -> None:
         if not self._settings and self._witness is not None:
-            # Tracing that the application has stopped and started meanwhile is not ours.
+            # If the application has stopped and started tracing meanwhile, it is not ours.
             if self._witness.is_traced():
                 tracemalloc.stop()
             self._witness = None
@@ -89,7 +87,7 @@ class Tracing(Recorder):
         Trace inside the `with`.
 
         Raises:
-            PprofError: At the end, if somebody else has stopped the tracing.
+            PprofError: The application has stopped tracing meanwhile.
         """
         self.enable()
         try:
@@ -102,9 +100,9 @@ class Tracing(Recorder):
 
 
 class _Witness:
-    """An object made while tracing is on, which is known as long as it has been on since."""
+    """An object whose allocation is traced as long as tracing has not been stopped since."""
 
-    __slots__ = ()  # with a dictionary, CPython 3.11 looks for it in the wrong place
+    __slots__ = ()  # for an object with a dictionary CPython 3.11 looks up a wrong address
 
     def is_traced(self) -> bool:
         return tracemalloc.get_object_traceback(self) is not None
@@ -112,7 +110,7 @@ class _Witness:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """What tracemalloc knew at one moment, copied: naming it would allocate, and be traced."""
+    """A copy of tracemalloc's traces; their stacks are named later, since that allocates."""
 
     traces: list[_Trace]
     limit: int
@@ -120,17 +118,17 @@ class Traces:
 
     @classmethod
     def copy(cls, starts: int) -> Traces:
-        """Copy all traces, given how often tracing has been started; [] if it has been stopped."""
-        # Not take_snapshot(), which would raise then.
+        """Copy all traces, given the number of starts; none if tracing has been stopped."""
+        # Not by take_snapshot(), which would raise in that case.
         traces = cast("list[_Trace]", _get_traces())
         return cls(traces, tracemalloc.get_traceback_limit(), starts)
 
     def samples(self, peaks: Peaks) -> tuple[Sample, ...]:
-        """Return a heap profile's samples; allocations are what `peaks` has ever seen."""
+        """Return the samples of a heap profile, with the peaks as its allocations."""
         return peaks.samples(_sites(self.traces), self.starts)
 
     def comments(self, peaks: Peaks) -> tuple[str, ...]:
-        """Return what a reader should know of them."""
+        """Return the comments of a heap profile."""
         comments = [
             f"engine: {ENGINE}, every block since tracing began, {self.limit} frames",
             "alloc_objects and alloc_space are lower bounds:"
@@ -144,30 +142,24 @@ class Traces:
 
 
 class Peaks:
-    """The most objects and bytes ever seen alive at each site: what was allocated at the least."""
+    """The maximum of objects and bytes seen alive at each site; at least these were allocated."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._peaks: dict[_Site, tuple[int, int]] = {}
+        self._peaks: dict[_Site, _Usage] = {}
         self._starts = 0
         self.last_count = 0
 
     @property
     def full(self) -> bool:
-        """Whether new sites are no longer remembered."""
+        """Return whether there is no room for new sites."""
         return len(self._peaks) >= _MAX_PEAKS
 
-    def samples(self, live: dict[_Site, tuple[int, int]], starts: int) -> tuple[Sample, ...]:
-        """
-        Return live and peak totals by site.
-
-        Args:
-            live: Objects and bytes that are alive.
-            starts: How often tracing had been started then.
-        """
+    def samples(self, live: dict[_Site, _Usage], starts: int) -> tuple[Sample, ...]:
+        """Return peak and live usage by site, given the number of starts of tracing."""
         with self._lock:
             if self._starts != starts:
-                # Traced anew, from nothing: a window's delta starts at 0.
+                # Tracing has been started again, without traces: a delta starts at 0.
                 self._starts = starts
                 self._peaks.clear()
             for site, (objects, size) in live.items():
@@ -181,18 +173,18 @@ class Peaks:
         samples = sum_samples(
             Sample(
                 _stack(site[0], names),
-                (*peaks.get(site, live.get(site, _NONE)), *live.get(site, _NONE)),
+                (*peak, *live.get(site, _NONE)),
                 (("bytes", site[1]),),
             )
-            for site in {**peaks, **live}
+            for site, peak in {**live, **peaks}.items()
         )
         self.last_count = len({sample.stack for sample in samples})
         return samples
 
 
-def _sites(traces: list[_Trace]) -> dict[_Site, tuple[int, int]]:
-    """Return objects and bytes by site, without our own."""
-    live: dict[_Site, tuple[int, int]] = {}
+def _sites(traces: list[_Trace]) -> dict[_Site, _Usage]:
+    """Return the live usage by site, without that of this package."""
+    live: dict[_Site, _Usage] = {}
     for domain, size, frames, depth in traces:
         if domain == 0:  # Python's own memory
             site = (frames, depth), size_class(size)
@@ -202,13 +194,13 @@ def _sites(traces: list[_Trace]) -> dict[_Site, tuple[int, int]]:
 
 
 _PACKAGE = str(Path(__file__).parents[2]) + os.sep
-# What the application's own calls go through.
-_PASSED_THROUGH = {f"{_PACKAGE}{name}.py" for name in ("middleware", "labels")}
+# Modules whose frames lie between the application's own.
+_BETWEEN = {f"{_PACKAGE}{name}.py" for name in ("middleware", "labels")}
 
 
 def _is_ours(frames: _Frames) -> bool:
     return frames[0][0] == tracemalloc.__file__ or any(
-        filename.startswith(_PACKAGE) and filename not in _PASSED_THROUGH for filename, _ in frames
+        filename.startswith(_PACKAGE) and filename not in _BETWEEN for filename, _ in frames
     )
 
 
