@@ -90,9 +90,7 @@ def test_arguments_of_the_timer(timer):
 def lets_another_thread_run(timer):
     """Return whether another thread ran while the timer was called once."""
     calls = (COUNTER.copy, functools.partial(timer, "start", {}), COUNTER.copy)
-    before, _, after = map(
-        operator.call, calls
-    )  # all in C: only the timer can release the GIL
+    before, _, after = map(operator.call, calls)  # all in C: only the timer can release the GIL
     return before != after
 
 
