@@ -28,12 +28,8 @@ class LabelInterner:
         """
         Store the pairs of a dying label set, and return their label.
 
-        Called in the middle of the set's deallocation, so it does nothing else.
-
-        Args:
-            label_set: The set.
-            number: Its number.
-            marked: Whether CPU samples may have that number.
+        Called in the middle of the set's deallocation, so it does nothing else. The
+        set is `marked` if CPU samples may have its number.
         """
         pairs = resolve(label_set)
         if marked:

@@ -1,23 +1,19 @@
 """
 Reads where threads and suspended coroutines are: code, bytecode offsets, single variables.
 
-Other threads continue as soon as they can, so everything of one moment is read in
-one call. The C core reads the interpreter's own frames. It makes no frame object,
-runs no other code meanwhile, and reads the threads of this interpreter only.
+Other threads continue as soon as they can, so everything of one moment is read in one
+call. The C core reads the interpreter's own frames. It makes no frame object, runs no
+other code meanwhile, and reads the threads of this interpreter only.
 
-Without the C core, frame objects are used, with these dangers:
-
-- On CPython 3.11 making a frame object may collect garbage, whose finalizers let
-  other threads run, and the frame that is being read may be freed. So garbage
-  collection is off from the first frame to the last.
-- Before 3.11.2 returning frames can be seen while they are released, so no other
-  thread is read.
-- From 3.12 on `sys._current_frames` reads the threads of all interpreters, without
-  the GIL that guards them. So no other thread is read once a module that makes
-  interpreters is loaded.
-- What a coroutine in another thread awaits is asked of CPython. Up to 3.12 that may
-  crash if the other thread is just releasing it, in an exception that was thrown
-  in, and runs a finalizer meanwhile.
+Without the C core, frame objects are used, which has dangers. On CPython 3.11 making
+one may collect garbage, whose finalizers let other threads run, and the frame that is
+being read may be freed. So garbage collection is off from the first frame to the last.
+Before 3.11.2 returning frames can be seen while they are released, so no other thread
+is read. From 3.12 on `sys._current_frames` reads the threads of all interpreters,
+without the GIL that guards them, so no other thread is read once a module that makes
+interpreters is loaded. What a coroutine in another thread awaits is asked of CPython.
+Up to 3.12 that may crash if the other thread is just releasing it, in an exception
+that was thrown in, and runs a finalizer meanwhile.
 
 Source: CPython, Python/pystate.c, _PyThread_CurrentFrames; Objects/frameobject.c,
 Objects/genobject.c; gh-106883, gh-99729.

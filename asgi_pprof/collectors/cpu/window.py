@@ -1,5 +1,5 @@
 """
-The period of wall time that a CPU profile covers, and what both engines say about it.
+What both engines share: the time that a CPU profile covers, and the profile itself.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _INTERVAL_S = 1.0
 
 
 class Window:
-    """Starts when it is made; `end` it."""
+    """The period of wall time that one profile covers, from when it is made until `end`."""
 
     def __init__(self, hz: int) -> None:
         self.period_ns = 1_000_000_000 // hz
@@ -27,7 +27,7 @@ class Window:
     async def wait(
         self, duration_s: float, stop: asyncio.Event, every_second: Callable[[], object]
     ) -> None:
-        """Wait until the duration is over or `stop` is set; call `every_second` meanwhile."""
+        """Wait until the duration is over or `stop` is set, and call `every_second`."""
         deadline_ns = self._started_ns + round(duration_s * 1e9)
         while not stop.is_set() and (left_ns := deadline_ns - time.monotonic_ns()) > 0:
             try:
@@ -37,6 +37,7 @@ class Window:
             every_second()
 
     def end(self) -> None:
+        """End the period."""
         self._duration_ns = max(time.monotonic_ns() - self._started_ns, 1)
 
     def not_sampled(
