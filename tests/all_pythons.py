@@ -45,9 +45,9 @@ ROOT = Path(__file__).parent.parent
 FETCHED = ROOT / ".venv-pythons"
 VERSIONS = "3.11 3.12 3.13 3.14 3.15"
 LAST_LINES = 150
-"""How much of a failing suite's output is shown."""
+"""The number of lines shown of a failing suite's output."""
 LIMIT_S = 2400
-"""After which a suite hangs. Each test has a limit too, but it cannot interrupt C code."""
+"""The time limit of a suite. Each test has one too, but that cannot interrupt C code."""
 
 PROBE = """
 import ensurepip, json, platform, sys, sysconfig, venv
@@ -61,12 +61,12 @@ print(json.dumps({
 
 
 class Failed(Exception):
-    """No tests can be run, and why."""
+    """The reason why no tests can run."""
 
 
 @dataclass(frozen=True)
 class Interpreter:
-    """A CPython to test: its path, and its version in full."""
+    """A CPython to test: its path and full version."""
 
     path: Path
     version: str
@@ -74,7 +74,7 @@ class Interpreter:
 
 @dataclass
 class Suite:
-    """All tests on one interpreter with one engine, and how they went."""
+    """All tests on one interpreter with one engine, and their results."""
 
     name: str
     interpreter: Interpreter
@@ -89,7 +89,7 @@ class Suite:
 
     @property
     def marks(self) -> str:
-        """The marks of tests that do not run here: pytest's expression with " and ", or ""."""
+        """Return pytest's expression that excludes tests of other suites, with " and ", or ""."""
         left_out = {
             "once": not (self.is_default and self.native),
             "go": not (self.is_default and self.native),
@@ -99,7 +99,7 @@ class Suite:
 
     @property
     def mode(self) -> tuple[str, ...]:
-        """Development mode, which watches memory and asyncio, on the outermost; as in use else."""
+        """Return the option for development mode on the oldest and the newest Python."""
         return ("-X", "dev") if self.is_outermost else ()
 
     @property
@@ -158,7 +158,7 @@ def find_or_fetch(versions: list[str]) -> dict[str, Interpreter]:
 def find(
     versions: list[str], paths: Iterable[Path] = ()
 ) -> tuple[dict[str, Interpreter], list[str]]:
-    """Return the first fit interpreter by version, and what is wrong with others."""
+    """Return the first suitable interpreter by version, and the problems of the others."""
     found: dict[str, Interpreter] = {}
     unfit = []
     for version in versions:
@@ -172,7 +172,7 @@ def find(
 
 
 def candidates(version: str) -> Iterator[Path]:
-    """Yield paths that may be an interpreter of that version, the likeliest first."""
+    """Yield paths where that version may be installed, the likeliest first."""
     name = f"python{version}"
     if version == "{}.{}".format(*sys.version_info):
         yield Path(sys.base_prefix) / "bin" / name
@@ -184,7 +184,7 @@ def candidates(version: str) -> Iterator[Path]:
 
 
 def probe(path: Path, version: str) -> Interpreter | str:
-    """Return the interpreter at this path, or why it is not one to test this version with."""
+    """Return the interpreter at this path, or the reason why it does not suit this version."""
     try:
         done = subprocess.run(
             [path, "-I", "-c", PROBE], capture_output=True, text=True, timeout=60, check=False
@@ -204,7 +204,7 @@ def probe(path: Path, version: str) -> Interpreter | str:
 
 
 def fetch(versions: list[str]) -> list[Path]:
-    """Fetch interpreters into FETCHED, and return those the fetching command names."""
+    """Fetch interpreters into FETCHED, and return the paths that the command prints."""
     command = os.environ.get("GET_PYTHONS")
     if command:
         fetching = [*shlex.split(command), str(FETCHED / "fetched"), *versions]
@@ -233,7 +233,7 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     if default not in interpreters:
         default = next(iter(interpreters))
     suites = []
-    # One after the other: all write to the checkout, and pip keeps a processor busy.
+    # Not in parallel: all of them write to the checkout, and pip keeps a processor busy.
     for version, interpreter in interpreters.items():
         say(f"{version}: installing")
         group = "test" if version == default else "test-without-go"
@@ -268,7 +268,7 @@ def _call(what: str, *command: str | Path) -> None:
 
 
 def _engine(suite: Suite) -> str:
-    """Return "native", or why it is not."""
+    """Return the name of the engine; raise Failed if it is not the suite's."""
     ask = "from asgi_pprof.native.core import native, reason; print('native' if native else reason)"
     done = subprocess.run(
         [suite.python, "-c", ask],
@@ -343,7 +343,7 @@ def summary(suites: list[Suite]) -> list[str]:
 
 
 def say(*lines: str) -> None:
-    """Print at once: who watches CI sees how far it is."""
+    """Print and flush, so that the progress is visible in CI."""
     sys.stdout.write("\n".join([*lines, ""]))
     sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Services for tests, with functions whose names tell what they do."""
+"""A service for tests, with functions named after what they do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixtures for all tests; above all the one that lets nothing be left behind."""
+"""Fixtures for all tests, among them the check that a test leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _left_behind() -> dict[str, object]:
 
 
 def _is_hypothesis(callback) -> bool:
-    # It installs one at its first use and keeps it.
+    # Hypothesis installs a callback at its first use and keeps it.
     return (getattr(callback, "__module__", "") or "").startswith("hypothesis.")
 
 
@@ -61,7 +61,7 @@ def nothing_left_behind(request):
             after["descriptors"] = before["descriptors"]  # an earlier test's were freed
         if after == before:
             return
-        # Garbage may hold it, or a thread that has been told to end needs a moment.
+        # Garbage may still hold it, or a thread that ends needs a moment.
         gc.collect()
         time.sleep(0.05 * (attempt > 0))
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
@@ -70,7 +70,7 @@ def nothing_left_behind(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _first_uses_are_over():
-    """uvloop and ctypes open a descriptor at their first use and keep it: before any test."""
+    """Let uvloop and ctypes open the descriptor that they keep from their first use."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
     read_mem_stats()
@@ -78,12 +78,12 @@ def _first_uses_are_over():
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items):
-    """Let slow tests begin first, or at the end all others wait for the last of them."""
+    """Start slow tests first; otherwise the other workers wait for them at the end."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_collection_finish(session):
-    """Leave what collection has made out of every later collection of garbage."""
+    """Exclude the objects that pytest's collection made from later garbage collections."""
     gc.collect()
     gc.freeze()
 
@@ -96,7 +96,7 @@ def loop_name(request) -> str:
 
 @pytest.fixture(scope="session")
 def _servers():
-    """Servers by the kind of their loop, started when first asked for."""
+    """Servers by the kind of their loop, started at first use."""
     with contextlib.ExitStack() as stack:
         servers: dict[str, ServerProcess] = {}
 

@@ -15,11 +15,11 @@ GO = Path(sys.executable).with_name("go")
 
 @functools.cache
 def _pprof() -> str:
-    """Return the program that `go tool pprof` runs: to find it takes Go half a second each time."""
+    """Return the binary that `go tool pprof` runs; Go takes half a second to find it."""
     cache = Path(os.environ.get("GOCACHE", Path(sys.prefix) / "gocache"))
     cache.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "GOCACHE": str(cache), "GOTOOLCHAIN": "local"}
-    # The first call compiles the tool for half a minute: not in several processes at once.
+    # The first call compiles the tool for half a minute; only one process should do so.
     with open(cache / "tests.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = _run([str(GO), "tool", "-n", "pprof"], environment)
@@ -35,14 +35,14 @@ def _run(command: list[str], environment: dict[str, str]) -> subprocess.Complete
 
 @dataclass
 class Report:
-    """What go tool pprof printed: the report, and what it had to say meanwhile."""
+    """The output of go tool pprof: the report, and the messages on stderr."""
 
     text: str
     messages: str
 
 
 def go_pprof(tmp_path: Path, *arguments: str | Path, fails: bool = False) -> Report:
-    """Return the report; unless it is to fail, no line of the messages is a warning."""
+    """Return the report; unless `fails`, assert that it printed no warnings."""
     environment = {
         **os.environ,
         "PPROF_TMPDIR": str(tmp_path / "pprof"),

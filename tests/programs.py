@@ -1,4 +1,4 @@
-"""Programs in processes of their own: for what could crash, exits, or happens once a process."""
+"""Programs in processes of their own, for tests that could crash or must exit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.servers import ROOT
 
 QUIET = ("-X", "dev", "-W", "error")
 
-# asyncio says in development mode that a callback has taken 100 ms: of a busy machine.
+# In development mode asyncio reports callbacks over 100 ms, which a busy machine causes.
 _SLOW_CALLBACK = re.compile(r"^Executing <.* took \d+\.\d+ seconds\n?", re.MULTILINE)
 
 
@@ -28,7 +28,7 @@ def run_program(
     """
     Run a Python program, and return what it prints.
 
-    It must end with this status and say nothing but `errors` on stderr.
+    It must exit with this status and print nothing but `errors` on stderr.
 
     Args:
         source: The program.

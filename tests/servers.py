@@ -45,7 +45,7 @@ def ask(
     body: bytes | None = None,
     timeout: float = 60,
 ) -> Answer:
-    """Make one request, the path as it is, and return the answer."""
+    """Make one request with this literal path, and return the answer."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=timeout)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
@@ -136,11 +136,11 @@ class ServerProcess:
         return ask(self.port, path)
 
     def state(self) -> dict[str, object]:
-        """Return what the service says about signals, timers, patches and tracing in it."""
+        """Return the service's process_state()."""
         return json.loads(self.visit("/state").body)
 
     def is_sampling(self) -> bool:
-        """Tell whether a CPU profile is being taken, by whichever engine."""
+        """Return whether either engine takes a CPU profile."""
         return bool(self.state()["sampling"])
 
     def window(

@@ -1,4 +1,4 @@
-"""What a profiler could leave in a process, or has in use."""
+"""State of the process that a profiler changes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def process_state() -> dict[str, object]:
 
 
 def _own_threads() -> int:
-    """Return how many threads outside Python are ours, by their name."""
+    """Return how many of the process's threads have our native threads' name."""
     return sum(_thread_name(task) == "asgi_pprof" for task in os.listdir("/proc/self/task"))
 
 

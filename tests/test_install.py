@@ -1,4 +1,4 @@
-"""The sdist has what the extension is built from, and installs without a compiler too."""
+"""The sdist contains the extension's sources, and installs without a compiler too."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def install(wheel: Path, folder: Path) -> Path:
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--no-index")
     done = run(*pip, wheel, cwd=folder)
     assert done.returncode == 0, done.stderr
-    # Its dependencies. A path file of a path file is not read: this checkout stays out of it.
+    # Its dependencies. Path files found there are not read, so this checkout is not importable.
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     return python
@@ -84,7 +84,7 @@ def sdist(tmp_path_factory):
 
 
 def test_sdist_has_the_sources(sdist):
-    """Every C file and header of the checkout, and what builds them."""
+    """It has every C file and header of the checkout, and the build files."""
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "asgi_pprof/_native").iterdir()}
@@ -94,7 +94,7 @@ def test_sdist_has_the_sources(sdist):
 
 @has_extension
 def test_wheel_has_the_extension_and_no_sources(sdist, tmp_path):
-    """One shared object, and what it is made of stays behind."""
+    """It has one shared object and no C sources."""
     done = build_wheel(sdist, tmp_path, ASGI_PPROF_REQUIRE_NATIVE="1")
     assert done.returncode == 0, done.stderr
     (wheel,) = tmp_path.glob("*.whl")
@@ -125,7 +125,7 @@ def test_installs_without_a_compiler(sdist, tmp_path):
 
 @has_extension
 def test_failing_to_compile_can_be_an_error(sdist, tmp_path):
-    """ASGI_PPROF_REQUIRE_NATIVE=1, so that tests and wheels never do without by accident."""
+    """With ASGI_PPROF_REQUIRE_NATIVE=1 the build fails; tests and wheels use that."""
     done = build_wheel(sdist, tmp_path, ASGI_PPROF_REQUIRE_NATIVE="1", **NO_COMPILER)
     assert done.returncode != 0
     assert not list(tmp_path.glob("*.whl"))

@@ -1,4 +1,4 @@
-"""PprofMiddleware: what it answers, what it passes on, and what it puts back."""
+"""PprofMiddleware: what it answers, what it forwards, and what it restores."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.state import process_state
 
 
 class Recorder:
-    """An application that keeps what it was called with."""
+    """An application that records the arguments of its calls."""
 
     def __init__(self):
         self.calls = []
@@ -74,7 +74,7 @@ async def answered(app, scope):
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan", "something-new"])
 def test_other_scopes_pass_untouched(kind):
-    """The very objects reach the application, whatever is in the path."""
+    """The application receives the same objects, whatever the path is."""
     recorder, scope = Recorder(), {"type": kind, "path": "/debug/pprof/heap"}
     asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
     ((seen_scope, seen_receive, seen_send),) = recorder.calls
@@ -86,7 +86,7 @@ def test_other_scopes_pass_untouched(kind):
 
 @pytest.mark.parametrize("path", ["/", "/debug", "/debug/pprofx", "/debug/pprof/../x", ""])
 def test_other_requests_pass_untouched(path):
-    """The very objects reach the application, which runs under its labels."""
+    """The application receives the same objects, and runs under the request's labels."""
     recorder, scope = Recorder(), http_scope(path)
     asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
     ((seen_scope, seen_receive, seen_send),) = recorder.calls
@@ -96,7 +96,7 @@ def test_other_requests_pass_untouched(path):
 
 
 def test_an_exception_of_the_application_passes_and_labels_are_reset():
-    """What the application raises is what the server gets."""
+    """The server receives the application's exception."""
 
     async def failing(scope, receive, send):
         raise LookupError("the application's own")
@@ -110,7 +110,7 @@ def test_an_exception_of_the_application_passes_and_labels_are_reset():
 
 
 def test_labels_around_the_middleware_are_kept():
-    """What an outer layer has labelled is on the request's samples as well."""
+    """Samples of the request also carry the labels that an outer layer has set."""
     recorder = Recorder()
 
     async def call():
@@ -123,19 +123,19 @@ def test_labels_around_the_middleware_are_kept():
 
 @pytest.mark.parametrize("prefix", ["", "/", "debug", "/debug/", "//debug", "/a//b"])
 def test_a_prefix_that_is_no_path_is_refused(prefix):
-    """With a ValueError at construction, not a service without profiles."""
+    """The constructor raises ValueError; the service does not start without profiles."""
     with pytest.raises(ValueError, match="prefix"):
         PprofMiddleware(Recorder(), prefix=prefix)
 
 
 def test_an_unknown_heap_engine_is_refused():
-    """With a ValueError that names what there is."""
+    """The ValueError names the engines that exist."""
     with pytest.raises(ValueError, match="tracemalloc"):
         PprofMiddleware(Recorder(), heap="jemalloc")
 
 
 def test_everything_is_put_back_when_the_middleware_goes():
-    """Thread.start is the original object, the callback is gone, tracing is off."""
+    """Thread.start is the original object, no callback remains, tracing is off."""
     start, callbacks = threading.Thread.start, list(gc.callbacks)
     middlewares = [PprofMiddleware(Recorder(), heap="tracemalloc") for _ in range(2)]
     assert threading.Thread.start is not start
@@ -152,7 +152,7 @@ def test_everything_is_put_back_when_the_middleware_goes():
 
 
 def test_a_wrapper_around_ours_is_not_undone():
-    """Somebody who has patched Thread.start after us keeps the patch; ours only passes on."""
+    """If another library patches Thread.start after us, its patch stays; ours only delegates."""
     original = threading.Thread.start
     middleware = PprofMiddleware(Recorder())
     ours = threading.Thread.start
@@ -174,7 +174,7 @@ def test_a_wrapper_around_ours_is_not_undone():
 
 @pytest.mark.server
 def test_shutdown_puts_everything_back_and_a_second_start_works():
-    """After the lifespan's end nothing is left, while the app object lives on."""
+    """After the lifespan everything is restored, even while the app object exists."""
     start, callbacks = threading.Thread.start, list(gc.callbacks)
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("home"))])
     app.add_middleware(PprofMiddleware, heap="tracemalloc")
@@ -191,7 +191,7 @@ def test_shutdown_puts_everything_back_and_a_second_start_works():
 
 @pytest.mark.server
 def test_an_application_without_lifespan_is_served(loop_name):
-    """It raises or returns at the lifespan scope; profiles work all the same."""
+    """The application rejects the lifespan scope; profiles work nevertheless."""
 
     async def bare(scope, receive, send):
         assert scope["type"] == "http"
@@ -205,7 +205,7 @@ def test_an_application_without_lifespan_is_served(loop_name):
 
 
 def _below(root_path, app):
-    """Return the app behind a proxy that strips this prefix and says so in root_path."""
+    """Return the app behind a proxy that strips this prefix and sets root_path."""
 
     async def stripped(scope, receive, send):
         await app({**scope, "root_path": root_path}, receive, send)
@@ -237,7 +237,7 @@ def _below(root_path, app):
     ],
 )
 def test_it_is_found_wherever_it_is_put(make, path, options, seen_outside):
-    """Middleware, mount, root_path, sub-application: index, profile, 404, redirects are right."""
+    """Index, profile, 404 and redirects work as middleware, mounted, and under a root_path."""
     with serve(make(), lifespan="off", **options) as port:
         index = ask(port, f"{path}/")
         assert index.status == 200
@@ -272,7 +272,7 @@ async def _pass_on(request, call_next):
 @pytest.mark.server
 @pytest.mark.parametrize("ours_is", ["innermost", "outermost"])
 def test_compressing_and_other_middlewares_do_no_harm(ours_is):
-    """One layer of gzip in every order, CORS headers kept, no broken body."""
+    """Bodies are compressed at most once in either order, and CORS headers are kept."""
     app = FastAPI()
     others = [
         (GZipMiddleware, {"minimum_size": 1}),
@@ -322,7 +322,7 @@ def test_gzip_wrapped_around_by_hand_is_noticed():
     "path", ["/debug/pprof", "/debug/pprof/", "/debug/pprof//heap", "/debug/pprof/nosuch"]
 )
 def test_a_stranger_is_refused_before_anything_else(change, word, path):
-    """403 in words that go tool pprof prints, for every path of ours and nothing more."""
+    """Every path of ours answers 403, with a text that go tool pprof prints."""
     app = PprofMiddleware(Recorder())
     start, body = asyncio.run(answered(app, http_scope(path, **change)))
     headers = dict(start["headers"])
@@ -333,7 +333,7 @@ def test_a_stranger_is_refused_before_anything_else(change, word, path):
 
 
 def test_a_websocket_to_the_mounted_app_is_closed():
-    """It is refused, not left hanging."""
+    """The app closes the connection instead of leaving it open."""
 
     async def call():
         messages = []
@@ -351,18 +351,18 @@ def test_a_websocket_to_the_mounted_app_is_closed():
 
 
 def test_a_fault_of_ours_is_a_500_in_plain_words(caplog):
-    """The application's server sees an answer, the log the traceback."""
+    """The client receives an answer, and the log has the traceback."""
     app = PprofApp(guard=lambda scope: 1 / 0)
     start, body = asyncio.run(answered(app, http_scope("/heap")))
     assert start["status"] == 500
     assert body["body"] == b"failed to collect profile\n"
     assert "ZeroDivisionError" in caplog.text
-    app.close()  # the log keeps the traceback, and that the app
+    app.close()  # the log keeps the traceback, which references the app
 
 
 @pytest.mark.parametrize("name", ["profile", "goroutine"])
 def test_a_middleware_that_replays_the_body_does_not_stop_the_loop(name):
-    """Its receive answers at once, for ever, with the same request."""
+    """Such a middleware's receive returns the same request immediately, without end."""
 
     async def replay():
         return {"type": "http.request", "body": b"", "more_body": False}
@@ -391,14 +391,14 @@ def test_a_middleware_that_replays_the_body_does_not_stop_the_loop(name):
     ],
 )
 def test_odd_scopes_get_an_answer(odd):
-    """What a server leaves out or gets wrong raises nothing into it."""
+    """Missing or malformed scope entries raise no exception into the server."""
     app = PprofMiddleware(Recorder())
     start, _ = asyncio.run(answered(app, http_scope("/debug/pprof/heap", **odd)))
     assert start["status"] in (200, 403)
 
 
 def test_bare_scopes_get_through():
-    """Scopes without method and headers reach the application, and ours is answered."""
+    """The application receives scopes without method and headers; ours are answered."""
     recorder = Recorder()
     app = PprofMiddleware(recorder)
     asyncio.run(app({"type": "http", "path": "/"}, no_receive, no_send))
@@ -410,7 +410,7 @@ def test_bare_scopes_get_through():
 
 @pytest.mark.server
 def test_labels_do_not_pass_from_request_to_request(loop_name):
-    """Not on a kept connection after large bodies, where servers reuse a context."""
+    """On a kept connection servers reuse a context after large bodies."""
     seen = []
 
     async def read_all(request):
@@ -434,7 +434,7 @@ def _depth():
 
 
 def test_inner_labels_reach_a_mounted_service_with_a_middleware_of_its_own():
-    """The same request's labels are kept, whoever has set them."""
+    """An inner middleware keeps all labels of the request it serves."""
     recorder = Recorder()
     inner = PprofMiddleware(recorder)
 
@@ -447,7 +447,7 @@ def test_inner_labels_reach_a_mounted_service_with_a_middleware_of_its_own():
 
 
 def test_a_task_that_outlives_its_request_keeps_the_route_and_not_the_request():
-    """Its labels stay, while what the scope held is freed."""
+    """The task keeps its labels, while the objects in the scope are freed."""
 
     class Session:
         pass
@@ -481,7 +481,7 @@ def test_a_task_that_outlives_its_request_keeps_the_route_and_not_the_request():
 
 
 def factory_seen_by(app, *scopes):
-    """Return the loop's task factory after each of some requests, in one loop."""
+    """Return the loop's task factory after each of these requests to one loop."""
 
     async def main():
         seen = []
@@ -494,7 +494,7 @@ def factory_seen_by(app, *scopes):
 
 
 def test_tasks_are_tracked_from_startup_to_shutdown(loop_name):
-    """The handlers' loop has our factory, and its own again after the lifespan."""
+    """The loop has our task factory during the lifespan, and its own afterwards."""
     seen = []
 
     @contextlib.asynccontextmanager
@@ -520,7 +520,7 @@ def test_tasks_are_tracked_from_startup_to_shutdown(loop_name):
 
 
 def test_without_lifespan_tasks_are_tracked_from_the_first_request():
-    """Any request, of the service or for a profile."""
+    """A request to the service starts it, and so does one for a profile."""
     for path in ("/", "/debug/pprof/"):
         app = PprofMiddleware(Recorder())
         (factory,) = factory_seen_by(app, http_scope(path))
@@ -528,7 +528,7 @@ def test_without_lifespan_tasks_are_tracked_from_the_first_request():
 
 
 def test_the_mounted_app_tracks_tasks_from_its_first_request():
-    """It is told of no startup."""
+    """A mounted app receives no lifespan events."""
     app = PprofApp()
     (factory,) = factory_seen_by(app, http_scope("/", headers=[(b"host", b"localhost")]))
     assert factory is not None
@@ -537,13 +537,13 @@ def test_the_mounted_app_tracks_tasks_from_its_first_request():
 
 
 def test_tracking_tasks_can_be_switched_off():
-    """Then the loop's factory is never touched."""
+    """The loop's task factory stays as it is."""
     app = PprofMiddleware(Recorder(), track_tasks=False)
     assert factory_seen_by(app, http_scope("/"), http_scope("/debug/pprof/")) == [None, None]
 
 
 def test_the_middleware_sets_rates_of_contention_and_takes_them_back():
-    """Go's two, as arguments; whoever sets them later by hand is left alone."""
+    """They are arguments as in Go; a rate that is set later by hand is not reset."""
     original = threading.Condition.wait
     app = PprofMiddleware(Recorder(), block_profile_rate=1000, mutex_profile_fraction=5)
     assert threading.Condition.wait is not original
@@ -557,13 +557,13 @@ def test_the_middleware_sets_rates_of_contention_and_takes_them_back():
 
 @pytest.mark.parametrize("name", ["block_profile_rate", "mutex_profile_fraction"])
 def test_negative_rates_of_contention_are_refused(name):
-    """They would mean nothing."""
+    """A negative rate has no meaning."""
     with pytest.raises(ValueError, match="-1"):
         PprofMiddleware(Recorder(), **{name: -1})
 
 
 def thresholds_seen_by(*apps):
-    """Return the threshold while each serves a request, and whether its loop is watched."""
+    """Return the threshold while each app serves a request, and whether its loop is monitored."""
 
     async def serve_all():
         seen = []
@@ -577,7 +577,7 @@ def thresholds_seen_by(*apps):
 
 
 def test_loops_are_watched_for_stalls_from_the_first_request_until_the_end():
-    """From 100 ms by default; nothing is left when the app is gone."""
+    """The default threshold is 100 ms; the monitor ends with the app."""
     threads = process_state()["native threads"]
     app = PprofMiddleware(Recorder())
     assert thresholds_seen_by(app) == [(100, True)]
@@ -587,7 +587,7 @@ def test_loops_are_watched_for_stalls_from_the_first_request_until_the_end():
 
 
 def test_the_threshold_of_stalls_is_an_argument_and_0_watches_nothing():
-    """Each loop that serves is asked about once, whoever serves on it."""
+    """A second middleware with a threshold has the loop monitored."""
     app = PprofMiddleware(Recorder(), stall_threshold_ms=0)
     assert thresholds_seen_by(app) == [(0, False)]
     other = PprofMiddleware(Recorder(), stall_threshold_ms=30)
@@ -595,7 +595,7 @@ def test_the_threshold_of_stalls_is_an_argument_and_0_watches_nothing():
 
 
 def test_of_two_thresholds_the_lower_counts_while_it_lives():
-    """And the other again after it; the loop is watched as long as one of them watches it."""
+    """The other threshold counts afterwards; the loop is monitored until both apps are gone."""
 
     async def main():
         apps = [PprofMiddleware(Recorder(), stall_threshold_ms=each) for each in (300, 20)]
@@ -614,13 +614,13 @@ def test_of_two_thresholds_the_lower_counts_while_it_lives():
 
 @pytest.mark.parametrize("threshold_ms", [-1, float("inf"), float("nan")])
 def test_a_threshold_that_means_nothing_is_refused(threshold_ms):
-    """At once, with nothing switched on."""
+    """The constructor raises before it switches anything on."""
     with pytest.raises(ValueError, match=str(threshold_ms)):
         PprofMiddleware(Recorder(), stall_threshold_ms=threshold_ms)
 
 
 def test_a_figure_that_fails_does_not_take_the_index_down(monkeypatch, caplog):
-    """A foreign task can do anything when it is asked."""
+    """Reading the attributes of a foreign task can raise any exception."""
 
     async def fail(self):
         raise RuntimeError("no figures today")

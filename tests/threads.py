@@ -1,4 +1,4 @@
-"""Threads that are somewhere while a test looks at them."""
+"""Threads that stay at a known place while a test reads their stacks."""
 
 from __future__ import annotations
 

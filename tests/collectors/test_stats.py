@@ -1,4 +1,4 @@
-"""stats: figures of loops, pools, garbage collection and the process, one a line."""
+"""The stats endpoint: figures of loops, pools, garbage collection and the process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LINE = re.compile(
 
 
 def parse(text):
-    """Return the values by their series, all lines being of Prometheus's grammar."""
+    """Return the values by series; every line must follow Prometheus's grammar."""
     values = {}
     assert text.endswith("\n")
     for line in text[:-1].split("\n"):
@@ -53,12 +53,12 @@ def parse(text):
 
 
 def names_of(text):
-    """Return the name of each line."""
+    """Return the metric name of each line."""
     return [LINE.fullmatch(line)[2] for line in text.splitlines()]
 
 
 def of_loop(name, values):
-    """Return what is said of one loop, by name and quantile."""
+    """Return the figures of one loop by name and quantile."""
     return {
         key.replace(f'loop="{name}"', "").replace("{}", "").replace("{,", "{"): value
         for key, value in values.items()
@@ -67,7 +67,7 @@ def of_loop(name, values):
 
 
 def of_pool(name, values):
-    """Return threads, busy, queued and longest wait of one pool, None for each not known."""
+    """Return threads, busy, queued and longest wait of one pool, None for missing lines."""
     kinds = ("threads", "busy", "queued", "longest_wait_seconds")
     return [values.get(f'thread_pool_{kind}{{pool="{name}"}}') for kind in kinds]
 
@@ -77,7 +77,7 @@ async def figures():
 
 
 class OtherLoop:
-    """A loop in a thread of its own, which can be held."""
+    """A loop that runs in a thread of its own and can be blocked."""
 
     def __init__(self, loop_name, name, tasks=0):
         self._begun, self._free = threading.Event(), threading.Event()
@@ -113,7 +113,7 @@ class OtherLoop:
 
     @contextlib.contextmanager
     def held(self):
-        """Keep the loop from turning."""
+        """Block the loop."""
         holding = threading.Event()
 
         def hold():
@@ -145,12 +145,12 @@ def nothing():
     ],
 )
 def test_numbers_are_as_short_as_they_can_be(value, text):
-    """Whole ones without a point, and infinity as Prometheus spells it."""
+    """Integers have no decimal point; infinity is spelled as in Prometheus."""
     assert Figure("loop_tasks", (), value).line() == f"loop_tasks {text}"
 
 
 def test_label_values_are_escaped():
-    """As the format asks: quotes and backslashes."""
+    """The format requires this for quotes and backslashes."""
     line = Figure("loop_tasks", (("loop", 'a"b\\c'), ("quantile", "1")), 2).line()
     assert line == 'loop_tasks{loop="a\\"b\\\\c",quantile="1"} 2'
     assert LINE.fullmatch(line)
@@ -158,12 +158,12 @@ def test_label_values_are_escaped():
 
 @pytest.mark.parametrize("odd", [" ", "\t", "\n", "\r", "\x0b", "\x1c", "\x85", "\u2028", "\x00"])
 def test_no_label_breaks_a_line_or_a_word(odd):
-    """Thread names may hold anything."""
+    """Thread names may contain any character."""
     assert label_value(f"a{odd}b") == "a_b"
 
 
 def test_lone_surrogates_are_no_label():
-    """They would become an escape that the format does not know."""
+    """Their escape sequence does not exist in the format."""
     assert label_value("a\udcffb") == "a?b"
 
 
@@ -178,12 +178,12 @@ def test_lone_surrogates_are_no_label():
     ],
 )
 def test_names_are_told_apart(names, expected):
-    """No series is there twice, whatever threads are called."""
+    """Every series is unique, also if threads have equal names."""
     assert unique(names) == expected
 
 
 def test_lines_have_one_order():
-    """By name as listed, then by label; not by how they were found."""
+    """They are sorted by the listed order of names, then by label."""
     made = [
         Figure("process_threads", (), 1),
         Figure("loop_ready", (("loop", "b"),), 2),
@@ -196,7 +196,7 @@ def test_lines_have_one_order():
 
 
 def test_counters_are_named_so():
-    """What only grows ends in _total, as the convention has it, and nothing else does."""
+    """By convention, exactly the metrics that only grow end in _total."""
     growing = {"collections", "collected", "uncollectable", "stalls", "stall_seconds"}
     totals = {name.removesuffix("_total") for name in NAMES if name.endswith("_total")}
     assert {
@@ -209,7 +209,7 @@ def test_counters_are_named_so():
 
 
 def test_tasks_are_those_of_asyncio(loop_name):
-    """As many as `asyncio.all_tasks` gives, the asking one with them, done ones not."""
+    """The count equals `asyncio.all_tasks`: it includes the current task, not done ones."""
 
     async def main():
         event = asyncio.Event()
@@ -226,7 +226,7 @@ def test_tasks_are_those_of_asyncio(loop_name):
 
 
 def test_ready_callbacks_are_counted(loop_name):
-    """Those that wait for their turn just when stats is asked."""
+    """Callbacks that are ready when stats is requested are counted."""
 
     async def main():
         await asyncio.sleep(0)
@@ -241,7 +241,7 @@ def test_ready_callbacks_are_counted(loop_name):
 
 
 def test_loops_of_other_threads_have_their_own_figures(loop_name):
-    """By the names of their threads, in which white space is replaced."""
+    """A loop is labelled with its thread's name; white space in it is replaced."""
     with OtherLoop(loop_name, "second loop", tasks=4):
         found = run(figures(), loop_name)
     assert found['loop_tasks{loop="second_loop"}'] == 5
@@ -250,7 +250,7 @@ def test_loops_of_other_threads_have_their_own_figures(loop_name):
 
 
 def test_threads_of_one_name_are_told_apart_by_age(loop_name):
-    """The younger one gets a number."""
+    """The younger thread's name gets a number."""
     with OtherLoop(loop_name, "twin", tasks=1), OtherLoop(loop_name, "twin", tasks=2):
         found = run(figures(), loop_name)
     assert found['loop_tasks{loop="twin"}'] == 2
@@ -258,7 +258,7 @@ def test_threads_of_one_name_are_told_apart_by_age(loop_name):
 
 
 def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name):
-    """Such as one that was started by a library in C."""
+    """A library in C may start such a thread."""
     begun, end, ended = threading.Event(), threading.Event(), threading.Event()
 
     async def wait():
@@ -284,7 +284,7 @@ def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name)
 
 
 def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
-    """It is read from outside: what is ready in it, and its tasks."""
+    """Its ready callbacks and tasks are read from another thread."""
     ready = 'loop_ready{loop="held"}'
     with OtherLoop(loop_name, "held", tasks=2) as other, other.held():
         before = run(figures(), loop_name)
@@ -296,7 +296,7 @@ def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
 
 
 def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
-    """While a loop is held its lateness grows, and afterwards it is one stall."""
+    """The lag grows while a loop is blocked; afterwards one stall is counted."""
 
     def ask_for():
         return of_loop("watched", run(figures()))
@@ -321,7 +321,7 @@ def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
 
 
 def test_what_is_not_watched_has_no_line(loop_name):
-    """Never a 0: a threshold of 0 records nothing."""
+    """A threshold of 0 records nothing, so the line is missing instead of 0."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -342,7 +342,7 @@ def test_what_is_not_watched_has_no_line(loop_name):
     reason="without the C core such loops are not found",
 )
 def test_tasks_of_a_loop_that_nobody_runs(loop_name):
-    """They are in no thread, and still there."""
+    """Its tasks are counted under not_running."""
     stopped = asyncio.Runner(loop_factory=LOOPS[loop_name])
     with stopped:
         event = asyncio.Event()
@@ -362,7 +362,7 @@ async def _asked_with(_loop):
 
 
 class Lane:
-    """A queue of callbacks that is not asyncio's."""
+    """A queue of callbacks of another type than asyncio's."""
 
     def __init__(self):
         self._handles = []
@@ -381,7 +381,7 @@ class Lane:
 
 
 def test_a_foreign_loop_without_a_known_queue_has_no_such_line():
-    """What is ready in it is not to be seen."""
+    """Its ready callbacks cannot be counted."""
 
     class Foreign(asyncio.SelectorEventLoop):
         def __init__(self):
@@ -394,7 +394,7 @@ def test_a_foreign_loop_without_a_known_queue_has_no_such_line():
 
 
 def test_reading_many_tasks_lets_the_loop_turn(loop_name):
-    """With every slice used up by one task, others run in between each two."""
+    """If each task uses up a slice, the loop iterates between any two of them."""
 
     async def main():
         event = asyncio.Event()
@@ -426,7 +426,7 @@ def test_reading_many_tasks_lets_the_loop_turn(loop_name):
 
 
 def test_an_executor_is_busy_and_has_a_queue(loop_name):
-    """Threads there may be, those at work, work that waits, and for how long at least."""
+    """The lines give its limit of threads, busy threads, queued work and the longest wait."""
 
     async def main():
         loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Semaphore(0)
@@ -468,7 +468,7 @@ async def _awaited(future):
 
 
 def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
-    """There is no line then, and no 0."""
+    """The line is missing; it does not say 0."""
     end, begun = threading.Event(), threading.Event()
 
     def work():
@@ -487,7 +487,7 @@ def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
 
 
 def test_pools_of_one_name_are_told_apart():
-    """As loops are."""
+    """Pools get numbers as loops do."""
     with contextlib.ExitStack() as stack:
         for size in (2, 3):
             pool = stack.enter_context(ThreadPoolExecutor(size, thread_name_prefix="same"))
@@ -497,7 +497,7 @@ def test_pools_of_one_name_are_told_apart():
 
 
 class Shop:
-    """A service with anyio's threads, which work until they are told to end."""
+    """A service whose anyio threads work until an event is set."""
 
     def __init__(self):
         self.end, self.begun = threading.Event(), threading.Semaphore(0)
@@ -546,7 +546,7 @@ class Shop:
 
     @contextlib.contextmanager
     def asked(self, port, *paths):
-        """Keep clients waiting for these paths, until the threads are told to end."""
+        """Have clients wait for these paths; at the end set the event."""
         clients = [threading.Thread(target=ask, args=(port, path)) for path in paths]
         for client in clients:
             client.start()
@@ -566,7 +566,7 @@ def stats(port):
 
 @pytest.mark.server
 def test_a_saturated_pool_shows(loop_name):
-    """Three threads at work and two requests that wait, since they were first seen at least."""
+    """Three threads are busy and two requests wait, counted from when they were first seen."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
         ask(port, "/limit/3")
@@ -584,7 +584,7 @@ def test_a_saturated_pool_shows(loop_name):
 
 @pytest.mark.server
 def test_a_limiter_of_its_own_shows_while_tasks_wait_for_it(loop_name):
-    """Whoever holds it need not be the one who waits."""
+    """The task that holds the limiter need not be the one that waits for it."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
         with shop.asked(port, "/own/4"):
@@ -595,7 +595,7 @@ def test_a_limiter_of_its_own_shows_while_tasks_wait_for_it(loop_name):
 
 @pytest.mark.server
 def test_limiters_that_nobody_waits_for_do_not_show(loop_name):
-    """FastAPI makes one for each dependency it leaves."""
+    """FastAPI creates one for each dependency that it exits."""
     shop = Shop()
     shop.app.get("/depend")(_depending(shop.dependency))
     with serve(shop.app, loop_name) as port, shop.asked(port, "/depend", "/depend"):
@@ -613,7 +613,7 @@ def _depending(dependency):
 
 
 def test_collections_and_pauses_are_those_of_the_collector():
-    """By generation, and the pauses as they were timed."""
+    """Collections are counted by generation; pauses are those that were timed."""
     gc_pauses.enable()
     try:
         gc.collect()
@@ -639,13 +639,13 @@ def test_collections_and_pauses_are_those_of_the_collector():
 
 
 def test_pauses_that_were_never_timed_have_no_lines(monkeypatch):
-    """Before there was a middleware in the process."""
+    """Pauses are timed once the process has a middleware."""
     monkeypatch.setattr(gc_pauses, "_timer", PythonTimer())
     assert [key for key in run(figures()) if "pause" in key] == []
 
 
 def test_the_process_is_as_the_system_sees_it():
-    """CPU time grows with what is used; memory and threads are /proc's."""
+    """CPU time grows with use; memory and threads equal /proc's."""
     before, cpu_s = run(figures()), time.process_time()
     ballast = bytearray(64 * 2**20)
     for index in range(0, len(ballast), 4096):
@@ -661,7 +661,7 @@ def test_the_process_is_as_the_system_sees_it():
 
 @pytest.mark.server
 def test_all_lines_are_of_the_grammar_and_in_order(loop_name):
-    """Every name there is, in the order they are listed."""
+    """All names appear, in the listed order."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
         ask(port, "/limit/3")
@@ -676,7 +676,7 @@ def test_all_lines_are_of_the_grammar_and_in_order(loop_name):
 
 @pytest.mark.server
 def test_a_known_number_of_tasks_in_a_service(loop_name):
-    """So many more than before."""
+    """The number of tasks rises by as many as were started."""
     shop = Shop()
     tasks = 'loop_tasks{loop="test_server"}'
     with serve(shop.app, loop_name) as port:
@@ -687,7 +687,7 @@ def test_a_known_number_of_tasks_in_a_service(loop_name):
 
 @pytest.mark.server
 def test_awk_finds_a_value(any_shop):
-    """One line of shell gives one number, also of a thread with an odd name."""
+    """A one-line awk program extracts one number."""
     text = any_shop.get("stats").text
     program = '$1 == "loop_tasks{loop=\\"MainThread\\"}" { print $2 }'
     done = subprocess.run(["awk", program], input=text, capture_output=True, text=True, check=True)
@@ -697,7 +697,7 @@ def test_awk_finds_a_value(any_shop):
 @pytest.mark.server
 @pytest.mark.parametrize("query", ["", "?debug=1", "?seconds=x", "?%zz&;", "?gc=1&debug=99"])
 def test_parameters_change_nothing(any_shop, query):
-    """It is plain text whatever is asked for."""
+    """The answer is plain text, whatever the query is."""
     answer = any_shop.get(f"stats{query}")
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -707,7 +707,7 @@ def test_parameters_change_nothing(any_shop, query):
 
 @pytest.mark.server
 def test_methods(any_shop):
-    """GET and HEAD only, as everywhere but at symbol."""
+    """Only GET and HEAD are allowed, as everywhere except at symbol."""
     head = any_shop.get("stats", method="HEAD")
     assert (head.status, head.body) == (200, b"")
     assert head.headers["content-type"] == "text/plain; charset=utf-8"
@@ -717,7 +717,7 @@ def test_methods(any_shop):
 
 @pytest.mark.server
 def test_the_index_shows_the_same_lines(any_shop):
-    """At its end, and links to where they are alone."""
+    """The index ends with the lines and links to stats."""
     page, text = any_shop.get("").text, any_shop.get("stats").text
     shown = re.search(r"(?s)<p><a href='stats'>stats</a>:</p>\n<pre>\n(.*)</pre>\n</body>\n", page)
     assert shown is not None
@@ -725,7 +725,7 @@ def test_the_index_shows_the_same_lines(any_shop):
 
 
 def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
-    """Tracking has looked before stats was asked for the first time."""
+    """A scan by task tracking has seen the work before the first request for stats."""
 
     async def main():
         loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Services that use for themselves what a profiler uses, or use it twice."""
+"""Services that use signals, timers or tracemalloc themselves, or two middlewares."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ async def forget(request: Request) -> JSONResponse:
 
 
 async def fork(request: Request) -> JSONResponse:
-    """Profile in a forked child, and tell what it found."""
+    """Take a profile in a forked child, and return its status."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -150,7 +150,7 @@ two_of_everything = PprofMiddleware(
 
 
 def __getattr__(name: str) -> PprofMiddleware:
-    # Made only when asked for: it starts tracing.
+    # Created on demand, because it starts tracing.
     if name == "always_tracing":
         return PprofMiddleware(Starlette(routes=ROUTES), heap="tracemalloc")
     raise AttributeError(name)

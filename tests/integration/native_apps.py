@@ -34,7 +34,7 @@ def work(seconds: float = 0.02) -> None:
     keep_blocks()
 
 
-# One for each route: a stack tells whose work it is, whatever its labels say.
+# One for each route, so that the stack identifies the route independently of the labels.
 
 
 def work_in_coroutine() -> None:
@@ -132,7 +132,7 @@ async def state() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> PprofMiddleware:
-    # Made only when asked for: the first of a process sets the rate.
+    # Created on demand: the first one of a process sets the rate.
     rates = {"frequent": FREQUENT, "every_block": 1, "never": 0}
     if name in rates:
         return PprofMiddleware(app, memory_profile_rate=rates[name])

@@ -9,7 +9,7 @@ from tests.bench.accuracy import measure
 
 pytestmark = [pytest.mark.server, pytest.mark.timing, pytest.mark.oldest_and_newest]
 
-# A period of the kernel's tick: more samples in the same time, each still its own.
+# Its period is the kernel's tick: the most samples a second that are still independent.
 HZ = 250
 
 needs_native = pytest.mark.skipif(cpu_native.why_not() != "", reason=cpu_native.why_not())
@@ -42,7 +42,7 @@ def test_shares_are_within_two_points(endpoint):
 
 @needs_native
 def test_threads_are_told_apart():
-    """A thread that burns CPU beside the loop has the CPU it has used, and the loop the rest."""
+    """A thread that burns CPU is charged with its own CPU time, the loop with the rest."""
     found = measure("loop", 500, hz=HZ, burner=True)
     shares = {share.name: share for share in found.others}
     assert shares["the burner"].truth > 0.3

@@ -60,7 +60,7 @@ def golden_requests():
     ("method", "path", "body", "status", "expected", "text"), list(golden_requests())
 )
 def test_answers_as_go_does(any_shop, method, path, body, status, expected, text):
-    """Status, pprof's headers, and every error's words are those of a Go server."""
+    """Status, pprof's headers and the texts of errors equal those of a Go server."""
     answer = ask(any_shop.port, path, method, body=body)
     assert answer.status == status
     for name in COMPARED:
@@ -123,7 +123,7 @@ def test_bad_requests_get_a_clear_error(any_shop, method, path, body, status, te
     ],
 )
 def test_odd_parameters_still_get_text(any_shop, query):
-    """What Go takes as some number is taken so: these all ask for text."""
+    """Values are parsed as in Go: all of these request text."""
     answer = any_shop.get(f"heap?{query}")
     assert answer.status == 200
     assert answer.headers["content-type"] == "text/plain; charset=utf-8"
@@ -131,7 +131,7 @@ def test_odd_parameters_still_get_text(any_shop, query):
 
 
 def test_index_has_gos_rows(any_shop):
-    """The page is Go's, with a row a profile in order, says what is off, and ends with stats."""
+    """The page is Go's, with a sorted row for each profile; it says what is off."""
     page = any_shop.get("").text
     rows = re.findall(r"<tr><td>(\d+)</td><td><a href='([^']+)'>([^<]+)</a></td></tr>", page)
     names = [name for _, _, name in rows]
@@ -158,13 +158,13 @@ def test_index_has_gos_rows(any_shop):
 
 
 def test_cmdline_is_the_command_line(any_shop):
-    """argv joined by NUL, nothing at the end."""
+    """The body is argv joined by NUL, without a NUL at the end."""
     arguments = any_shop.get("cmdline").body.split(b"\0")
     assert arguments[-4:] == [b"-m", b"tests.launch", b"tests.apps:app", b"asyncio"]
 
 
 def test_small_bodies_have_a_length_and_large_ones_are_chunked(any_shop):
-    """Content-Length below 2,048 bytes only, for HEAD as well, as net/http frames it."""
+    """As in net/http, only bodies below 2,048 bytes have a Content-Length, HEAD included."""
     small, large = any_shop.get("symbol"), any_shop.get("")
     assert small.headers["content-length"] == str(len(small.body))
     assert len(large.body) >= 2048
@@ -176,7 +176,7 @@ def test_small_bodies_have_a_length_and_large_ones_are_chunked(any_shop):
 
 
 def test_other_requests_reach_the_application(any_shop):
-    """What is not under the prefix is the application's, also what looks like it."""
+    """Paths outside the prefix are the application's, also those that resemble it."""
     assert any_shop.visit("/quick").body == b'"quick"'
     for path in ("/debug/pprofx", "/debug", "/debug/pprof/../quick", "/x/debug/pprof/heap"):
         assert any_shop.visit(path).body == b'{"detail":"Not Found"}', path
@@ -188,7 +188,7 @@ def test_other_requests_reach_the_application(any_shop):
     "path", ["//debug/pprof/heap", "/debug//pprof/heap", "/debug/pprof/./heap"]
 )
 def test_unclean_paths_are_never_served(any_shop, path):
-    """They are sent to the clean path, or left to the application."""
+    """They are redirected to the clean path, or left to the application."""
     answer = ask(any_shop.port, path)
     assert answer.status in (307, 404)
     if answer.status == 307:
@@ -196,13 +196,13 @@ def test_unclean_paths_are_never_served(any_shop, path):
 
 
 def test_redirect_keeps_the_query(any_shop):
-    """`/debug/pprof?debug=1` goes to `/debug/pprof/?debug=1`."""
+    """`/debug/pprof?debug=1` redirects to `/debug/pprof/?debug=1`."""
     answer = ask(any_shop.port, f"{PROFILES}?debug=1")
     assert answer.headers["location"] == f"{PROFILES}/?debug=1"
 
 
 def test_symbol_resolves_the_addresses_of_a_text_profile(any_shop):
-    """POST, as go tool pprof sends it, and GET: record addresses and frame addresses alike."""
+    """POST (as go tool pprof sends it) and GET resolve record and frame addresses."""
     text = any_shop.get("goroutine?debug=1").text
     frames = re.findall(r"^#\t(0x[0-9a-f]+)\t+(\S+)\+0x[0-9a-f]+\t", text, re.MULTILINE)
     assert frames

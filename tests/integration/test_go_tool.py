@@ -1,4 +1,4 @@
-"""Everything we serve, as `go tool pprof` reads it: names, files, lines, no warnings."""
+"""`go tool pprof` reads all profiles with names, files and lines, and without warnings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.server, pytest.mark.go, pytest.mark.once]
 
 
 def test_cpu_profile_names_the_function_that_burns(any_shop, tmp_path):
-    """-top has the function, -raw its file and line, and the time is that of the load."""
+    """-top lists the function first, with the duration of the profile."""
     with any_shop.load("/burn/100"):
         report = go_pprof(tmp_path, "-top", f"{any_shop.url}/profile?seconds=2")
     assert "tests.apps.burn_cpu_a" in flat(report.text)
@@ -49,8 +49,8 @@ def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
     ],
 )
 def test_every_profile_is_read(any_shop, tmp_path, name, kind):
-    """As a snapshot, as a delta with -seconds, and compared with an earlier one."""
-    # pprof names the file it saves after the sample type, slashes and all.
+    """It is read as a snapshot, as a delta with -seconds, and with -base."""
+    # pprof names the file that it saves after the sample type, including slashes.
     (tmp_path / "pprof" / "pprof.python.example.com").mkdir(parents=True)
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}")
     assert f"Type: {kind}" in report.text
@@ -69,14 +69,14 @@ def test_every_profile_is_read(any_shop, tmp_path, name, kind):
     "heap allocs goroutine goroutineleak thread threadcreate block mutex stall".split(),
 )
 def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
-    """`go tool pprof URL?debug=1` works, by way of our symbol endpoint."""
+    """`go tool pprof URL?debug=1` works through our symbol endpoint."""
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}?debug=1")
     if name in ("goroutine", "thread"):
         assert "asgi_pprof.app.PprofApp.answer" in report.text
 
 
 def test_goroutine_profile_has_files_and_lines(any_shop, tmp_path):
-    """The waiting task's own line is in -raw, under its function and file."""
+    """-raw shows the line at which a task waits, with function and file."""
     with leaving_client(any_shop.port, "/wait/7"):
         until(lambda: "waiting-7" in any_shop.get("goroutine?debug=1").text)
         raw = go_pprof(tmp_path, "-raw", f"{any_shop.url}/goroutine").text
@@ -106,7 +106,7 @@ def test_goroutine_tags_tell_what_tasks_wait_for(any_shop, tmp_path):
 
 
 def test_contention_of_a_window_has_waiters_and_holders(any_shop, tmp_path):
-    """block and mutex are off; ?seconds=N records what happens meanwhile, and switches off."""
+    """While block and mutex are off, ?seconds=N records for that long only."""
     with any_shop.load("/queue", clients=4):
         waited = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/block?seconds=1").text
         held = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/mutex?seconds=1").text
@@ -141,7 +141,7 @@ def test_labels_reach_tags_and_focus(any_shop, tmp_path):
 
 
 def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
-    """heap?seconds=N finds ten megabytes kept meanwhile, and tracing is off again."""
+    """heap?seconds=N shows ten megabytes that were kept in the window; tracing ends with it."""
     traced = []
 
     def keep():
@@ -164,7 +164,7 @@ def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
 
 
 def test_errors_are_shown_in_our_words(any_shop, tmp_path):
-    """What the server objects to is what the user of go tool pprof reads."""
+    """go tool pprof prints the server's message to its user."""
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/nosuch", fails=True)
     assert "404 Not Found - Unknown profile" in report.messages
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/heap?seconds=1&debug=1", fails=True)

@@ -1,4 +1,4 @@
-"""The heap profile is the truth, within what sampling allows: functions of known size."""
+"""The heap profile agrees with functions of known size within the sampling error."""
 
 from __future__ import annotations
 

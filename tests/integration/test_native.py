@@ -1,4 +1,4 @@
-"""The native engines behind a real server: whose time and memory it is, under which labels."""
+"""The native engines in a real server charge CPU and memory to functions and labels."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def labels_of(route):
 
 @needs_native
 def test_cpu_is_charged_under_the_labels_of_its_request(service):
-    """Requests of all routes at once: their work has their labels, wherever it is done."""
+    """Requests of all routes run at once; each route's work has its labels in any thread."""
     for seconds in (3, 9, 27):  # a busy machine needs the longer ones
         with contextlib.ExitStack() as load:
             for route in ROUTES:
@@ -94,7 +94,7 @@ def test_cpu_is_charged_under_the_labels_of_its_request(service):
         own = sum(cpu for cpu, labels in of_route if labels == labels_of(route))
         assert own > 0.95 * total, route
     assert comments(message)[0] == "engine: native, every thread at 500 Hz of its CPU time"
-    # Threads that have just begun, for some milliseconds.
+    # New threads are sampled only after some milliseconds.
     burnt = sum(cpu for cpu, _ in values_of(message, "burn", 1))
     unseen = sum(values[1] for stack, values, _ in samples(message) if "not sampled" in stack[0])
     assert unseen < 0.3 * burnt
@@ -102,7 +102,7 @@ def test_cpu_is_charged_under_the_labels_of_its_request(service):
 
 @needs_native
 def test_memory_is_charged_under_the_labels_of_its_request(service):
-    """Also after the request has ended, and without tracemalloc."""
+    """The labels stay after the request has ended, and tracemalloc is off."""
     service.visit("/forget")
     for route in ROUTES:
         for _ in range(10):
@@ -127,7 +127,7 @@ def test_memory_is_charged_under_the_labels_of_its_request(service):
 
 @needs_native
 def test_a_delta_of_the_heap_needs_no_tracing(any_service):
-    """What was kept meanwhile is the difference, and tracemalloc is never on."""
+    """The delta is the memory kept in the window, and tracemalloc stays off."""
     any_service.visit("/in-coroutine/1")
     traced = []
 
@@ -169,7 +169,7 @@ def test_counters_of_the_text_are_exact_and_rise(any_service):
 @needs_native
 @pytest.mark.go
 def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
-    """pprof scales what the text has as taken; the protobuf is scaled by us."""
+    """pprof scales the text's raw samples; we scale the protobuf's."""
     for _ in range(10):
         any_service.visit("/in-coroutine/1")
 
@@ -178,7 +178,7 @@ def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
         rows = re.findall(r"^ +\d+ +\d+ +\d+ +(\d+): ", raw, re.MULTILINE)
         return sum(map(int, rows))
 
-    for _ in range(5):  # each has what is alive while it is made; one sample is half a megabyte
+    for _ in range(5):  # live memory changes in between
         text, protobuf = live_bytes("heap?debug=1"), live_bytes("heap")
         if text == pytest.approx(protobuf, rel=0.05):
             break
@@ -189,7 +189,7 @@ def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
 
 @pytest.mark.parametrize("query", ["hz=0", "hz=1001", "hz=abc", "hz=-5", "hz=1.5", "hz=%20"])
 def test_frequencies_that_are_none_are_refused(any_shop, query):
-    """With 400 and the text, before anything begins."""
+    """The answer is 400 with the reason, and no profile starts."""
     answer = any_shop.get(f"profile?seconds=1&{query}")
     assert answer.status == 400
     assert answer.text == 'invalid value for "hz" - must be an integer from 1 to 1000\n'
@@ -199,7 +199,7 @@ def test_frequencies_that_are_none_are_refused(any_shop, query):
 
 @pytest.mark.parametrize("hz", [1, 10, 250, 1000])
 def test_the_frequency_is_the_one_asked_for(any_shop, hz):
-    """With either engine; in the period, and in the comment."""
+    """The period and the comment have it, with either engine."""
     with any_shop.load("/burn/50", clients=1):
         message = official.parse(any_shop.get(f"profile?seconds=1&hz={hz}").body)
     assert message.period == 10**9 // hz
@@ -208,7 +208,7 @@ def test_the_frequency_is_the_one_asked_for(any_shop, hz):
 
 @needs_native
 def test_a_loop_outside_the_main_thread_is_served(loop_name):
-    """Nothing needs Python's signal handling."""
+    """The native engine does not need Python's signal handling."""
     with serve(apps.app, loop=loop_name) as port:
         answers = []
         reader = threading.Thread(
@@ -226,7 +226,7 @@ def test_a_loop_outside_the_main_thread_is_served(loop_name):
 
 @needs_native
 def test_worker_threads_have_stacks(shop):
-    """A `def` endpoint's time is in the function that used it."""
+    """The CPU time of a `def` endpoint is charged to its function."""
     with shop.load("/thread/x"):
         message = official.parse(shop.get("profile?seconds=2").body)
     found = values_of(message, "burn_in_a_thread", 1)
@@ -236,7 +236,7 @@ def test_worker_threads_have_stacks(shop):
 
 
 def test_the_index_names_the_engines_and_without_them_the_reason(any_shop, pure_shop):
-    """Native ones where they are, and with ASGI_PPROF_NATIVE=0 why they are not."""
+    """It names native engines, or says why they are off with ASGI_PPROF_NATIVE=0."""
     if native:
         assert any_shop.get("").text.count("engine: native") == 3  # allocs, heap, profile
     page = pure_shop.get("").text
@@ -246,7 +246,7 @@ def test_the_index_names_the_engines_and_without_them_the_reason(any_shop, pure_
 
 @needs_native
 def test_rate_0_is_said_on_the_index():
-    """And a delta traces then, as without the native engine."""
+    """A delta uses tracemalloc then, as without the native engine."""
     with serve_process("tests.integration.native_apps:never") as server:
         page = server.get("").text
         assert page.count("memory_profile_rate is 0") == 2
@@ -278,7 +278,7 @@ def test_every_block_of_a_service_can_be_sampled(loop_name):
 
 @needs_native
 def test_shutdown_takes_the_hooks_out(loop_name):
-    """With samplers on and work going on, the server ends quietly; see serve_process."""
+    """The server ends without messages while it samples and works; see serve_process."""
     server = serve_process("tests.integration.native_apps:every_block", loop=loop_name)
     with server:
         assert server.state()["heap rate"] == 1

@@ -1,4 +1,4 @@
-"""CPU, heap, threads and tasks of a real service: what they say is so, and they end cleanly."""
+"""Profiles of CPU, heap, threads and tasks of a real service are true and end cleanly."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def samples(message):
 
 
 def test_client_that_leaves_stops_the_sampler_at_once(shop):
-    """Timer and handler are put back well before the 30 s are over; the next may start."""
+    """Timer and handler are restored long before the 30 s end; the next profile can start."""
     before = shop.state()
     with leaving_client(shop.port, "/debug/pprof/profile"):
         until(lambda: shop.is_sampling())
@@ -45,14 +45,14 @@ def test_client_that_leaves_stops_the_sampler_at_once(shop):
 
 
 def test_client_that_leaves_a_heap_window_stops_tracing(pure_shop):
-    """tracemalloc is off again when nobody waits for the delta."""
+    """tracemalloc is switched off when the client of the delta has left."""
     with leaving_client(pure_shop.port, "/debug/pprof/heap?seconds=30"):
         until(lambda: pure_shop.state()["tracing"])
     until(lambda: not pure_shop.state()["tracing"], seconds=5)
 
 
 def test_overlapping_heap_windows_share_the_tracing(pure_shop):
-    """The first to end does not take it from the second."""
+    """The end of the first window does not stop tracing for the second."""
     answers = []
 
     def window(seconds):
@@ -80,7 +80,7 @@ def test_overlapping_heap_windows_share_the_tracing(pure_shop):
 
 
 def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(pure_shop):
-    """A `def` endpoint's CPU is there in full, under a pseudo-frame for each thread."""
+    """The CPU of `def` endpoints is counted in full, under a pseudo-frame for each thread."""
     with pure_shop.load("/thread/x"):
         message = official.parse(pure_shop.get("profile?seconds=3").body)
     threads = [
@@ -96,7 +96,7 @@ def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(pure_shop):
 
 
 def test_cpu_samples_carry_method_and_route(shop):
-    """The route is the template, the raw path nowhere."""
+    """The route label is the template; the raw path does not appear."""
     with shop.load("/v1/items/12345"):
         message = official.parse(shop.get("profile?seconds=2").body)
     burning = [labels for stack, _, labels in samples(message) if "tests.apps.item" in stack]
@@ -132,7 +132,7 @@ def test_deep_recursion_is_cut_and_says_so(any_shop):
 
 
 def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
-    """Seconds of a blocked loop at 100 Hz do not overflow asyncio's own signal pipe."""
+    """Signals during seconds of a blocked loop do not overflow asyncio's signal pipe."""
     app, env = "tests.integration.busy_apps:with_signal_handler", {"ASGI_PPROF_NATIVE": "0"}
     with serve_process(app, env=env) as server:
         state = server.state()
@@ -160,7 +160,7 @@ def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
     ],
 )
 def test_the_applications_own_use_of_sigprof_is_left_alone(app, reason):
-    """A clear 500, and its handler or timer is as it was."""
+    """The answer is 500 with the reason; the handler or timer is unchanged."""
     with serve_process(f"tests.integration.busy_apps:{app}") as server:
         before = server.state()
         answer = server.get("profile?seconds=1")
@@ -171,7 +171,7 @@ def test_the_applications_own_use_of_sigprof_is_left_alone(app, reason):
 
 
 def test_without_a_main_thread_loop_the_signal_engine_says_so(loop_name, monkeypatch):
-    """501 with the reason where Python cannot handle signals; all else works."""
+    """Where Python cannot handle signals the answer is 501 with the reason; the rest works."""
     monkeypatch.setattr(cpu_native, "why_not", lambda: "not here")
     with serve(apps.app, loop=loop_name) as port:
         answer = ask(port, "/debug/pprof/profile?seconds=1")
@@ -182,7 +182,7 @@ def test_without_a_main_thread_loop_the_signal_engine_says_so(loop_name, monkeyp
 
 
 def test_two_middlewares_share_one_process():
-    """Two apps, two prefixes: one CPU profile at a time, and both orders of ending are clean."""
+    """Apps with two prefixes share one process: only one CPU profile runs at a time."""
     with serve_process("tests.integration.busy_apps:two_of_everything") as server:
         outer = ask(server.port, "/debug/pprof/goroutine?debug=1")
         inner = ask(server.port, "/inner/debug/pprof/goroutine?debug=1")
@@ -212,7 +212,7 @@ def test_forked_child_is_clean_and_can_profile_itself():
 
 
 def test_thread_profile_has_every_thread(shop):
-    """One sample a thread with its name; the loop's own is the main thread."""
+    """Each thread has one sample with its name; the loop runs in the main thread."""
     shop.visit("/thread/x")
     message = official.parse(shop.get("thread").body)
     names = [labels.get("thread") for _, _, labels in samples(message)]
@@ -225,7 +225,7 @@ def test_thread_profile_has_every_thread(shop):
 
 
 def test_threadcreate_knows_who_started_a_thread(shop):
-    """Threads from before have the unknown stack; a later one has its starter's."""
+    """Threads from before have the unknown stack; later ones have their starter's."""
     shop.visit("/thread/x")
     found = samples(official.parse(shop.get("threadcreate").body))
     assert ["<unknown>"] in [stack for stack, _, _ in found]
@@ -234,7 +234,7 @@ def test_threadcreate_knows_who_started_a_thread(shop):
 
 
 def test_goroutines_are_all_tasks_with_names_and_states(shop):
-    """One a task: the asking one runs, the waiting ones wait under their labels."""
+    """Each task has one sample; the current one is running, others wait under their labels."""
     with leaving_client(shop.port, "/wait/1"), leaving_client(shop.port, "/wait/2"):
         until(lambda: shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
         text = shop.get("goroutine?debug=2").text
@@ -259,7 +259,7 @@ def test_goroutines_are_all_tasks_with_names_and_states(shop):
 
 
 def test_seconds_delta_of_goroutines_shows_the_new_ones(any_shop):
-    """A task that appears meanwhile counts 1, those that stay count nothing."""
+    """A task that starts within the window counts 1; others count nothing."""
     with contextlib.ExitStack() as clients:
 
         def wait():
@@ -287,7 +287,7 @@ def test_gc_parameter_collects_for_the_heap_only(any_shop):
 
 
 def test_heap_that_is_off_says_how_to_switch_it_on(pure_shop):
-    """Never silently empty: the comment in the profile is the note on the index."""
+    """A comment in the empty profile gives the reason, as the index does."""
     message = official.parse(pure_shop.get("heap").body)
     assert len(message.sample) == 0
     (comment,) = (message.string_table[each] for each in message.comment)
@@ -297,10 +297,10 @@ def test_heap_that_is_off_says_how_to_switch_it_on(pure_shop):
 
 def test_heap_that_is_on_from_the_start():
     """heap="tracemalloc" traces from the construction; the application's own tracing is used."""
-    pure = {"ASGI_PPROF_NATIVE": "0"}  # else what the application traces is not needed
+    pure = {"ASGI_PPROF_NATIVE": "0"}  # otherwise the native engine samples
     for app, env in (("always_tracing", {}), ("tracing_by_itself", pure)):
         with serve_process(f"tests.integration.busy_apps:{app}", env=env) as server:
-            for _ in range(10):  # one alone can be missed, where other middlewares sample
+            for _ in range(10):  # one alone can be missed by a sampler
                 server.visit("/keep")
             found = samples(official.parse(server.get("heap").body))
             kept = sum(values[3] for stack, values, _ in found if "keep_a_megabyte" in stack[0])
@@ -319,7 +319,7 @@ def test_heap_that_is_on_from_the_start():
 
 
 def test_pipelined_and_slow_clients_do_no_harm(any_shop):
-    """Half a request, then nothing: the server and the next client are fine."""
+    """A client that sends half a request disturbs neither the server nor the next client."""
     with socket.create_connection(("127.0.0.1", any_shop.port)) as client:
         client.sendall(b"GET /debug/pprof/profile?seconds=1 HTTP/1.1\r\n")
         assert any_shop.get("goroutine").status == 200

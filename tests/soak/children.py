@@ -215,7 +215,7 @@ def _end(how: str, hz: int, rate: int) -> None:
         case "exception":
             raise work.Odd("on purpose")
         case "interrupt":
-            # A job that a shell has started in the background inherits it ignored.
+            # A shell starts background jobs with SIGINT ignored, and children inherit that.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(signal.SIGINT)
         case "terminate":
