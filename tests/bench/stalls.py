@@ -1,7 +1,7 @@
 """
-What watching for stalls costs a service that has nothing to do.
+What watching for stalls costs an idle service.
 
-One uvicorn process; stretches with its loop watched and not watched take turns.
+The loop of one uvicorn process is watched and not watched in turn.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ app = FastAPI()
 
 @app.get("/watch/{on}")
 async def watch(on: bool) -> None:
-    """Watch this loop, or watch it no longer."""
+    """Start or stop watching this loop."""
     loop = asyncio.get_running_loop()
     (stall_watch.attach if on else stall_watch.detach)(loop)
 
@@ -36,13 +36,13 @@ async def cpu_time_ns() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """CPU time of the idle process in per cent of one CPU, one number a stretch."""
+    """CPU time of the idle process in per cent of one CPU, a number for each measurement."""
 
     without: list[float]
     with_it: list[float]
 
     def row(self, name: str) -> tuple[str, ...]:
-        """Return medians, and that of what a watched stretch used beyond the one before it."""
+        """Return the medians without, with, and of the differences of pairs."""
         pairs = zip(self.with_it, self.without, strict=True)
         more = median(watched - bare for watched, bare in pairs)
         return name, *(f"{each:.3f}" for each in (median(self.without), median(self.with_it), more))
@@ -54,7 +54,7 @@ def rows(rounds: int, seconds: float) -> list[tuple[str, ...]]:
 
 
 def measure(rounds: int, seconds: float, loop: str) -> Share:
-    """Return the shares of an idle uvicorn, by turns without and with the watch."""
+    """Return the shares of an idle uvicorn, in turn without and with the watch."""
     share = Share([], [])
     with serve_process("tests.bench.stalls:app", loop) as server:
         for _ in range(rounds):
@@ -67,7 +67,7 @@ def measure(rounds: int, seconds: float, loop: str) -> Share:
 
 
 def _idle(server: ServerProcess, seconds: float) -> float:
-    time.sleep(0.5)  # the request before is over
+    time.sleep(0.5)  # for the request before to be over
     before = int(server.visit("/cpu").body)
     time.sleep(seconds)
     used_ns = int(server.visit("/cpu").body) - before

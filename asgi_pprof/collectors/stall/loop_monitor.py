@@ -381,37 +381,32 @@ class LoopMonitor:
         self._account.restart()
         self._account.add(wakeup)
 
-    def _end_delay(self, observed: Observation, began_ns: int, ended_ns: int) -> int:
+    def _count_unseen(self, wakeup: Wakeup) -> None:
+        """
+        Count a delay of the watch thread as the loop's too, if its cause stopped both.
+
+        It was over when the loop went on, maybe before the watch thread did.
+        """
+        found = self._found
+        ended_ns = min(found.iteration_ns, wakeup.now_ns) if found else wakeup.now_ns
+        delay_ns = self._end_delay(None, wakeup.due_ns, ended_ns)
+        if delay_ns:
+            self._lateness.add(ended_ns, delay_ns)
+
+    def _end_delay(self, observed: Observation | None, began_ns: int, ended_ns: int) -> int:
         """Count a delay if it is a stall, and return the nanoseconds that were counted."""
         delay_ns = ended_ns - max(began_ns, self._counted_ns)
         if not self._threshold.is_stall(delay_ns):
             return 0
         cause = self._account.cause(ended_ns, delay_ns)
-        self._count(ended_ns, Stall(delay_ns, observed, cause))
-        return delay_ns
-
-    def _count_unseen(self, wakeup: Wakeup) -> None:
-        """
-        Count a delay of the watch thread as the loop's too, if its cause stopped both.
-
-        It was over when the loop went on, maybe before the watch thread did. That
-        another thread kept the GIL from us says nothing of a loop that did not need it.
-        """
-        found = self._found
-        ended_ns = min(found.iteration_ns, wakeup.now_ns) if found else wakeup.now_ns
-        delay_ns = ended_ns - max(wakeup.due_ns, self._counted_ns)
-        if not self._threshold.is_stall(delay_ns):
-            return
-        cause = self._account.cause(ended_ns, delay_ns)
-        if cause in (NOT_RUNNING, WAITING_FOR_GIL):
-            self._count(ended_ns, Stall(delay_ns, None, cause))
-            self._lateness.add(ended_ns, delay_ns)
-
-    def _count(self, ended_ns: int, stall: Stall) -> None:
+        if observed is None and cause not in (NOT_RUNNING, WAITING_FOR_GIL):
+            # That another thread kept the GIL from us says nothing of a loop that did not need it.
+            return 0
         self._counted_ns = ended_ns
         self._stalls += 1
-        self._stall_ns += stall.delay_ns
-        self._on_stall(stall)
+        self._stall_ns += delay_ns
+        self._on_stall(Stall(delay_ns, observed, cause))
+        return delay_ns
 
     def lag(self) -> LagFigures:
         """Return how late the loop's callbacks were in the last minute; any thread."""

@@ -371,7 +371,7 @@ def _name_thread() -> None:
 
 
 def _log(error: Exception) -> None:
-    # Logging asks threading for its thread, which would leave a dummy entry for the watch thread.
+    # In a thread of its own: logging looks up its thread, and would leave a dummy for ours.
     message = "asgi_pprof: watching event loops failed; no stalls are recorded"
     with suppress(RuntimeError):  # the interpreter is about to end
         threading.Thread(

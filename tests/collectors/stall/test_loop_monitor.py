@@ -8,6 +8,7 @@ import selectors
 import threading
 import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -33,9 +34,11 @@ from tests.collectors.stall.watched import (
     hold_by_sleeping,
     idle,
     monitor_of,
+    no_stalls,
     of,
     run,
     stalls_of,
+    waited_for_cpu_ns,
 )
 from tests.programs import run_program
 from tests.servers import until
@@ -199,21 +202,21 @@ def test_a_loop_that_waits_or_works_a_little_does_not_stall(loop_name):
     """Neither a loop that sleeps nor one that ticks, nor one that is woken all the time."""
 
     async def mostly_idle(watch):
-        await asyncio.sleep(0.5)
-        for _ in range(5):
-            await asyncio.sleep(0.05)
-        for _ in range(3000):
-            await asyncio.sleep(0)
-        end = time.monotonic() + 0.5
-        while time.monotonic() < end:
-            await asyncio.to_thread(time.sleep, 0.001)
-        await idle(watch)
-        return await all_stalls(watch), watch.lag(asyncio.get_running_loop())
+        before_ns = waited_for_cpu_ns()
+        with no_stalls(watch):
+            await asyncio.sleep(0.5)
+            for _ in range(5):
+                await asyncio.sleep(0.05)
+            for _ in range(3000):
+                await asyncio.sleep(0)
+            end = time.monotonic() + 0.5
+            while time.monotonic() < end:
+                await asyncio.to_thread(time.sleep, 0.001)
+            await idle(watch)
+        return watch.lag(asyncio.get_running_loop()).max_ns, waited_for_cpu_ns() - before_ns
 
-    found, lag = run(mostly_idle, loop_name, LONG_MS)
-    assert found == []
-    assert lag.stalls == lag.stall_ns == 0
-    assert lag.max_ns < LONG_MS * MS
+    latest_ns, waited_ns = run(mostly_idle, loop_name, LONG_MS)
+    assert latest_ns < 100 * MS + waited_ns
 
 
 def test_many_short_iterations_are_no_stall(loop_name):
@@ -221,15 +224,15 @@ def test_many_short_iterations_are_no_stall(loop_name):
 
     async def working(watch):
         await asyncio.sleep(0.3)
-        for _ in range(60):
-            end = time.perf_counter() + 0.01
-            while time.perf_counter() < end:
-                sum(range(100))
-            await asyncio.sleep(0)
-        await idle(watch)
-        return await all_stalls(watch)
+        with no_stalls(watch):
+            for _ in range(60):
+                end = time.perf_counter() + 0.01
+                while time.perf_counter() < end:
+                    sum(range(100))
+                await asyncio.sleep(0)
+            await idle(watch)
 
-    assert run(working, loop_name, LONG_MS) == []
+    run(working, loop_name, LONG_MS)
 
 
 def test_loops_are_probed_where_the_system_tells_nothing():
@@ -237,18 +240,17 @@ def test_loops_are_probed_where_the_system_tells_nothing():
 
     async def blocked(watch):
         watch.set_threshold(LONG_MS)
-        await asyncio.sleep(0.5)
-        await idle(watch)
-        quiet = watch.count()
+        with no_stalls(watch):
+            await asyncio.sleep(0.5)
+            await idle(watch)
         watch.set_threshold(SHORT_MS)
         said_ns = hold_by_sleeping()
-        return quiet, said_ns, await stalls_of(watch, "hold_by_sleeping")
+        return said_ns, await stalls_of(watch, "hold_by_sleeping")
 
     def open_thread(native_id):
         return LoopThread(native_id, directory="/nowhere")
 
-    quiet, said_ns, (stall,) = run(blocked, open_thread=open_thread)
-    assert quiet == 0
+    said_ns, (stall,) = run(blocked, open_thread=open_thread)
     assert stall["count"] == 1
     assert said_ns / 2 < stall["delay_ns"] < said_ns + 2e9
 
@@ -290,9 +292,9 @@ def test_a_loop_that_does_not_run_does_not_stall(loop_name):
     watch.set_threshold(LONG_MS)
     try:
         loop.run_until_complete(attach())
-        time.sleep(0.5)
-        loop.run_until_complete(idle(watch))
-        assert watch.totals() == []
+        with no_stalls(watch):
+            time.sleep(0.5)
+            loop.run_until_complete(idle(watch))
         watch.detach(loop)
     finally:
         loop.close()
@@ -309,11 +311,9 @@ def test_a_loop_run_from_elsewhere_does_not_stall(loop_name):
 
     try:
         loop.run_until_complete(attach())
-        run_elsewhere()
-        thread = threading.Thread(target=run_elsewhere)
-        thread.start()
-        thread.join()
-        assert watch.totals() == []
+        with ThreadPoolExecutor(1) as pool, no_stalls(watch):
+            run_elsewhere()
+            pool.submit(run_elsewhere).result()
         watch.detach(loop)
     finally:
         loop.close()
@@ -353,20 +353,19 @@ def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
     async def work():
         watch.set_threshold(LONG_MS)
         watch.attach(loop)
-        for _ in range(80):
-            threading.Event().wait(0.01)
-            await asyncio.sleep(0)
-        quiet = watch.totals()
+        with no_stalls(watch):
+            for _ in range(80):
+                threading.Event().wait(0.01)
+                await asyncio.sleep(0)
         watch.set_threshold(SHORT_MS)
         start_ns = time.monotonic_ns()
         hold_by_sleeping(0.3)
         (stall,) = await stalls_of(watch, "hold_by_sleeping")
         watch.detach(loop)
-        return quiet, stall["delay_ns"], time.monotonic_ns() - start_ns
+        return stall["delay_ns"], time.monotonic_ns() - start_ns
 
     try:
-        quiet, delay_ns, passed_ns = loop.run_until_complete(work())
-        assert quiet == []
+        delay_ns, passed_ns = loop.run_until_complete(work())
         assert delay_ns < passed_ns
     finally:
         loop.close()

@@ -20,6 +20,7 @@ from tests.collectors.stall.watched import (
     all_stalls,
     hold_by_sleeping,
     idle,
+    no_stalls,
     of,
     run,
     stalls_of,
@@ -50,13 +51,15 @@ def test_nothing_is_counted_once_it_is_off():
     async def switched(watch):
         for _ in range(20):
             watch.set_threshold(LONG_MS)
-            await asyncio.sleep(0.01)
+            with no_stalls(watch):
+                await asyncio.sleep(0.01)
             watch.set_threshold(0)
+            count = watch.count()
             threading.Event().wait(0.02)
             await asyncio.sleep(0)
-        return watch.count()
+            assert watch.count() == count
 
-    assert run(switched) == 0
+    run(switched)
 
 
 def test_a_watch_of_many_loops_leaves_nothing(loop_name):
@@ -164,9 +167,11 @@ def test_loops_of_two_threads_are_watched_apart():
         return lags[0], watch.lag(asyncio.get_running_loop()), await all_stalls(watch)
 
     held, idled, found = run(idling, threshold_ms=LONG_MS)
-    assert held.stalls == 1
-    assert idled.stalls == 0
-    assert [stall["count"] for stall in of(found, "hold_by_sleeping")] == [1]
+    assert held.stalls >= 1
+    assert held.stalls + idled.stalls == sum(stall["count"] for stall in found)
+    (stall,) = of(found, "hold_by_sleeping")
+    assert stall["count"] == 1
+    assert stall["delay_ns"] <= held.stall_ns
 
 
 def test_users_are_counted_and_nothing_is_left():
@@ -326,7 +331,7 @@ def test_finalizers_that_wait_do_not_hang_the_process(native):
                 LetsTheGilGo()
             os._exit(0)
 
-        asyncio.run(main())
+        asyncio.run(main(), debug=False)  # else it reports slow callbacks
         """,
         ASGI_PPROF_NATIVE=native,
     )

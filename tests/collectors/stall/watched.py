@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import json
 import time
+from pathlib import Path
 
 import uvloop
 
@@ -23,7 +25,7 @@ SHORT_MS = 40
 """A threshold at which a scan falls into each `HOLD_S`, also while the loop is quiet."""
 
 LONG_MS = 400
-"""A threshold that a busy machine hardly makes a loop pass that does no harm."""
+"""A threshold that a harmless loop hardly passes, even on a busy machine."""
 
 
 def hold_by_sleeping(seconds: float = HOLD_S) -> int:
@@ -72,6 +74,24 @@ def run(function, loop_name="asyncio", threshold_ms=SHORT_MS, open_thread=LoopTh
             return runner.run(main())
         finally:
             until(lambda: not watch._is_watching)
+
+
+def waited_for_cpu_ns() -> int:
+    """Return how long the threads of this process have waited for a CPU."""
+    return sum(
+        int(schedstat.read_text().split()[1])
+        for schedstat in Path("/proc/self/task").glob("*/schedstat")
+    )
+
+
+@contextlib.contextmanager
+def no_stalls(watch):
+    """Check that no stall is counted meanwhile, except for what other processes have caused."""
+    waited_ns, count = waited_for_cpu_ns(), watch.count()
+    yield
+    found = watch.totals()
+    waited_ns = waited_for_cpu_ns() - waited_ns
+    assert watch.count() == count or waited_ns > watch.threshold_ms * 1e6, found
 
 
 def monitor_of(watch, loop=None):
