@@ -1,4 +1,4 @@
-"""The goroutine profile: every task of every loop, what it waits for, and under which labels."""
+"""The goroutine profile: every task of every loop, what it waits for, and its labels."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.programs import run_program
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
-def run(main, loop_name, debug=None):
+def run(main, loop_name="asyncio", debug=None):
     with asyncio.Runner(loop_factory=LOOPS[loop_name], debug=debug) as runner:
         return runner.run(main)
 
@@ -63,7 +63,7 @@ async def turns(count=10):
 
 
 async def until(condition):
-    """Let the loop turn until it is so."""
+    """Run the loop until the condition holds."""
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
@@ -72,7 +72,7 @@ async def until(condition):
 
 @contextlib.asynccontextmanager
 async def waiting(**coroutines):
-    """Give tasks of these names that wait; all but the calling one are cancelled afterwards."""
+    """Give waiting tasks of these names; afterwards all tasks but the current one are cancelled."""
     tasks = [asyncio.create_task(each, name=name) for name, each in coroutines.items()]
     try:
         await turns()
@@ -101,7 +101,7 @@ def names(stack):
 
 
 def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
-    """Leaf first: what asyncio waits in, then each coroutine up to the task's own."""
+    """Leaf first: asyncio's coroutine, then each one up to the task's own."""
 
     async def main():
         event = asyncio.Event()
@@ -121,7 +121,7 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
 
 
 class Proxy:
-    """Stands for a coroutine, and says that it is of its class, as wrapt's ObjectProxy does."""
+    """Delegates to a coroutine, and pretends to be of its class, as wrapt's ObjectProxy does."""
 
     def __init__(self, wrapped):
         self.__wrapped__ = wrapped
@@ -145,7 +145,7 @@ class Proxy:
 
 @pytest.mark.parametrize("collector", [TaskCollector, lambda: LeakCollector(TaskCollector())])
 def test_a_task_of_a_proxied_coroutine_has_its_stack(collector, loop_name):
-    """Tools that trace applications wrap coroutines; no other task's place is lost by it."""
+    """Tracing tools wrap coroutines; the stack of a task that awaits one is complete, too."""
 
     async def main():
         event = asyncio.Event()
@@ -164,19 +164,19 @@ def test_a_task_of_a_proxied_coroutine_has_its_stack(collector, loop_name):
     assert awaits[-1].endswith("await_proxy")
 
 
-async def turn_until(event):
-    while not event.is_set():  # noqa: ASYNC110  it is to be able to run all the time
+async def spin_until(event):
+    while not event.is_set():  # noqa: ASYNC110  it is always runnable
         await asyncio.sleep(0)
 
 
 def test_states_are_running_runnable_and_what_is_waited_for(loop_name):
-    """The asking task runs; one that gives way can run; one on an event waits."""
+    """The task that takes the profile runs; one that yields is runnable; one on an event waits."""
 
     async def main():
         event = asyncio.Event()
         waiting = asyncio.create_task(outermost(event), name="waits")
         await asyncio.sleep(0)
-        runnable = asyncio.create_task(turn_until(event), name="can run")
+        runnable = asyncio.create_task(spin_until(event), name="can run")
         asyncio.current_task().set_name("asks")
         dump = await dump_of()
         event.set()
@@ -190,8 +190,8 @@ def test_states_are_running_runnable_and_what_is_waited_for(loop_name):
     assert any("test_states" in name for name in names(dump[0].stack))
 
 
-def test_equal_tasks_add_up(loop_name):
-    """Default names are folded away: 10,000 tasks that wait alike are one sample."""
+def test_equal_tasks_add_up():
+    """Default names lose their numbers: 10,000 tasks at one place are one sample."""
 
     async def main():
         event = asyncio.Event()
@@ -202,13 +202,13 @@ def test_equal_tasks_add_up(loop_name):
         await asyncio.gather(*tasks)
         return profile
 
-    # Debug mode, which is on in the tests, takes seconds to make so many.
-    values = [sample.values for sample in run(main(), loop_name, debug=False).samples]
+    # Debug mode, which is on in the tests, takes seconds to create so many.
+    values = [sample.values for sample in run(main(), debug=False).samples]
     assert sorted(values) == [(1,), (10_000,)]
 
 
 def test_labels_come_from_the_tasks_context(loop_name):
-    """Those set around create_task, also in a task made by a labelled task."""
+    """Labels set around create_task, also in a task that a labelled task creates."""
 
     async def parent(event):
         await asyncio.create_task(outermost(event), name="child")
@@ -230,7 +230,7 @@ def test_labels_come_from_the_tasks_context(loop_name):
 
 
 def test_ids_stay_with_their_task(loop_name):
-    """A task keeps its id from dump to dump, and no other gets it."""
+    """A task keeps its id from dump to dump, and no other task gets it."""
 
     async def main():
         event = asyncio.Event()
@@ -276,33 +276,33 @@ def test_loops_of_other_threads_are_seen(loop_name, other_loop):
 
 
 def test_other_work_goes_on_between_slices(loop_name):
-    """A collector whose clock always says that the slice is over yields after every task."""
+    """A collector whose slices are always over yields after every task."""
 
     async def main():
         event = asyncio.Event()
         tasks = [asyncio.create_task(outermost(event)) for _ in range(50)]
         await asyncio.sleep(0)
-        turns = 0
+        iterations = 0
 
-        async def count_turns():
-            nonlocal turns
+        async def count_iterations():
+            nonlocal iterations
             while True:
-                turns += 1
+                iterations += 1
                 await asyncio.sleep(0)
 
-        counter = asyncio.create_task(count_turns())
+        counter = asyncio.create_task(count_iterations())
         ticks = iter(range(10**6))
         await dump_of(TaskCollector(clock=lambda: next(ticks)))
         counter.cancel()
         event.set()
         await asyncio.gather(*tasks, counter, return_exceptions=True)
-        return turns
+        return iterations
 
     assert run(main(), loop_name) >= 50
 
 
 def test_a_task_that_ends_meanwhile_is_left_out(loop_name):
-    """Only tasks that are not done when they are looked at count."""
+    """Only tasks that are not done when they are read count."""
 
     async def main():
         tasks = [asyncio.create_task(asyncio.sleep(0)) for _ in range(20)]
@@ -315,7 +315,7 @@ def test_a_task_that_ends_meanwhile_is_left_out(loop_name):
 
 
 def test_odd_names_do_no_harm(loop_name):
-    """Empty names, lone surrogates and line breaks end up as labels."""
+    """Empty names, lone surrogates and line breaks become labels."""
 
     async def main():
         event = asyncio.Event()
@@ -512,21 +512,22 @@ STACKS = {
 }
 
 
-@pytest.mark.parametrize("wait", STACKS, ids=lambda wait: wait.__name__)
-def test_every_kind_of_await_is_followed(wait, loop_name):
-    """To the end, with nothing between the coroutines but what has frames."""
+def test_every_kind_of_await_is_followed(loop_name):
+    """To the end, and only what has frames is shown between the coroutines."""
 
     async def main():
-        async with waiting(it=wait(asyncio.Event())):
-            return (await tasks_of())["it"]
+        async with waiting(**{wait.__name__: wait(asyncio.Event()) for wait in STACKS}):
+            return await tasks_of()
 
-    found = run(main(), loop_name)
-    assert names(found.stack) == STACKS[wait]
-    assert found.state == ("Future" if wait is awaits_an_iterator else "Event.wait")
+    dump = run(main(), loop_name)
+    found = {wait: names(dump[wait.__name__].stack) for wait in STACKS}
+    assert found == STACKS
+    states = {wait: dump[wait.__name__].state for wait in STACKS}
+    assert states == dict.fromkeys(STACKS, "Event.wait") | {awaits_an_iterator: "Future"}
 
 
 def test_a_wait_with_a_timeout_is_followed(loop_name):
-    """Up to 3.11 into a task of its own, of which the stack says no more than its number."""
+    """Up to 3.11 into a task of its own, whose number is all that the stack shows of it."""
 
     async def main():
         async with waiting(it=waits_with_a_timeout(asyncio.Event())):
@@ -547,7 +548,7 @@ def test_a_wait_with_a_timeout_is_followed(loop_name):
 
 @pytest.mark.parametrize(("depth", "shown"), [(100, 100), (500, 128)])
 def test_deep_chains_keep_their_inner_part(depth, shown, loop_name):
-    """As in Go: 128 locations, and a mark in place of those around them."""
+    """As in Go: 128 locations, and a mark in place of the outer ones."""
 
     async def descend(left, event):
         if left:
@@ -593,7 +594,7 @@ async def joins(name, event, *, times=2):
 
 @pytest.mark.parametrize("way", ["gather", "wait", "as_completed", "TaskGroup", "anyio"])
 def test_edges_go_both_ways(way, loop_name):
-    """Who waits names whom it waits for, and these who waits for them, by number."""
+    """A task names the tasks that it waits for, and these name it, by number."""
 
     async def main():
         async with waiting(parent=joins(way, asyncio.Event())):
@@ -606,12 +607,13 @@ def test_edges_go_both_ways(way, loop_name):
     assert label(parent, "awaits") == ", ".join(str(each.id) for each in children)
     assert [label(each, "awaited_by") for each in children] == [str(parent.id)] * 2
     (sample,) = [each for each in profile.samples if label(each, "task") == "parent"]
-    assert label(sample, "awaits").endswith("innermost")  # by name: numbers tell nothing apart
+    # No number: it would make equal tasks differ.
+    assert label(sample, "awaits").endswith("innermost")
     assert label(sample, "state") == parent.state
 
 
 def test_the_innermost_of_nested_gatherings_have_edges(loop_name):
-    """What gathers others without a task of its own is passed over."""
+    """An inner gathering is not a task, and is skipped."""
 
     async def nested(event):
         inner = asyncio.gather(innermost(event), innermost(event))
@@ -658,7 +660,7 @@ def test_a_chain_of_tasks_is_linked(loop_name):
     assert (label(b, "awaited_by"), label(a, "awaited_by")) == (str(c.id), str(b.id))
 
 
-def test_several_may_wait_for_one(loop_name):
+def test_several_tasks_wait_for_one(loop_name):
     """All their numbers are there, in order."""
 
     async def awaits(task):
@@ -676,8 +678,8 @@ def test_several_may_wait_for_one(loop_name):
     assert label(dump["one"], "awaited_by") == ", ".join(map(str, waiters))
 
 
-def test_a_dag_of_tasks_stays_linear(loop_name):
-    """300 tasks, each of which gathers all later ones: the first ten numbers, and how many more."""
+def test_a_dag_of_tasks_stays_linear():
+    """Of 300 tasks each gathers all later ones: the first ten numbers, and how many more."""
     count = 300
 
     async def gathers(tasks, number, event):
@@ -701,7 +703,7 @@ def test_a_dag_of_tasks_stays_linear(loop_name):
         await asyncio.gather(*tasks, return_exceptions=True)
         return dump, profile
 
-    dump, profile = run(main(), loop_name, debug=False)
+    dump, profile = run(main(), debug=False)
     assert len([each for each in dump if each.startswith("t")]) == count
     for number in range(count):
         awaits = label(dump[f"t{number}"], "awaits") or ""
@@ -719,7 +721,7 @@ def edges_in(text):
 
 
 def test_tasks_that_wait_for_each_other(loop_name):
-    """A cycle ends where it began."""
+    """Each edge of the cycle is there once."""
 
     async def waits(tasks, number):
         await asyncio.wait([tasks[number]])
@@ -743,10 +745,10 @@ def test_tasks_that_wait_for_each_other(loop_name):
     ]
 
 
-def test_tasks_that_await_each_other(loop_name):
-    """Two that await one another directly: to cancel them would never end, to look does."""
+def test_tasks_that_await_each_other():
+    """Two tasks that await one another: cancelling them would never end, reading them does."""
     program = """
-        import asyncio, os, sys
+        import asyncio, os
         from tests.collectors.goroutine.test_collector import run, tasks_of, turns, label
 
         async def awaits(tasks, name):
@@ -764,14 +766,14 @@ def test_tasks_that_await_each_other(loop_name):
             print("seen", flush=True)
             os._exit(0)
 
-        run(main(), sys.argv[1])
+        run(main())
     """
-    assert run_program(program, loop_name) == "seen\n"
+    assert run_program(program) == "seen\n"
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
-    """Who waits for what `run_coroutine_threadsafe` gave waits for that loop's task."""
+    """A task that awaits the future of `run_coroutine_threadsafe` waits for that loop's task."""
 
     async def main(other):
         async def there():
@@ -803,7 +805,7 @@ def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
 
 @contextlib.contextmanager
 def a_loop(loop_name, serve=None, name="other loop"):
-    """Give a loop that runs in another thread; it ends with its tasks cancelled."""
+    """Give a loop that runs in another thread; its tasks are cancelled when it ends."""
     ready, loops = threading.Event(), []
 
     async def main():
@@ -870,7 +872,7 @@ IN_THREADS = {
 
 @pytest.mark.parametrize("wait", IN_THREADS, ids=lambda wait: wait.__name__)
 def test_a_worker_threads_frames_are_the_inner_part(wait, loop_name):
-    """Its own frames, the boundary, and the task's: one chain, without the pool's machinery."""
+    """The thread's frames, a boundary, and the task's: one stack, without the pool's frames."""
 
     async def main():
         job = Job()
@@ -891,12 +893,12 @@ def test_a_worker_threads_frames_are_the_inner_part(wait, loop_name):
     assert label(found, "thread") == thread.format(loop_name)
     (sample,) = [each for each in profile.samples if label(each, "task") == "it"]
     assert names(sample.stack)[boundary - 1 :] == ["Job.run", "<worker thread>", *outer]
-    assert label(sample, "thread") is None  # a number in it would tell equal ones apart
+    assert label(sample, "thread") is None  # a number in it would make equal tasks differ
     assert profile.comments == ()
 
 
 def test_a_worker_thread_behind_a_timeout(loop_name):
-    """Its frames are there as well: up to 3.11 those of the task that `wait_for` has made."""
+    """Its frames are shown as well: up to 3.11 with the task that `wait_for` has created."""
 
     async def main():
         job = Job()
@@ -921,7 +923,7 @@ def test_a_worker_thread_behind_a_timeout(loop_name):
 
 @pytest.mark.parametrize("wait", IN_THREADS, ids=lambda wait: wait.__name__)
 def test_a_c_function_in_a_worker_thread_is_named(wait, loop_name):
-    """It has no frames."""
+    """It has no frames, so its name is shown."""
 
     async def main():
         reading, writing = os.pipe()
@@ -947,7 +949,7 @@ def test_a_c_function_in_a_worker_thread_is_named(wait, loop_name):
 
 
 def test_work_queued_for_an_executor(loop_name):
-    """Says how busy the pool is; in the profile's comments, how many wait."""
+    """The task says how busy the pool is; the profile's comments say how many tasks wait."""
 
     async def main():
         job = Job()
@@ -974,7 +976,7 @@ def test_work_queued_for_an_executor(loop_name):
 
 
 def test_work_queued_for_anyios_threads(loop_name):
-    """What is busy is the limiter's tokens."""
+    """Its tokens are counted as threads."""
 
     async def main():
         job, limiter = Job(), anyio.CapacityLimiter(1)
@@ -996,7 +998,7 @@ def test_work_queued_for_anyios_threads(loop_name):
 
 
 def test_labels_of_tasks_made_in_worker_threads(loop_name):
-    """They go into the thread, and with the coroutine back to the loop."""
+    """Labels follow the work into the thread, and its coroutine back to the loop."""
 
     async def through_anyio(event):
         await anyio.to_thread.run_sync(anyio.from_thread.run, innermost, event)
@@ -1034,7 +1036,7 @@ def test_labels_of_tasks_made_in_worker_threads(loop_name):
 
 
 def test_all_tasks_are_counted(loop_name):
-    """As many as `asyncio.all_tasks` gives: of other classes, and eager ones as well."""
+    """As many as in `asyncio.all_tasks`: those of other classes and eager ones as well."""
 
     class Derived(asyncio.Task):
         pass
@@ -1047,7 +1049,7 @@ def test_all_tasks_are_counted(loop_name):
             eager = asyncio.Task(innermost(event), loop=loop, eager_start=True, name="eager")
             tasks.append(eager)
         async with waiting():
-            # From 3.14 on `all_tasks` leaves out those in Python.
+            # From 3.14 on `all_tasks` leaves out tasks of the Python class.
             known = asyncio.all_tasks().union(tasks)
             expected = {each.get_name() for each in known}
             collector = TaskCollector()
@@ -1062,8 +1064,8 @@ def test_all_tasks_are_counted(loop_name):
     assert stacks["C"] == stacks["derived"] == stacks["Python"] == INNERMOST
 
 
-def test_order_is_by_age_after_the_one_that_asks(loop_name):
-    """Numbers are given as tasks are seen, so the order stays from dump to dump."""
+def test_order_is_by_age_after_the_current_task(loop_name):
+    """Tasks are numbered when they are first seen, so the order stays from dump to dump."""
 
     async def main():
         async with waiting(a=innermost(asyncio.Event()), b=innermost(asyncio.Event())):
@@ -1085,7 +1087,7 @@ def test_order_is_by_age_after_the_one_that_asks(loop_name):
 # Loops that do not answer
 
 
-def stuck_in_a_task(job):
+def blocked_in_a_task(job):
     async def serve():
         waits = asyncio.create_task(innermost(asyncio.Event()), name="waits there")
         await turns()
@@ -1098,7 +1100,7 @@ def stuck_in_a_task(job):
     return serve
 
 
-def stuck_in_a_callback(job):
+def blocked_in_a_callback(job):
     async def serve():
         waits = asyncio.create_task(innermost(asyncio.Event()), name="waits there")
         await turns()
@@ -1113,14 +1115,14 @@ def stuck_in_a_callback(job):
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
-@pytest.mark.parametrize("kind", [stuck_in_a_task, stuck_in_a_callback])
-def test_what_holds_a_loop_comes_first(loop_name, other_loop, kind):
-    """With its live stack; the loop's other tasks are read from outside, and marked."""
+@pytest.mark.parametrize("kind", [blocked_in_a_task, blocked_in_a_callback])
+def test_what_blocks_a_loop_comes_first(loop_name, other_loop, kind):
+    """With its live stack; the other tasks of the loop are read from outside, and marked."""
     job = Job()
     with a_loop(other_loop, kind(job), name="held"):
         assert job.begun.wait(20)
         try:
-            collector = TaskCollector(answer_s=0.2)
+            collector = TaskCollector(answer_s=0.01)
             dump, profile = run(both(collector), loop_name)
         finally:
             job.end.set()
@@ -1129,9 +1131,9 @@ def test_what_holds_a_loop_comes_first(loop_name, other_loop, kind):
     assert label(blocker, "loop") == "does not answer"
     assert "threading.Event.wait" in names(blocker.stack)
     assert "Job.run" in names(blocker.stack)
-    in_task = kind is stuck_in_a_task
+    in_task = kind is blocked_in_a_task
     assert label(blocker, "task") == ("serves" if in_task else "none: a callback")
-    assert (names(blocker.stack)[-1] == "stuck_in_a_task.<locals>.serve") == in_task
+    assert (names(blocker.stack)[-1] == "blocked_in_a_task.<locals>.serve") == in_task
     assert (asks.state, label(asks, "loop")) == ("running", None)
     (waits,) = [each for each in dump if label(each, "task") == "waits there"]
     assert label(waits, "loop") == "does not answer"
@@ -1145,7 +1147,7 @@ async def both(collector):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_loop_that_answers_is_not_marked(loop_name, other_loop):
-    """However long it might take: it is waited for no longer than it needs."""
+    """However much time it may take: the collector waits no longer than for the answer."""
 
     async def serve():
         await innermost(asyncio.Event())
@@ -1160,7 +1162,7 @@ def test_a_loop_that_answers_is_not_marked(loop_name, other_loop):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_loop_that_stops_meanwhile_does_no_harm(loop_name, other_loop):
-    """It ends with the question in its queue."""
+    """It never runs the callback in its queue."""
     job = Job()
     loop = LOOPS[other_loop]()
 
@@ -1192,20 +1194,20 @@ def test_a_loop_that_stops_meanwhile_does_no_harm(loop_name, other_loop):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_tasks_that_move_while_they_are_read_do_no_harm(loop_name, other_loop):
-    """Those of a busy loop in another thread: each has a stack that ends where it began."""
+    """Tasks of a busy loop in another thread: each stack is of one task."""
     end = threading.Event()
 
-    async def turn():
+    async def pause():
         await asyncio.sleep(0)
 
     async def step():
-        yield await turn()
+        yield await pause()
 
     async def spins():
         while not end.is_set():
             async for _ in step():
                 await asyncio.sleep(0)
-            await asyncio.gather(turn(), turn())
+            await asyncio.gather(pause(), pause())
 
     async def serve():
         await asyncio.gather(*(spins() for _ in range(20)))

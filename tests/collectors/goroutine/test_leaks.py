@@ -1,4 +1,4 @@
-"""Leaked tasks: those that nothing can ever wake, and none besides."""
+"""Leaked tasks: those that nothing can ever wake, and no others."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ def test_tasks_that_nothing_can_wake_are_found(loop_name):
     assert found == set().union(*LEAKS.values())
 
 
-# What does not leak: each gives, when entered, tasks that wait
+# What does not leak: each context manager starts tasks that wait
 
 
 @contextlib.asynccontextmanager
@@ -294,8 +294,8 @@ async def queue_of_a_runnable_task():
     async def produce():
         queue = asyncio.Queue()
         background(consume(queue), "consumes")
-        for turn in itertools.count():
-            await asyncio.sleep(0 * turn)
+        for number in itertools.count():
+            await asyncio.sleep(0 * number)
 
     background(produce(), "produces")
     yield
@@ -635,7 +635,7 @@ ALIVE = [
 
 
 def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
-    """While a leaked one beside them is; their names tell which was taken for one."""
+    """A leaked task beside them is found; the names of others would say which was taken for one."""
 
     async def main():
         await orphaned_consumer()
@@ -649,7 +649,7 @@ def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
 
 
 def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
-    """It waits for ever on purpose, and a signal ends it."""
+    """It waits for ever on purpose, until a signal ends it."""
     found = []
 
     def other_thread(loop, main):
@@ -674,7 +674,7 @@ def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
 
 
 def test_nothing_is_kept_alive():
-    """What was examined dies as it would have."""
+    """What was searched is freed as without the search."""
 
     async def main():
         session = Session()
@@ -698,7 +698,7 @@ def test_nothing_is_kept_alive():
 
 
 def test_thousands_of_tasks_are_told_apart():
-    """Half of them wait for what a module holds, half for what nobody holds."""
+    """Half of them wait for what a module refers to, half for what nothing refers to."""
 
     async def main():
         for number in range(1000):
@@ -714,17 +714,17 @@ def test_thousands_of_tasks_are_told_apart():
 
 
 def test_a_search_can_be_cancelled_at_any_point():
-    """And keeps nothing then."""
+    """It keeps nothing alive then."""
 
     async def main():
         for _ in range(200):
             background(Session().serve(), "leaked")
         await settle()
         refs = [weakref.ref(task._fut_waiter) for task in BACKGROUND]
-        for turns in range(1, 40, 6):
+        for iterations in range(1, 40, 6):
             now = iter(range(10**9))
             searching = asyncio.create_task(search(clock=lambda now=now: next(now)))
-            for _ in range(turns):
+            for _ in range(iterations):
                 await asyncio.sleep(0)
             searching.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -740,19 +740,19 @@ def test_a_search_can_be_cancelled_at_any_point():
 
 
 def test_a_loop_that_keeps_making_tasks_has_only_its_leaks_found(loop_name):
-    """A shared queue goes from task to task while the search runs."""
+    """A shared queue is passed from task to task while the search runs."""
 
     async def main():
         queue = asyncio.Queue()
         background(consume(queue), "always waits")
-        passed_on = [queue]
+        shared = [queue]
         del queue
 
         async def use():
-            mine = passed_on.pop()
+            mine = shared.pop()
             mine.put_nowait(1)
             await asyncio.sleep(0)
-            passed_on.append(mine)
+            shared.append(mine)
 
         async def keep_making():
             while True:
@@ -793,7 +793,7 @@ def suspended_frames(local):
 
 
 def test_no_reference_is_counted_that_a_frame_only_borrows():
-    """CPython 3.14 shows the collector more references than there are."""
+    """CPython 3.14 shows the garbage collector more references than there are."""
 
     def plain(local):
         use(local, (yield))
@@ -822,11 +822,11 @@ def test_no_reference_is_counted_that_a_frame_only_borrows():
 
 
 def test_no_slice_is_long():
-    """By a clock of its own: each look at it is a millisecond."""
-    turns = 0
+    """With a clock that advances by a millisecond whenever it is read."""
+    iterations = 0
 
     async def main():
-        nonlocal turns
+        nonlocal iterations
         for _ in range(50):
             background(wait_on(asyncio.Event()), "leaked")
         await settle()
@@ -838,9 +838,9 @@ def test_no_slice_is_long():
             return ticks / 1000
 
         async def count():
-            nonlocal turns
+            nonlocal iterations
             while True:
-                turns += 1
+                iterations += 1
                 await asyncio.sleep(0)
 
         background(count(), "counts")
@@ -848,7 +848,7 @@ def test_no_slice_is_long():
         return ticks
 
     ticks = run(main())
-    assert turns > ticks / 10
+    assert iterations > ticks / 10
 
 
 def test_a_server_with_idle_connections_has_no_leaks(loop_name):

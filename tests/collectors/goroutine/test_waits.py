@@ -22,7 +22,7 @@ from tests.collectors.contention.test_collector import recording
 from tests.programs import run_program
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-WRAPS = sys.version_info < (3, 12)  # wait_for makes a task of what it waits for
+WRAPS = sys.version_info < (3, 12)  # wait_for runs a coroutine in a task of its own
 
 
 def run(main, loop_name="asyncio"):
@@ -40,7 +40,7 @@ async def turns(count=20):
 
 
 async def until(condition):
-    """Let the loop turn until it is so."""
+    """Run the loop until the condition holds."""
     end = time.monotonic() + 20
     while not condition():
         assert time.monotonic() < end
@@ -49,7 +49,7 @@ async def until(condition):
 
 @contextlib.asynccontextmanager
 async def waiting(awaitable):
-    """Give a task that waits in this awaitable; it is cancelled afterwards."""
+    """Give a task that awaits this; it is cancelled afterwards."""
 
     async def wait():
         return await awaitable
@@ -300,25 +300,24 @@ REASONS = {
 }
 
 
-@pytest.mark.parametrize("wait", REASONS, ids=lambda wait: wait.__name__)
-def test_the_reason_is_in_asyncios_terms(wait, loop_name):
+async def all_reasons():
+    return {wait: await reason_for(wait()) for wait in REASONS}
+
+
+def test_the_reason_is_in_asyncios_terms(loop_name):
     """As the caller wrote it: by asyncio's own coroutines on the stack, not by futures."""
-    assert run(reason_for(wait()), loop_name) == REASONS[wait]
+    assert run(all_reasons(), loop_name) == REASONS
 
 
 def test_reasons_stay_while_contention_is_recorded(loop_name):
-    """Its functions around asyncio's methods are passed over."""
-
-    async def main():
-        return {wait: await reason_for(wait()) for wait in REASONS}
-
+    """Our wrappers of asyncio's methods are skipped."""
     with recording():
-        assert run(main(), loop_name) == REASONS
+        assert run(all_reasons(), loop_name) == REASONS
 
 
 @pytest.mark.parametrize("kind", [asyncio, anyio], ids=lambda kind: kind.__name__)
-def test_who_was_notified_waits_for_the_lock(kind, loop_name):
-    """Of a condition, if another holds its lock: the wait is over, the lock is what lacks."""
+def test_a_notified_task_waits_for_the_lock(kind, loop_name):
+    """If another task holds the lock of the condition, it is the lock that is waited for."""
 
     async def main():
         condition = kind.Condition()
@@ -346,7 +345,7 @@ def test_who_was_notified_waits_for_the_lock(kind, loop_name):
 
 @pytest.mark.parametrize("method", ["sock_recv", "sock_recv_into", "sock_accept", "sock_sendall"])
 def test_waiting_for_a_socket_is_io_wait(method, loop_name):
-    """By the loop's own methods, asyncio's and uvloop's."""
+    """In methods of asyncio's loop and of uvloop's."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -367,7 +366,7 @@ def test_waiting_for_a_socket_is_io_wait(method, loop_name):
 
 
 def test_a_blocked_drain_is_io_wait(loop_name):
-    """The other side does not read."""
+    """When the other side does not read."""
 
     async def main():
         ours, theirs = socket.socketpair()
@@ -384,7 +383,7 @@ def test_a_blocked_drain_is_io_wait(loop_name):
 
 
 def test_a_read_from_a_connection_is_io_wait(loop_name):
-    """Through the transport of the loop's kind."""
+    """Through the transport of each kind of loop."""
 
     async def main():
         ours, theirs = socket.socketpair()
@@ -400,7 +399,7 @@ def test_a_read_from_a_connection_is_io_wait(loop_name):
 
 @pytest.mark.parametrize("side", ["accept", "receive", "send"])
 def test_anyios_socket_streams_are_io_wait(side, loop_name):
-    """Accepting, receiving, and sending to one who does not read."""
+    """Accepting, receiving, and sending when the other side does not read."""
 
     async def send(stream):
         while True:
@@ -422,7 +421,7 @@ def test_anyios_socket_streams_are_io_wait(side, loop_name):
 
 
 def test_a_server_that_serves_is_io_wait(loop_name):
-    """By asyncio's server; uvloop's has none of Python's frames."""
+    """With asyncio's server; uvloop's has no Python frames."""
 
     async def main():
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
@@ -434,8 +433,8 @@ def test_a_server_that_serves_is_io_wait(loop_name):
 
 
 @pytest.mark.parametrize("method", ["wait", "communicate"])
-def test_a_subprocess_is_said(method, loop_name):
-    """For its end, and for its end with its output."""
+def test_waiting_for_a_subprocess(method, loop_name):
+    """For its end, and for its output."""
 
     async def main():
         process = await asyncio.create_subprocess_exec("sleep", "30")
@@ -447,8 +446,8 @@ def test_a_subprocess_is_said(method, loop_name):
     assert run(main(), loop_name) == "subprocess"
 
 
-def test_a_subprocess_with_pipes_is_said(loop_name):
-    """Its output is read by tasks of asyncio's own."""
+def test_waiting_for_a_subprocess_with_pipes(loop_name):
+    """Tasks of asyncio's own read its output."""
 
     async def main():
         process = await asyncio.create_subprocess_exec("sleep", "30", stdout=-1, stderr=-1)
@@ -461,8 +460,8 @@ def test_a_subprocess_with_pipes_is_said(loop_name):
     assert run(main(), loop_name) == "subprocess"
 
 
-def test_a_subprocess_of_anyio_is_said(loop_name):
-    """Its process waits for asyncio's."""
+def test_waiting_for_a_subprocess_of_anyio(loop_name):
+    """anyio's process object awaits asyncio's."""
 
     async def main():
         async with await anyio.open_process(["sleep", "30"]) as process:
@@ -473,11 +472,11 @@ def test_a_subprocess_of_anyio_is_said(loop_name):
     assert run(main(), loop_name) == "subprocess"
 
 
-def test_a_pool_of_processes_is_an_executor(loop_name):
-    """What its workers do is not to be seen from here."""
+def test_a_pool_of_processes_is_an_executor():
+    """What its workers do cannot be seen from this process."""
 
     program = """
-        import asyncio, sys, time
+        import asyncio, time
         from concurrent.futures import ProcessPoolExecutor
         from multiprocessing import get_context
         from tests.collectors.goroutine.test_waits import run, wait_of, waiting
@@ -489,11 +488,11 @@ def test_a_pool_of_processes_is_an_executor(loop_name):
                     print(wait_of(task))
 
         if __name__ == "__main__":
-            run(main(), sys.argv[1])
+            run(main())
     """
     wait = Wait("executor", (), None, "")
-    # Not in development mode, where the loop would log that it was held up.
-    said = run_program(program, loop_name, options=("-W", "error"))
+    # Not in development mode, where the loop would log slow callbacks.
+    said = run_program(program, options=("-W", "error"))
     assert said.strip() == repr(wait)
 
 
@@ -639,27 +638,27 @@ TASKS = {
 }
 
 
-@pytest.mark.parametrize("wait", TASKS, ids=lambda wait: wait.__name__)
-def test_tasks_that_a_task_waits_for_are_found(wait, loop_name):
-    """Those that are not done, each once, under the name of what joins them."""
+def test_tasks_that_a_task_waits_for_are_found(loop_name):
+    """Those that are not done, each once, with the reason of what joins them."""
 
-    async def main():
-        mine = asyncio.current_task()
+    async def tasks_for(wait):
         async with waiting(wait()) as task:
             found = wait_of(task)
-            seen = found.reason, sorted(each.get_name() for each in found.tasks)
-            others = asyncio.all_tasks() - {mine, task}
+            seen = found.reason, "".join(sorted(each.get_name() for each in found.tasks))
+            others = asyncio.all_tasks() - {asyncio.current_task(), task}
         for each in others:
             each.cancel()
         await asyncio.gather(*others, return_exceptions=True)
         return seen
 
-    reason, tasks = TASKS[wait]
-    assert run(main(), loop_name) == (reason, list(tasks))
+    async def main():
+        return {wait: await tasks_for(wait) for wait in TASKS}
+
+    assert run(main(), loop_name) == TASKS
 
 
 def test_waiting_for_a_coroutine_with_a_timeout(loop_name):
-    """Up to 3.11 in a task of its own; later as if it was awaited."""
+    """Up to 3.11 the coroutine runs in a task of its own; later it is awaited directly."""
 
     async def main():
         async with waiting(asyncio.wait_for(wait_for_ever(), 3600)) as task:
@@ -671,7 +670,7 @@ def test_waiting_for_a_coroutine_with_a_timeout(loop_name):
 
 
 def test_waiting_for_a_future_with_a_timeout(loop_name):
-    """Is waiting for a future: there is no task."""
+    """The reason is the future: there is no task."""
 
     async def main():
         future = asyncio.get_running_loop().create_future()
@@ -681,7 +680,7 @@ def test_waiting_for_a_future_with_a_timeout(loop_name):
 
 
 def test_waiting_for_a_thread_with_a_timeout(loop_name):
-    """What a worker thread does is known through `wait_for` as well."""
+    """The work of a worker thread is known through `wait_for` as well."""
 
     async def main():
         begun, end = threading.Event(), threading.Event()
@@ -707,7 +706,7 @@ def test_waiting_for_a_thread_with_a_timeout(loop_name):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_task_of_another_loop(loop_name, other_loop):
-    """Is found behind the future that `run_coroutine_threadsafe` gives."""
+    """It is found through the future that `run_coroutine_threadsafe` returns."""
     ready, loops = threading.Event(), []
 
     async def serve():
@@ -735,7 +734,7 @@ def test_a_task_of_another_loop(loop_name, other_loop):
 
 
 def test_a_task_queued_for_an_executor_waits_for_a_thread(loop_name):
-    """All the pool's threads are busy: how many, and how many there may be."""
+    """All threads of the pool are busy: `workers` says how many, and how many there may be."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -760,7 +759,7 @@ def test_a_task_queued_for_an_executor_waits_for_a_thread(loop_name):
 
 
 def test_a_task_queued_for_anyios_threads_waits_for_a_thread(loop_name):
-    """Its limiter has no token left; another limiter of the application's is just a limiter."""
+    """If their limiter has no token left; a task that acquires the limiter itself does not."""
 
     async def main():
         limiter = anyio.CapacityLimiter(1)
@@ -785,8 +784,8 @@ def test_a_task_queued_for_anyios_threads_waits_for_a_thread(loop_name):
     assert (other.reason, other.workers) == ("CapacityLimiter.acquire", "")
 
 
-def test_names_of_other_libraries_are_not_taken_for_asyncios():
-    """A function called like one of asyncio's is known by its file."""
+def test_functions_named_as_asyncios_are_not_taken_for_them():
+    """Their files tell them apart."""
 
     async def sleep():
         await asyncio.get_running_loop().create_future()
@@ -794,8 +793,8 @@ def test_names_of_other_libraries_are_not_taken_for_asyncios():
     assert run(reason_for(sleep())) == "Future"
 
 
-def test_what_a_coroutine_of_ones_own_holds_does_not_count(loop_name):
-    """Only those of asyncio's and anyio's wait for the tasks they have in their variables."""
+def test_tasks_held_by_the_applications_coroutines_do_not_count(loop_name):
+    """Only coroutines of asyncio and anyio wait for the tasks in their variables."""
 
     async def main():
         async def hold():
