@@ -1,4 +1,4 @@
-"""The `symbol` endpoint, which names the addresses of debug=1 texts; checked against Go 1.27.3."""
+"""The `symbol` endpoint names the addresses of debug=1 texts; checked against Go 1.27.3."""
 
 import asyncio
 
@@ -25,7 +25,7 @@ def profile(*places):
 
 
 class FixedBook(AddressBook):
-    """A book that knows addresses of our choosing, so that number syntax can be tested."""
+    """A book with given addresses, to test the syntax of numbers."""
 
     def __init__(self, names):
         super().__init__()
@@ -33,7 +33,7 @@ class FixedBook(AddressBook):
 
 
 def answer(book, *chunks):
-    """Return the lines after the first for a body that comes in these chunks."""
+    """Return the lines after the first that answer a body of these chunks."""
 
     async def body():
         for chunk in chunks:
@@ -54,7 +54,7 @@ def line(location, address=None):
 
 
 def test_an_address_is_answered_with_its_functions_name():
-    """In lower-case hexadecimal, one line each."""
+    """The address is in lower-case hexadecimal, one per line."""
     assert answer(KNOWN, hex(CART.address).encode()) == [line(CART)]
 
 
@@ -69,13 +69,13 @@ def test_order_and_duplicates_follow_the_list():
 
 
 def test_a_return_address_is_answered_as_it_was_asked():
-    """Record lines of the texts show addresses that are one higher; two higher is unknown."""
+    """Record lines of the texts show return addresses, which are one higher than locations."""
     asked = [CART.address + 1, CART.address + 2, CART.address - 1]
     assert answer(KNOWN, "+".join(map(str, asked)).encode()) == [line(CART, CART.address + 1)]
 
 
 def test_an_address_goes_before_the_one_below():
-    """Where two functions are neighbours, each keeps its own address."""
+    """Two functions with adjacent addresses keep their own."""
     book = FixedBook({0x10: "below", 0x11: "above"})
     assert answer(book, b"0x10+0x11+0x12") == ["0x10 below\n", "0x11 above\n", "0x12 above\n"]
 
@@ -117,7 +117,7 @@ def test_an_empty_list_has_no_lines(chunks):
     ids=lambda value: repr(value)[:30],
 )
 def test_numbers_are_read_as_go_literals(item, number):
-    """Base by prefix, underscores between digits, a leading zero for octal; 64 bits."""
+    """Prefixes give the base, digits may be separated by underscores, a leading 0 means octal."""
     book = FixedBook({number: "build_cart"})
     assert answer(book, item) == [f"{number:#x} build_cart\n"]
 
@@ -170,7 +170,7 @@ def test_numbers_are_read_as_go_literals(item, number):
     ids=lambda value: repr(value)[:30],
 )
 def test_what_is_no_address_is_skipped(item):
-    """Without an error, and without a mistake about those around it."""
+    """There is no error, and the items around it are answered."""
     book = FixedBook({255: "build_cart", 8: "eight", 2: "two", 0x10: "sixteen"})
     assert answer(book, item) == []
     assert answer(book, b"255+" + item + b"+0x10") == ["0xff build_cart\n", "0x10 sixteen\n"]
@@ -178,7 +178,7 @@ def test_what_is_no_address_is_skipped(item):
 
 @pytest.mark.parametrize("filler", [b"x", b"1", b"%2B"])
 def test_an_item_that_fits_gos_buffer_is_only_skipped(filler):
-    """4,095 bytes and the separator."""
+    """The buffer holds 4,095 bytes and the separator."""
     item = (filler * 4_095)[:4_095]
     asked = hex(CART.address).encode()
     assert answer(KNOWN, b"+".join([asked, item, asked])) == [line(CART)] * 2
@@ -188,13 +188,13 @@ def test_an_item_that_fits_gos_buffer_is_only_skipped(filler):
 @pytest.mark.parametrize("length", [4_096, 4_097, 100_000])
 @pytest.mark.parametrize("rest", [b"", b"+", b"+255", b"+255+255"])
 def test_an_item_that_does_not_fit_gos_buffer_ends_the_answer(length, rest):
-    """With Go's words; what comes after is not read."""
+    """The message is Go's; the rest of the body is not read."""
     book = FixedBook({255: "build_cart"})
     assert answer(book, b"255+" + b"x" * length + rest) == ["0xff build_cart\n", FULL]
 
 
 def test_an_item_that_never_ends_is_not_read_to_its_end():
-    """The answer comes as soon as it is too long."""
+    """The answer comes as soon as the item is too long."""
 
     async def endless():
         while True:
@@ -204,7 +204,7 @@ def test_an_item_that_never_ends_is_not_read_to_its_end():
 
 
 def test_a_body_that_is_too_large_ends_the_answer(monkeypatch):
-    """Else one client could keep a worker busy for ever; the lines found are sent."""
+    """A client must not keep a worker busy for ever; the lines found so far are sent."""
     monkeypatch.setattr(symbols, "_MAX_BODY", 2**20)
 
     async def endless():
@@ -216,7 +216,7 @@ def test_a_body_that_is_too_large_ends_the_answer(monkeypatch):
 
 
 def test_chunks_may_end_in_the_middle_of_an_item():
-    """Also one byte at a time."""
+    """Chunks of one byte give the same answer."""
     body = f"{CART.address:#x}+{PAGE.address}".encode()
     whole = [line(CART), line(PAGE)]
     assert answer(KNOWN, body) == whole
@@ -231,7 +231,7 @@ def test_chunks_may_end_in_the_middle_of_an_item():
     st.lists(st.tuples(st.integers(0, 6), st.integers(-2, 3)), max_size=5),
 )
 def test_the_answer_does_not_depend_on_where_chunks_end(items, cuts):
-    """The network cuts where it likes."""
+    """The network may divide the body anywhere."""
     book = FixedBook({255: "build_cart"})
     body = b"+".join(items)
     ends = [len(b"+".join(items[:number])) + offset for number, offset in cuts]
@@ -241,7 +241,7 @@ def test_the_answer_does_not_depend_on_where_chunks_end(items, cuts):
 
 
 def test_the_oldest_places_are_forgotten(monkeypatch):
-    """A place that is shown again counts as new."""
+    """A location that is served again counts as new."""
     monkeypatch.setattr(symbols, "_MAX_NAMES", 3)
     book = AddressBook()
     places = [place(f"build_{number}") for number in range(5)]
@@ -252,5 +252,5 @@ def test_the_oldest_places_are_forgotten(monkeypatch):
 
 
 def test_books_do_not_know_of_one_another():
-    """Each application answers for its own texts."""
+    """Each application answers for its own texts only."""
     assert answer(AddressBook(), hex(CART.address).encode()) == []

@@ -1,4 +1,4 @@
-"""Who may come in by default, as a table of scope -> allowed or the reason given."""
+"""The requests that are allowed by default, and the reasons to refuse others."""
 
 import pytest
 
@@ -11,7 +11,7 @@ LOCAL = ("127.0.0.1", 50_000)
 
 
 def scope(client=LOCAL, headers=(), host="localhost:8000"):
-    """Return the scope of a request; headers as (name, value)."""
+    """Return the scope of a request; headers are pairs (name, value)."""
     fields = [*((("host", host),) if host is not None else ()), *headers]
     return {
         "type": "http",
@@ -21,7 +21,7 @@ def scope(client=LOCAL, headers=(), host="localhost:8000"):
 
 
 def denial(request):
-    """Return the reason for which a request is turned away."""
+    """Return the reason for which a request is refused."""
     with pytest.raises(AccessDenied) as caught:
         allow_loopback(request)
     assert caught.value.status == 403
@@ -42,7 +42,7 @@ def denial(request):
     ],
 )
 def test_a_peer_on_this_machine_comes_in(address):
-    """All of 127.0.0.0/8 is loopback, also mapped into IPv6."""
+    """All of 127.0.0.0/8 is loopback, and so is its mapping into IPv6."""
     allow_loopback(scope((address, 50_000)))
 
 
@@ -72,13 +72,13 @@ def test_a_peer_on_this_machine_comes_in(address):
     ],
 )
 def test_a_peer_elsewhere_is_turned_away(address):
-    """What is no loopback address, or no address at all; private networks are elsewhere too."""
+    """Private networks, names and malformed addresses are not loopback either."""
     assert f"{address} is not one" in denial(scope((address, 50_000)))
 
 
 @pytest.mark.parametrize("request_scope", [scope(None), scope(()), {"type": "http", "headers": []}])
 def test_a_peer_without_an_address_is_turned_away(request_scope):
-    """As behind a unix socket: a proxy is likely at the other end."""
+    """A unix socket has no peer address, and probably a proxy at its other end."""
     assert "no peer address" in denial(request_scope)
 
 
@@ -109,7 +109,7 @@ def test_a_peer_without_an_address_is_turned_away(request_scope):
 )
 @pytest.mark.parametrize("value", ["127.0.0.1", ""])
 def test_a_forwarded_request_is_turned_away(name, value):
-    """Behind a proxy on this machine everybody looks local; the value says nothing to us."""
+    """Behind a proxy on this machine every client looks local, whatever the header's value."""
     assert f"forwarded ({name.lower()})" in denial(scope(headers=[(name.lower(), value)]))
 
 
@@ -125,7 +125,7 @@ def test_a_forwarded_request_is_turned_away(name, value):
     ],
 )
 def test_headers_of_an_ordinary_request_make_no_difference(header):
-    """Only those that a proxy or a browser adds are looked at."""
+    """Only headers that a proxy or a browser adds are checked."""
     allow_loopback(scope(headers=[header]))
 
 
@@ -185,7 +185,7 @@ def test_a_host_that_is_another_name_is_turned_away(host):
 
 
 def test_every_one_of_several_hosts_must_be_local():
-    """Which of them counts differs from server to server."""
+    """Servers differ in which Host they use."""
     allow_loopback(scope(headers=[("host", "127.0.0.1")]))
     assert "Host" in denial(scope(headers=[("host", "evil.example")]))
     assert "Host" in denial(scope(host="evil.example", headers=[("host", "localhost")]))
@@ -193,13 +193,13 @@ def test_every_one_of_several_hosts_must_be_local():
 
 @pytest.mark.parametrize("site", ["none", "same-origin"])
 def test_a_browser_on_this_site_comes_in(site):
-    """As typed into the address bar, or followed on the index page."""
+    """The user has typed the address or followed a link on the index page."""
     allow_loopback(scope(headers=[("sec-fetch-site", site)]))
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
 def test_a_page_of_another_site_or_port_is_turned_away(site):
-    """It could not read the answer, but it could start profiles."""
+    """Such a page could not read the answer, but it could start profiles."""
     assert "Sec-Fetch-Site" in denial(scope(headers=[("sec-fetch-site", site)]))
 
 
@@ -214,7 +214,7 @@ def test_a_page_of_another_site_or_port_is_turned_away(site):
     ],
 )
 def test_an_origin_that_is_the_host_comes_in(origin, host):
-    """Its own pages may post to `symbol`."""
+    """Pages of the service itself may post to `symbol`."""
     allow_loopback(scope(headers=[("origin", origin)], host=host))
 
 
@@ -236,12 +236,12 @@ def test_an_origin_that_is_the_host_comes_in(origin, host):
     ],
 )
 def test_an_origin_that_is_not_the_host_is_turned_away(origin, host):
-    """Also the port counts, and a request without a Host has no origin to equal."""
+    """The port must be equal as well, and a request without a Host has no valid origin."""
     assert "Origin" in denial(scope(headers=[("origin", origin)], host=host))
 
 
 def test_the_first_reason_is_where_the_request_comes_from():
-    """A stranger learns nothing about the other rules."""
+    """A remote client learns nothing about the other rules."""
     request = scope(
         ("8.8.8.8", 1), [("via", "x"), ("sec-fetch-site", "cross-site")], host="evil.example"
     )

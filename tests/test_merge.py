@@ -16,7 +16,7 @@ pytestmark = pytest.mark.once
 SPACE = ValueType("inuse_space", "bytes")
 OBJECTS = ValueType("inuse_objects", "count")
 
-# Few places and labels, so that samples meet.
+# Few locations and labels, so that some samples have the same.
 places = st.builds(
     Location,
     st.sampled_from([Function("build_cart", "a.py", 1), Function("build_page", "a.py", 9)]),
@@ -29,12 +29,12 @@ sample_lists = st.lists(st.builds(Sample, stacks, values, label_sets), max_size=
 
 
 def snapshot(samples, time_ns=1_000):
-    """Return a profile as a collector would make it: one sample a stack and label set."""
+    """Return a profile as from a collector: with one sample for each stack and label set."""
     return Profile((OBJECTS, SPACE), sum_samples(samples), SPACE, 1, time_ns)
 
 
 def totals(samples):
-    """Return the sums by stack and labels, where they are not all 0."""
+    """Return the sums by stack and labels that are not all 0."""
     sums = [Counter(), Counter()]
     for sample in samples:
         for counter, value in zip(sums, sample.values, strict=True):
@@ -89,7 +89,7 @@ def test_a_difference_added_to_the_start_gives_the_end(before, after):
 
 
 def test_what_shrank_is_negative():
-    """Negative values are kept, also beside ones that stayed the same."""
+    """Negative values are kept, even if other values of the sample did not change."""
     stack = (Location(Function("drop_cart", "a.py", 1), 2),)
     delta = subtract(
         snapshot([Sample(stack, (3, 64))], 2_000), snapshot([Sample(stack, (3, 4_096))])
@@ -98,14 +98,14 @@ def test_what_shrank_is_negative():
 
 
 def test_what_is_gone_is_negative():
-    """A stack that only the earlier snapshot has counts against it."""
+    """A stack that is only in the earlier snapshot has negative values."""
     stack = (Location(Function("drop_cart", "a.py", 1), 2),)
     delta = subtract(snapshot([], 2_000), snapshot([Sample(stack, (3, 4_096))]))
     assert delta.samples == (Sample(stack, (-3, -4_096)),)
 
 
 def test_samples_with_other_labels_do_not_pair_up():
-    """Labels are part of what a sample is."""
+    """Samples are the same only if their labels are."""
     stack = (Location(Function("build_cart", "a.py", 1), 2),)
     delta = subtract(
         snapshot([Sample(stack, (1, 16), (("tenant", "acme"),))], 2_000),
@@ -118,7 +118,7 @@ def test_samples_with_other_labels_do_not_pair_up():
 
 
 def test_a_difference_ends_at_the_later_snapshot_and_covers_the_time_between():
-    """Time, comments and the default sample type are the later one's; Go loses the last."""
+    """Time, comments and the default sample type are those of the later snapshot."""
     before = replace(snapshot([], 1_000), comments=("tracing began",))
     after = replace(
         snapshot([], 4_500), default_sample_type="inuse_space", comments=("2 frames cut",)
@@ -132,7 +132,7 @@ def test_a_difference_ends_at_the_later_snapshot_and_covers_the_time_between():
 
 @pytest.mark.parametrize("after_ns", [1_000, 999])
 def test_a_difference_has_a_duration_even_if_the_clock_stood_still(after_ns):
-    """Readers take a duration of 0 as a snapshot's, and a clock may be set back."""
+    """Readers take a profile of duration 0 for a snapshot, and clocks can be set back."""
     assert subtract(snapshot([], after_ns), snapshot([], 1_000)).duration_ns == 1
 
 

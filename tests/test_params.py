@@ -1,4 +1,4 @@
-"""The query string, by Go's rules; the tables were checked against Go 1.27.3's net/url."""
+"""Query strings are parsed by Go's rules; the tables were checked against Go 1.27.3."""
 
 import pytest
 from hypothesis import given
@@ -35,7 +35,7 @@ def named(cases):
             (b"debug=%2B1", 1),
             (b"debug=-1", -1),
             (b"debug=-0", 0),
-            # no number: as if absent
+            # not a number: as if absent
             (b"debug=abc", 0),
             (b"debug=0x1", 0),
             (b"debug=1_0", 0),
@@ -65,7 +65,7 @@ def named(cases):
             (b"debug=0&debug=1", 0),
             (b"debug=&debug=1", 0),
             (b"debug&debug=1", 0),
-            # what Go's parser refuses is not there
+            # pairs that Go's parser refuses are ignored
             (b"debug=1;gc=1", 0),
             (b"a;b=1&debug=1", 1),
             (b"debug=1;&debug=2", 1),
@@ -75,7 +75,7 @@ def named(cases):
             (b"debug=%zz&debug=1", 1),
             (b"de%zzbug=1", 0),
             (b"%&debug=1", 1),
-            # what is no concern of ours
+            # other parameters are ignored
             (b"&&debug=1&", 1),
             (b"=&=1&debug=1", 1),
             (b"labels=a&debug=1", 1),
@@ -89,13 +89,13 @@ def named(cases):
     ),
 )
 def test_debug_is_a_decimal_number_of_any_length(query, sign):
-    """Only whether it is 0 matters, and what is no number is 0."""
+    """Only its sign matters here; a value that is not a number counts as 0."""
     debug = Params(query).debug
     assert (debug > 0) - (debug < 0) == sign
 
 
 def test_small_values_of_debug_are_told_apart():
-    """The dump asks for 2 or more."""
+    """debug=2 and above requests the dump."""
     assert [Params(b"debug=%d" % number).debug for number in range(-1, 4)] == [-1, 0, 1, 2, 3]
 
 
@@ -122,7 +122,7 @@ def test_small_values_of_debug_are_told_apart():
     ),
 )
 def test_gc_asks_for_a_collection_when_it_is_above_0(query, wanted):
-    """What is no number is 0, and a huge number is above 0."""
+    """A value that is not a number counts as 0; a huge number is above 0."""
     assert Params(query).gc is wanted
 
 
@@ -140,7 +140,7 @@ def test_gc_asks_for_a_collection_when_it_is_above_0(query, wanted):
             (b"seconds=9223372037", LONGEST),  # Go overflows and returns at once
             (b"seconds=9223372036854775807", LONGEST),
             (b"seconds=" + MANY_ZEROS + b"5", 5),
-            # missing, not positive, no integer, no 64 bits: 30
+            # missing, not positive, not a 64-bit integer: 30
             (b"", 30),
             (b"seconds", 30),
             (b"seconds=", 30),
@@ -171,7 +171,7 @@ def test_gc_asks_for_a_collection_when_it_is_above_0(query, wanted):
     ),
 )
 def test_a_cpu_profile_takes_30_seconds_unless_told_otherwise(query, seconds):
-    """What Go does not understand is 30, never an error."""
+    """Values that Go does not accept mean 30 and are no error."""
     assert Params(query).cpu_seconds == seconds
 
 
@@ -180,7 +180,7 @@ def test_a_cpu_profile_takes_30_seconds_unless_told_otherwise(query, seconds):
     [b"", b"seconds", b"seconds=", b"seconds=&seconds=5", b"seconds=5;x", b"seconds=%z", b"s=5"],
 )
 def test_seconds_that_are_absent_or_empty_ask_for_no_delta(query):
-    """An empty value is as good as none."""
+    """An empty value counts as absent."""
     assert Params(query).delta is False
 
 
@@ -198,7 +198,7 @@ def test_seconds_that_are_absent_or_empty_ask_for_no_delta(query):
     ),
 )
 def test_a_delta_takes_a_positive_number_of_seconds(query, seconds):
-    """Seconds that nobody can wait for are cut to what a clock can hold."""
+    """The maximum is the number of seconds whose nanoseconds fit into 64 bits."""
     params = Params(query)
     assert params.delta is True
     assert params.delta_seconds == seconds
@@ -225,7 +225,7 @@ def test_a_delta_takes_a_positive_number_of_seconds(query, seconds):
     ids=lambda query: repr(query)[:40],
 )
 def test_a_delta_refuses_seconds_that_are_no_positive_integer(query):
-    """The error is Go's, word for word, and its status 400."""
+    """The error is Go's, word for word, with status 400."""
     params = Params(query)
     assert params.delta is True
     with pytest.raises(BadParameter) as caught:
@@ -238,7 +238,7 @@ def test_a_delta_refuses_seconds_that_are_no_positive_integer(query):
     st.binary(max_size=60) | st.text("debuggcsecons=&;%+-0123456789", max_size=60).map(str.encode)
 )
 def test_no_query_string_raises_anything_but_bad_parameter(query):
-    """Whatever bytes a client sends, there is an answer."""
+    """Every query string of a client gets an answer."""
     params = Params(query)
     assert isinstance(params.debug, int)
     assert isinstance(params.gc, bool)
@@ -263,14 +263,14 @@ def test_no_query_string_raises_anything_but_bad_parameter(query):
             (b"hz=0007", 7),
             (b"hz=%2B7", 7),
             (b"hz=7&hz=x", 7),
-            (b"hz=x;y", 100),  # what Go's parser refuses is not there
+            (b"hz=x;y", 100),  # a pair that Go's parser refuses
             (b"HZ=7", 100),
             (b"hz=" + MANY_ZEROS + b"9", 9),
         ]
     ),
 )
 def test_a_cpu_profile_takes_100_samples_a_second_unless_told_otherwise(query, hz):
-    """From 1 to 1000 of them."""
+    """1 to 1000 are allowed."""
     assert Params(query).hz == hz
 
 
@@ -296,7 +296,7 @@ def test_a_cpu_profile_takes_100_samples_a_second_unless_told_otherwise(query, h
     ids=lambda query: repr(query)[:40],
 )
 def test_a_frequency_that_is_none_is_refused(query):
-    """Not Go's parameter, but refused in its manner."""
+    """Go has no such parameter; the error has the form of Go's errors."""
     with pytest.raises(BadParameter) as caught:
         _ = Params(query).hz
     assert str(caught.value) == 'invalid value for "hz" - must be an integer from 1 to 1000'

@@ -1,4 +1,4 @@
-"""Which requests are ours, and under what name."""
+"""Which requests are for us, and for which profile."""
 
 from urllib.parse import unquote, urlsplit
 
@@ -14,7 +14,7 @@ PREFIX = "/debug/pprof"
 
 
 def request(target, root_path="", raw=True):
-    """Return the scope a server makes of a request target: the path decoded, the raw one kept."""
+    """Return the scope that a server makes of a request target, with decoded and raw path."""
     path, _, query = target.partition("?")
     return {
         "type": "http",
@@ -30,7 +30,7 @@ def named(name):
 
 
 def redirected(location):
-    """Stand for a target with that redirect; its name does not matter."""
+    """Return what `check` takes for a target with that redirect and any name."""
     return location
 
 
@@ -70,7 +70,7 @@ def check(scope, prefix, expected):
         ("/debug/pprof/a+b", named("a+b")),
         ("/debug/pprof/caf%C3%A9", named("café")),
         ("/debug/pprof/a%3Fb", named("a?b")),
-        # an encoded slash is no separator, in either case
+        # an encoded slash is not a separator, in either case
         ("/debug/pprof/example.com%2Fconns", named("example.com/conns")),
         ("/debug/pprof/example.com%2fconns", named("example.com/conns")),
         ("/debug/pprof/example.com%2f%68eap%2F", named("example.com/heap/")),
@@ -79,11 +79,11 @@ def check(scope, prefix, expected):
         ("/debug%2fpprof/heap", None),
         ("/debug/pprof%2fheap", None),
         ("/debug%2Fpprof%2F", None),
-        # an escaped escape is none
+        # escapes are decoded once only
         ("/debug/pprof/a%252Fb", named("a%2Fb")),
         ("/debug/pprof/a%252fb", named("a%2fb")),
         ("/debug/pprof/a%252Fb%2Fc", named("a%2Fb/c")),
-        # what is not clean is redirected to what is
+        # a path that is not clean is redirected to the clean one
         ("/debug/pprof//heap", redirected("/debug/pprof/heap")),
         ("/debug/pprof//", redirected("/debug/pprof/")),
         ("//debug/pprof/heap", redirected("/debug/pprof/heap")),
@@ -102,10 +102,10 @@ def check(scope, prefix, expected):
         ("/debug/pprof//a%25b", redirected("/debug/pprof/a%25b")),
         ("/debug/pprof//a%3Fb", redirected("/debug/pprof/a%3Fb")),
         ("/debug/pprof//a%23b", redirected("/debug/pprof/a%23b")),
-        # the query stays, as it came
+        # the query stays as it is
         ("/debug/pprof?debug=1", redirected("/debug/pprof/?debug=1")),
         ("/debug/pprof//heap?a=%2F&a;b=%zz", redirected("/debug/pprof/heap?a=%2F&a;b=%zz")),
-        # no other host in the Location
+        # the Location never names another host
         ("//evil.example/../debug/pprof", redirected("/debug/pprof/")),
         ("//evil.example//../debug/pprof/heap", redirected("/debug/pprof/heap")),
         # not ours
@@ -124,36 +124,36 @@ def check(scope, prefix, expected):
     ],
 )
 def test_paths_are_taken_as_gos_mux_takes_them(target, expected):
-    """Decoded and clean below the prefix; all else is the application's."""
+    """Decoded and clean paths below the prefix are ours, all others the application's."""
     check(request(target), PREFIX, expected)
 
 
 @pytest.mark.parametrize(
     ("target", "root_path", "expected"),
     [
-        # the server or a mount left the root path in the path
+        # the server or a mount has left the root path in the path
         ("/api/debug/pprof/heap", "/api", named("heap")),
         ("/api/debug/pprof", "/api", redirected("/api/debug/pprof/")),
         ("/api/debug/pprof//heap?debug=1", "/api", redirected("/api/debug/pprof/heap?debug=1")),
         ("/api/debug/pprof/heap", "/api/", named("heap")),
         ("/a%70i/debug/pprof/heap", "/api", named("heap")),
         ("/api/debug/pprof/a%2fb", "/api", named("a/b")),
-        # a proxy has taken it off; the client still needs it
+        # a proxy has removed the root path; the client still needs it
         ("/debug/pprof/heap", "/api", named("heap")),
         ("/debug/pprof", "/api", redirected("/api/debug/pprof/")),
         ("/debug/pprof//heap", "/api", redirected("/api/debug/pprof/heap")),
         ("/debug/pprof//heap", "/my api", redirected("/my%20api/debug/pprof/heap")),
-        # a root path that is none of this path
+        # the path does not start with the root path
         ("/apiary/debug/pprof/heap", "/api", None),
         ("/debug/pprof/debug/pprof/heap", "/debug/pprof", named("heap")),
-        ("/debug/pprof/heap", "/debug", None),  # it is /pprof/heap to the application
-        # no other host in the Location, whatever the root path says
+        ("/debug/pprof/heap", "/debug", None),  # the application's path is /pprof/heap
+        # the Location never names another host, whatever the root path is
         ("/debug/pprof", "//evil.example", redirected("/evil.example/debug/pprof/")),
         ("/debug/pprof", "/\\evil.example", redirected("/%5Cevil.example/debug/pprof/")),
     ],
 )
 def test_the_root_path_may_or_may_not_be_in_the_path(target, root_path, expected):
-    """Servers, proxies and mounts differ; a redirect always carries it."""
+    """Servers, proxies and mounts differ; a redirect always includes the root path."""
     check(request(target, root_path), PREFIX, expected)
 
 
@@ -179,12 +179,12 @@ def test_the_root_path_may_or_may_not_be_in_the_path(target, root_path, expected
     ],
 )
 def test_a_mounted_app_has_no_prefix_of_its_own(target, root_path, expected):
-    """With the prefix "" everything below the root path is ours."""
+    """With the prefix "" all paths below the root path are ours."""
     check(request(target, root_path), "", expected)
 
 
 def test_a_server_without_raw_paths_is_served_all_the_same():
-    """`raw_path` is optional in ASGI; without it the decoded path is all there is."""
+    """`raw_path` is optional in ASGI; without it the decoded path is used."""
     scope = request("/debug/pprof/%68eap", raw=False)
     assert locate(scope, PREFIX) == named("heap")
     del scope["raw_path"], scope["root_path"], scope["query_string"]
@@ -194,14 +194,14 @@ def test_a_server_without_raw_paths_is_served_all_the_same():
 
 
 def test_a_path_that_a_middleware_has_rewritten_counts_more_than_the_raw_one():
-    """Path rewriters leave `raw_path` as it came."""
+    """Middlewares that rewrite paths leave `raw_path` unchanged."""
     scope = request("/v2/debug/pprof/a%2fb")
     scope["path"] = "/debug/pprof/heap"
     assert locate(scope, PREFIX) == named("heap")
 
 
 def test_a_raw_path_with_a_query_is_understood():
-    """Some test clients put the query there as well."""
+    """Some test clients include the query in `raw_path`."""
     scope = request("/debug/pprof/a%2fb")
     scope["raw_path"] += b"?x=%2f"
     assert locate(scope, PREFIX) == named("a/b")
@@ -218,7 +218,7 @@ targets = st.lists(segments, max_size=6).map(lambda parts: "/" + "/".join(parts)
     targets, st.sampled_from(["", "/api", "//evil.example", "/a b"]), st.sampled_from(["", PREFIX])
 )
 def test_a_redirect_stays_on_this_host_and_below_the_root_path(target, root_path, prefix):
-    """The Location is a path, never `//host`, and has no bytes that end a header line."""
+    """The Location is a path, never `//host`, and cannot end the header line."""
     found = locate(request(target, root_path), prefix)
     if found and found.redirect:
         parts = urlsplit(found.redirect)
@@ -232,7 +232,7 @@ def test_a_redirect_stays_on_this_host_and_below_the_root_path(target, root_path
 
 @given(st.lists(segments, max_size=4).map(lambda parts: "/".join(["/debug/pprof", *parts])))
 def test_a_redirect_leads_to_an_answer_under_the_same_name(target):
-    """Following it once is enough, and the name is the one that was asked for."""
+    """One redirect is enough, and leads to the requested name."""
     found = locate(request(target), PREFIX)
     if found and found.redirect:
         answered = locate(request(found.redirect), PREFIX)

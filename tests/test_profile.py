@@ -1,4 +1,4 @@
-"""The model: addresses that scrapers can rely on, and the rules every profile keeps."""
+"""The model: scrapers can rely on addresses, and each profile keeps the rules."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ PLACES = [
 
 
 def test_every_place_has_an_address_of_its_own():
-    """Name, file and line each make a difference."""
+    """The address depends on name, file and line."""
     assert len({place.address for place in PLACES}) == len(PLACES)
 
 
@@ -44,14 +44,14 @@ def test_fields_do_not_run_into_one_another():
 
 
 def test_addresses_are_positive_numbers_of_63_bits():
-    """Zero means no address, and some readers keep addresses in signed numbers."""
+    """Readers take 0 for no address, and some keep addresses in signed numbers."""
     addresses = [place.address for place in PLACES]
     assert all(0 < address < 2**63 for address in addresses)
-    assert max(addresses) > 2**61  # and most of the bits are used
+    assert max(addresses) > 2**61  # most of the bits are used
 
 
 def test_another_process_gives_the_same_addresses():
-    """Workers and restarts agree, whatever their hash seed."""
+    """All workers agree, also after a restart, and whatever their hash seed is."""
     place = Location(Function("shop.Cart.total", "/srv/shop.py", 7), 9)
     program = (
         "from asgi_pprof.profile import Function, Location;"
@@ -78,13 +78,13 @@ def test_the_name_of_the_main_module_makes_no_difference():
 
 
 def test_the_start_line_makes_no_difference_to_the_address():
-    """What heap and CPU profiles know of a function differs in its start only."""
+    """Heap and CPU profiles may know different start lines of a function."""
     first, second = (Location(Function("f", "/srv/shop.py", start), 5) for start in (0, 4))
     assert first.address == second.address
 
 
 def test_a_place_that_is_no_code_stands_in_angle_brackets():
-    """A pseudo location has a name and nothing else, and an address all the same."""
+    """A pseudo location has only a name, and still an address."""
     place = pseudo_location("unknown")
     assert place == Location(Function("<unknown>", "", 0), 0)
     assert place.address
@@ -123,7 +123,7 @@ def with_sample(**changes):
     ],
 )
 def test_a_profile_within_the_rules_is_valid(changes):
-    """Negative values, no samples at all, and labels that are numbers are fine."""
+    """Negative values, an empty list of samples and numeric labels are allowed."""
     check_valid(replace(VALID, **changes))
 
 
@@ -156,7 +156,7 @@ def test_a_profile_within_the_rules_is_valid(changes):
     ],
 )
 def test_a_broken_rule_is_named_with_the_sample_that_breaks_it(changes, message):
-    """Each rule has one message, and the message says where."""
+    """Each rule has its message, which names the sample."""
     with pytest.raises(InvalidProfile) as caught:
         check_valid(replace(VALID, **changes))
     assert str(caught.value) == message

@@ -27,7 +27,7 @@ HERE = __name__
 
 
 def names(stack):
-    """Return the functions of a stack, without this module's name."""
+    """Return the names of a stack's functions, without the name of this module."""
     return [location.function.name.removeprefix(f"{HERE}.") for location in stack]
 
 
@@ -61,7 +61,7 @@ def test_a_call_stack_is_leaf_first():
 
 
 def test_no_frame_has_no_stack():
-    """A thread that has just ended has none."""
+    """A thread that has just ended has no frame."""
     assert Symbols().stack(capture(None)) == ()
 
 
@@ -71,7 +71,7 @@ def recurse(depth, leaf):
 
 @pytest.mark.parametrize("extra", [0, 1, 200])
 def test_a_deep_call_stack_is_cut_at_its_root(extra):
-    """128 frames and a mark; exactly 128 need no mark."""
+    """The stack has 128 frames, and ends with TRUNCATED if there were more."""
 
     def frames_below(frame):
         return 1 + frames_below(frame.f_back) if frame else 0
@@ -88,7 +88,7 @@ def test_a_deep_call_stack_is_cut_at_its_root(extra):
 
 
 def test_a_cut_stack_says_so():
-    """In words, in angle brackets, as the name of the outermost function."""
+    """The outermost location says it, in angle brackets."""
     assert TRUNCATED.function.name == "<truncated: outer frames not recorded>"
 
 
@@ -96,7 +96,7 @@ def test_a_cut_stack_says_so():
 
 
 def test_names_are_qualified_by_module_and_class():
-    """As `__qualname__` has them."""
+    """Names are those of `__qualname__`."""
 
     class Cart:
         def total(self):
@@ -108,7 +108,7 @@ def test_names_are_qualified_by_module_and_class():
 
 
 def test_two_lambdas_on_a_line_keep_their_own_names():
-    """The line is the same, the function is not."""
+    """They share a line, but not a function."""
     stack = (lambda: (lambda: stack_here())())()
     prefix = "test_two_lambdas_on_a_line_keep_their_own_names.<locals>.<lambda>"
     assert names(stack)[:2] == [f"{prefix}.<locals>.<lambda>", prefix]
@@ -117,7 +117,7 @@ def test_two_lambdas_on_a_line_keep_their_own_names():
 
 
 def load(tmp_path, name, source):
-    """Import a module from a file of its own."""
+    """Write a module to a file and import it."""
     path = tmp_path / f"{name}.py"
     path.write_text(source)
     spec = importlib.util.spec_from_file_location(name, path)
@@ -129,7 +129,7 @@ def load(tmp_path, name, source):
 
 @pytest.fixture
 def twins(tmp_path, monkeypatch):
-    """Two modules of the same text in different files."""
+    """Return two modules with the same source in different files."""
     source = "def run(leaf):\n    return leaf()\n"
     modules = []
     for name in ("twin_a", "twin_b"):
@@ -140,7 +140,7 @@ def twins(tmp_path, monkeypatch):
 
 
 def test_equal_codes_in_different_files_get_their_own_names(twins):
-    """Equal code objects compare equal; a cache by equality would confuse them."""
+    """Equal code objects compare equal: a cache by equality would mix them up."""
     first, second = twins
     assert first.run.__code__ == second.run.__code__
     stack = first.run(lambda: second.run(lambda: stack_here()))
@@ -152,14 +152,14 @@ def test_equal_codes_in_different_files_get_their_own_names(twins):
 
 
 def test_code_of_no_loaded_module_has_its_bare_name():
-    """As from exec, or from a module that has been removed."""
+    """Code of exec and of removed modules has no module."""
     namespace = {"leaf": stack_here}
     exec(compile("def run():\n\n    return leaf()\n", "<made up>", "exec"), namespace)
     assert namespace["run"]()[0] == Location(Function("run", "<made up>", 1), 3)
 
 
 def test_a_module_that_loads_lazily_is_not_loaded(tmp_path, monkeypatch):
-    """Looking for names must not import what the application has put off."""
+    """Naming code must not load modules that the application loads lazily."""
     path = tmp_path / "put_off.py"
     path.write_text("raise AssertionError('loaded')\n")
     spec = importlib.util.spec_from_file_location("put_off", path)
@@ -173,14 +173,14 @@ def test_a_module_that_loads_lazily_is_not_loaded(tmp_path, monkeypatch):
 
 
 class Hostile:
-    """Something that stands in sys.modules and hates to be looked at."""
+    """An entry of sys.modules that raises on attribute access."""
 
     def __getattribute__(self, name):
         raise AssertionError(name)
 
 
 def test_odd_things_in_sys_modules_are_passed_over(monkeypatch):
-    """None, objects that are no modules, and modules whose `__file__` is no string."""
+    """They are None, objects that are not modules, and modules whose `__file__` is not a string."""
     odd = types.ModuleType("odd")
     odd.__file__ = None
     for name, module in {"odd": odd, "hostile": Hostile(), "nothing": None}.items():
@@ -190,7 +190,7 @@ def test_odd_things_in_sys_modules_are_passed_over(monkeypatch):
 
 
 def test_a_captured_stack_shows_the_lines_of_its_moment():
-    """It is named later, when the frame has moved on."""
+    """The lines are those of the capture, although the frame has moved on when they are named."""
     first = capture(sys._getframe())
     second = capture(sys._getframe())
     symbols = Symbols()
@@ -203,7 +203,7 @@ def test_a_captured_stack_shows_the_lines_of_its_moment():
 
 @types.coroutine
 def suspend():
-    """Wait until somebody sends something."""
+    """Wait until a value is sent."""
     yield
 
 
@@ -212,7 +212,7 @@ def chain_of(awaitable, symbols):
 
 
 def suspended_stack(coroutine):
-    """Return the await stack of a coroutine that has run until it waits."""
+    """Run a coroutine until it waits, and return its await stack."""
     coroutine.send(None)
     try:
         return chain_of(coroutine, Symbols())
@@ -233,7 +233,7 @@ async def wait_root():
 
 
 def test_a_chain_of_coroutines_is_leaf_first():
-    """Down to the generator that waits, each at the line of its await."""
+    """The chain ends at the generator that waits; each coroutine is at the line of its await."""
     stack = suspended_stack(wait_root())
     assert names(stack) == ["suspend", "wait_leaf", "wait_middle", "wait_root"]
     for place in stack[1:]:
@@ -242,12 +242,12 @@ def test_a_chain_of_coroutines_is_leaf_first():
 
 @pytest.mark.parametrize("waitable", [None, 7, "text", object()])
 def test_what_has_no_frames_has_no_stack(waitable):
-    """Such as a future of an extension module."""
+    """Futures of extension modules have no frames."""
     assert chain_of(waitable, Symbols()) == ()
 
 
 def test_a_coroutine_that_has_not_begun_is_at_its_first_line():
-    """A task that was created and has not run yet."""
+    """A new task has such a coroutine."""
     coroutine = wait_root()
     try:
         (place,) = chain_of(coroutine, Symbols())
@@ -265,7 +265,7 @@ def test_a_coroutine_that_has_ended_has_no_stack():
 
 
 def test_generators_made_awaitable_are_followed():
-    """types.coroutine, with `yield from` between them."""
+    """They are made by types.coroutine and connected by `yield from`."""
 
     @types.coroutine
     def relay():
@@ -343,14 +343,14 @@ class OwnAwait:
 
 
 class GeneratorAwait:
-    """Has a generator for its `__await__`."""
+    """Its `__await__` is a generator."""
 
     def __await__(self):
         yield from suspend()
 
 
 class IteratorAwait:
-    """Has an iterator of its own, whose insides nobody can see."""
+    """Its `__await__` returns an iterator that cannot be inspected."""
 
     def __await__(self):
         return iter([None])
@@ -404,25 +404,25 @@ INLINED = sys.version_info >= (3, 12)  # PEP 709: comprehensions have no frame
     ],
 )
 def test_the_way_to_the_leaf_goes_through_all_that_can_be_awaited(root, between):
-    """Async generators, their asend() and anext(), comprehensions, objects with `__await__`."""
+    """These are async generators, asend() and anext(), comprehensions, objects with `__await__`."""
     stack = names(suspended_stack(root()))
     assert stack == ["suspend", "wait_leaf", *between, root.__name__]
 
 
 def test_a_generator_that_is_an_objects_await_is_followed():
-    """It is part of the chain like any other."""
+    """The generator is part of the chain."""
     stack = names(suspended_stack(await_object_with_generator()))
     assert stack == ["suspend", "GeneratorAwait.__await__", "await_object_with_generator"]
 
 
 def test_a_chain_ends_at_an_iterator_that_tells_nothing():
-    """Which is named after its class: where it waits only itself knows."""
+    """The iterator's location has the name of its class."""
     stack = suspended_stack(await_object_with_iterator())
     assert names(stack) == ["<builtins.list_iterator>", "await_object_with_iterator"]
 
 
 def test_a_task_that_waits_for_a_future_ends_at_its_innermost_coroutine():
-    """The way asyncio's tasks look."""
+    """This is how asyncio's tasks wait."""
 
     async def main():
         future = asyncio.get_running_loop().create_future()
@@ -450,7 +450,7 @@ async def dive(depth):
 
 
 def with_room_for_frames(function, frames):
-    """Run a function on a thread whose stack has room for that many frames."""
+    """Run a function on a thread whose C stack has room for that many frames."""
     outcome = []
 
     def run():
@@ -475,7 +475,7 @@ def with_room_for_frames(function, frames):
 
 @pytest.mark.parametrize("depth", [MAX_DEPTH - 3, MAX_DEPTH - 2, 10_000])
 def test_a_deep_chain_of_awaits_is_cut_at_its_root(depth):
-    """The 128 places nearest to the leaf stay, and a mark where there were more."""
+    """The 128 locations nearest to the leaf stay, before TRUNCATED if there were more."""
     for _ in range(50):
         suspended_stack(dive(20))  # awaits that have run some times need no C stack
     stack = with_room_for_frames(lambda: suspended_stack(dive(depth)), 10_000)
@@ -486,7 +486,7 @@ def test_a_deep_chain_of_awaits_is_cut_at_its_root(depth):
 
 
 def test_a_chain_that_bites_its_tail_ends():
-    """Such a chain cannot be awaited, but it can be made, and must not hang the process."""
+    """A cyclic chain cannot be awaited, but it can be made, and must not hang the process."""
 
     class Endless:
         pass
@@ -519,7 +519,7 @@ def test_a_counter_adds_up_by_stack_labels_and_leaf():
 
 
 def test_a_counter_is_bounded_and_loses_nothing():
-    """Further stacks are added up together, known ones still on their own."""
+    """New stacks beyond the limit share a total; known stacks keep their own."""
     counter = StackCounter(pseudo_location("other stacks"), max_stacks=2)
     for lasti in (2, 4, 6, 8, 2):
         counter.add(here(lasti), (1, 10))

@@ -1,9 +1,9 @@
 """
-The CPU profile's shares against the truth.
+Compares shares in the CPU profile with the true ones.
 
-Shares are of all named functions together, so neither the edges of the
-measurement nor the server's own work blurs them; how much is outside them is
-told apart. See tests/bench/work.py for where the truth comes from.
+Shares are of all named functions together, so neither the ends of the measurement nor
+the server's own work affect them; the CPU time outside them is given separately.
+tests/bench/work.py tells how the truth is measured.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from tests.decode import decode
 from tests.servers import ServerProcess, serve_process
 
 CALIBRATION_S = 1.5
-PROFILE_S = 5  # of one profile; as many as it takes, so that a busy machine needs longer
+PROFILE_S = 5  # for each profile; on a busy machine more profiles are needed
 _PREFIX = "tests.bench.work."
 _BURNER = _PREFIX + "_burn"
-# Where the main thread's stacks begin, and so the loop's.
+# The root of the main thread's stacks, and so of the loop's.
 _MAIN = "_run_module_as_main"
 
 
 class Share(NamedTuple):
-    """A part of the CPU time, from 0 to 1: as it is, and as the profile has it."""
+    """A true share of the CPU time and the profile's estimate of it, from 0 to 1."""
 
     name: str
     truth: float
@@ -47,12 +47,12 @@ class Accuracy:
     One comparison.
 
     Args:
-        samples: How many samples the named functions have.
-        clocked: Each function's share of all named functions' CPU time, by
+        samples: The number of samples of named functions.
+        clocked: Each function's share of the CPU time of all named functions, by
             thread clocks read around its calls.
-        counted: The same, by calls counted x calibrated cost.
-        others: Shares of the process's whole CPU time: what is in no named
-            function, and what belongs to other threads than the loop's.
+        counted: The same, by number of calls x calibrated cost.
+        others: Shares of the process's whole CPU time: that in no named function,
+            and that of threads other than the loop's.
         comments: The profile's.
     """
 
@@ -64,17 +64,17 @@ class Accuracy:
 
 
 def worst_error(shares: Sequence[Share]) -> float:
-    """Return the largest difference of an estimate from the truth, from 0 to 1."""
+    """Return the largest difference between estimate and truth, from 0 to 1."""
     return max(abs(share.error) for share in shares)
 
 
 def standard_error(share: float, samples: int) -> float:
-    """Return that of a perfect sampler, from 0 to 1."""
+    """Return the standard error of a perfect sampler, from 0 to 1."""
     return math.sqrt(share * (1 - share) / samples) if samples else math.nan
 
 
 def mean_of(runs: Sequence[Accuracy]) -> Accuracy:
-    """Return the mean of some runs' shares, with the samples of all and the last one's comments."""
+    """Return the mean shares of several runs, their samples and the last one's comments."""
 
     def mean(shares: Sequence[tuple[Share, ...]]) -> tuple[Share, ...]:
         return tuple(
@@ -104,12 +104,12 @@ def measure(
 
     Args:
         endpoint: "loop" for an async endpoint, "thread" for a `def` one.
-        samples: How many to take at least, the burner's not counted.
+        samples: The minimum number of samples, without the burner's.
         loop: "asyncio" or "uvloop".
-        burner: Whether a thread burns CPU beside it, which takes three quarters of it.
-        hz: Samples a second of CPU time. Of periods below the kernel's tick
-            (often 4 ms) several end at once: that makes no independent samples.
-        env: The service's environment, beyond this process's.
+        burner: Whether another thread burns CPU, which takes three quarters of it.
+        hz: Samples per second of CPU time. Periods shorter than the kernel's tick
+            (often 4 ms) end several at a time, and such samples are not independent.
+        env: The service's environment, in addition to this process's.
     """
     with serve_process("tests.bench.work:app", loop, env=env) as server:
         cost_before = _ask(server, f"calibrate?seconds={CALIBRATION_S}")
@@ -142,7 +142,7 @@ def _compare(clocked, counted, before, after, profiles) -> Accuracy:
         if _MAIN in stack[-1][0]:
             loop_ns += cpu_ns
         for name in estimated:
-            # At most one is in a stack: none of them calls another.
+            # None of the functions calls another, so a stack has at most one of them.
             if _PREFIX + name in functions:
                 estimated[name] += cpu_ns
                 number += count
@@ -186,7 +186,7 @@ def _grown(after, before, endpoint: str, what: str, name: str) -> int:
 
 
 async def _profile_under_load(server: ServerProcess, path: str, samples: int, hz: int):
-    """Return the truth before and after some profiles, one after the other, and these."""
+    """Return the truth before and after several profiles, and the profiles."""
 
     async def profile():
         profiles, taken = [], 0

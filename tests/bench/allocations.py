@@ -1,8 +1,8 @@
 """
-What the heap sampler costs code that does nothing but allocate.
+The cost of the heap sampler for code that does nothing but allocate.
 
-In one process the sampler is switched on and off in turns of 10 ms of CPU time,
-in the order off, on, on, off: what slows the machine down slows both.
+The sampler is switched on and off in one process, in turns of 10 ms of CPU time, in
+the order off, on, on, off, so that a slower machine slows both.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Point:
 
 def integers() -> object:
     last = 0
-    for number in range(300, 10_000):  # each made by the loop, and freed by its next turn
+    for number in range(300, 10_000):  # created and freed by each iteration
         last = number
     return last
 
@@ -96,7 +96,7 @@ KINDS: tuple[Callable[[], object], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Slowdown:
-    """One kind: microseconds a call without the sampler, and the ratios of all pairs of turns."""
+    """For one kind, microseconds per call without the sampler, and the ratios of the pairs."""
 
     kind: str
     off_us: float
@@ -104,11 +104,11 @@ class Slowdown:
 
 
 def measure_slowdown(kind: Callable[[], object], rounds: int) -> Slowdown:
-    """Return what the sampler makes of a kind's CPU time, in two pairs of turns a round."""
+    """Return how the sampler slows a kind down, from two pairs of turns per round."""
     calls = _calls_in(kind, TURN_S)
     ratios, least = [], float("inf")
     gc.collect()
-    gc.disable()  # its collections fall now into this turn, now into that
+    gc.disable()  # collections would fall into some of the turns only
     try:
         for _ in range(rounds):
             first_off, first_on = _turn(kind, calls, False), _turn(kind, calls, True)
@@ -132,7 +132,7 @@ def _turn(kind: Callable[[], object], calls: int, sampled: bool) -> float:
     if sampled:
         heap_sampler.enable(DEFAULT_RATE)
     try:
-        for _ in range(max(1, calls // 20)):  # whose stacks are new
+        for _ in range(max(1, calls // 20)):  # so that the stacks are no longer new
             kind()
         start = time.thread_time()
         for _ in range(calls):

@@ -1,9 +1,9 @@
 """
-The service whose CPU time per request is measured: one application in several dresses.
+The service whose CPU time per request is measured, in several variants.
 
-Each process can put on any of them, one at a time. Two processes of the same
-program differ by some per cent for as long as they live (where their memory
-happens to lie), so dresses are compared by changing them, not by processes.
+Each process can switch to any variant. Two processes of the same program differ by
+some per cent as long as they live (by the layout of their memory), so variants are
+compared within the same processes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ async def show_item(item_id: int, detail: bool = False) -> dict[str, object]:
     return {"id": item_id, "name": f"item {item_id}", "detail": detail, "tags": ["a", "b"]}
 
 
-@service.get("/dress/{name}")
-async def dress(name: str) -> None:
-    """Change into "bare", "without_heap" or "default"."""
+@service.get("/variant/{name}")
+async def variant(name: str) -> None:
+    """Switch to "bare", "without_heap" or "default"."""
     app.inner = service
-    gc.collect()  # a middleware that is dropped puts everything back
+    gc.collect()  # a middleware that is collected restores everything
     if name == "without_heap":
         app.inner = PprofMiddleware(service, memory_profile_rate=0)
     elif name == "default":
@@ -38,15 +38,15 @@ async def dress(name: str) -> None:
 
 @service.get("/cpu")
 async def cpu_time_ns() -> int:
-    # Of all threads; getrusage and ps know it to 10 ms only.
+    # Of all threads; getrusage and ps have a resolution of 10 ms only.
     return time.process_time_ns()
 
 
-class Wardrobe:
+class Variants:
     inner: ASGIApp = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.inner(scope, receive, send)
 
 
-app = Wardrobe()
+app = Variants()

@@ -1,10 +1,10 @@
 """
-The heap profile against the truth: functions that hold as much as they say.
+Compares the heap profile with functions that know how much they hold.
 
-Each holder returns what it made, which keeps that alive, and how many bytes it
-holds and has asked for. A profile is a sample, so one is off by chance: with
-blocks smaller than the rate by about sqrt(rate / bytes) of its bytes, 9 % for
-64 MiB at the default rate. Means of samplers started anew come closer.
+Each holder returns its objects, which keeps them alive, and the number of bytes it
+holds and has allocated. A profile is a sample, so its numbers are wrong by chance: for
+blocks smaller than the rate by about sqrt(rate / bytes), which is 9 % for 64 MiB at
+the default rate. The mean over several starts of the sampler is closer.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Point:
 
 @dataclass(slots=True)
 class Held:
-    """Live bytes in fact; bytes asked for in all where that is known, else 0."""
+    """The true live bytes, and the bytes ever allocated if that is known, else 0."""
 
     what: object
     live: int
@@ -73,7 +73,7 @@ def list_by_append() -> Held:
 
 @cache
 def _asked_by_append(length: int) -> int:
-    # A look at each size makes integers: not in the function that is measured.
+    # Reading the sizes creates integers, so it must not happen in the measured function.
     numbers: list[None] = []
     empty = last = sys.getsizeof(numbers)
     asked = 0
@@ -81,13 +81,13 @@ def _asked_by_append(length: int) -> int:
         numbers.append(None)
         size = sys.getsizeof(numbers)
         if size != last:
-            asked += size - empty  # what is resized counts as allocated anew
+            asked += size - empty  # a resized block counts as a new allocation
             last = size
     return asked
 
 
 def dict_of_integers() -> Held:
-    integer = 32  # sizeof(PyLongObject) is what is asked for, though getsizeof says 28
+    integer = 32  # sizeof(PyLongObject) is allocated, although getsizeof returns 28
     known = dict.fromkeys(range(1000, 1000 + HELD // 64))
     return Held(known, sys.getsizeof(known) + len(known) * integer, 0)
 
@@ -126,7 +126,7 @@ HOLDERS: tuple[Callable[[], Held], ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """One snapshot's estimates of a holder's bytes, and the truth."""
+    """The estimates of a holder's bytes in one snapshot, and the truth."""
 
     live: int
     allocated: int
@@ -134,7 +134,7 @@ class Seen:
 
 
 def measure(holder: Callable[[], Held], rate: int = DEFAULT_RATE) -> Seen:
-    """Sample a holder with a sampler started for it, and return what a profile says of it."""
+    """Start the sampler, run a holder, and return the profile's estimates for it."""
     heap_sampler.enable(rate)
     try:
         held = holder()
@@ -151,7 +151,7 @@ def measure(holder: Callable[[], Held], rate: int = DEFAULT_RATE) -> Seen:
 
 
 def _function_here(stack: Stack) -> str:
-    """Return the innermost function of this module, a comprehension's being the one around it."""
+    """Return the innermost function of this module; of a comprehension, the one around it."""
     names = [place.function.name for place in stack]
     ours = (name.removeprefix(__name__ + ".") for name in names if name.startswith(__name__ + "."))
     return next(ours, "").partition(".")[0]
@@ -162,6 +162,6 @@ async def _snapshot():
 
 
 def mean_and_error(ratios: list[float]) -> tuple[float, float]:
-    """Return the mean and its standard error, NaN for one."""
+    """Return the mean and its standard error, which is NaN for a single ratio."""
     error = statistics.stdev(ratios) / math.sqrt(len(ratios)) if len(ratios) > 1 else math.nan
     return statistics.fmean(ratios), error

@@ -1,4 +1,4 @@
-"""A service that holds 2 GiB of small and large objects and watches its own loop."""
+"""A service that holds 2 GiB of small and large objects and measures gaps of its loop."""
 
 from __future__ import annotations
 
@@ -47,26 +47,26 @@ KINDS: tuple[Callable[[], object], ...] = (records, rows, documents, buffers)
 
 
 def _at_depth(depth: int, make: Callable[[], object]) -> object:
-    # Each depth is another stack.
+    # Each depth has a stack of its own.
     return _at_depth(depth - 1, make) if depth else make()
 
 
 @app.get("/hold/{mib}")
 def hold(mib: int) -> int:
-    """Keep so much more, a quarter of it of each kind, and return the live bytes of the process."""
+    """Allocate that much more, a quarter for each kind, and return the resident bytes."""
     for kind in KINDS:
         end, depth = _resident() + mib * _MIB // len(KINDS), 0
         while _resident() < end:
             depth = (depth + 1) % 40
             _kept.extend(_at_depth(depth, kind) for _ in range(20))
-    # The collector's own pauses over all this would hide what is looked for.
+    # Without it, the collector's pauses over these objects would hide the others.
     gc.freeze()
     return _resident()
 
 
 @app.get("/tick/{state}")
 async def tick(state: bool) -> None:
-    """Watch the loop from now on, or no longer."""
+    """Start or stop measuring gaps."""
     if state:
         _tickers.add(asyncio.create_task(_watch()))
     else:
@@ -77,7 +77,7 @@ async def tick(state: bool) -> None:
 
 @app.get("/gaps")
 async def gaps() -> Response:
-    """Return and forget (gap in ms, of it without a CPU in ms) of each tick."""
+    """Return and drop the pairs (gap, part of it without a CPU), in milliseconds."""
     found = json.dumps(_gaps)
     _gaps.clear()
     return Response(found)
@@ -91,7 +91,7 @@ async def _watch() -> None:
             start = time.perf_counter()
             await asyncio.sleep(TICK_S)
             gap = time.perf_counter() - start - TICK_S
-            # Reading gives the GIL away, and is no part of a gap.
+            # Reading releases the GIL, and is not part of a gap.
             before, waited = waited, int(os.pread(statistics, 100, 0).split()[1])
             _gaps.append((gap * 1e3, (waited - before) / 1e6))
     finally:

@@ -1,8 +1,8 @@
 """
-What the middleware's own code costs each request, in nanoseconds.
+The cost of the middleware's own code for each request, in nanoseconds.
 
-No server: the middleware is called around an application that does nothing,
-and the same application without it is subtracted.
+The middleware is called without a server, around an application that does nothing;
+the time of the same application without the middleware is subtracted.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ Call = Callable[[], Awaitable[None]]
 
 
 def measure_costs(rounds: int) -> list[tuple[str, float, float]]:
-    """Return (what, median, least) in nanoseconds for each piece of our code in a request's way."""
+    """Return name, median and minimum in nanoseconds for each part of a request's path."""
     return asyncio.run(_measure(rounds))
 
 
 def measure_sample(depth: int, seconds: float) -> SampleCost:
-    """Return what a CPU sample takes of a stack of so many calls and the few that it takes here."""
+    """Return the cost of a CPU sample of a stack with that many calls, and a few of its own."""
 
     async def profile_ourselves() -> SampleCost:
         collecting = asyncio.create_task(
@@ -67,7 +67,7 @@ async def _measure(rounds: int) -> list[tuple[str, float, float]]:
     for name, (with_it, without) in calls.items():
         differences = [await _time(with_it) - await _time(without) for _ in range(rounds)]
         costs.append((name, statistics.median(differences), min(differences)))
-    # The end of an application's life: everything is put back.
+    # The application's shutdown restores everything.
     await middleware({"type": "lifespan"}, _receive, _send)
     return costs
 

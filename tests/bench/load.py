@@ -1,4 +1,4 @@
-"""A client that asks and asks: HTTP/1.1 with keep-alive, just enough of it."""
+"""A client that repeats requests, with just enough of HTTP/1.1 and keep-alive."""
 
 from __future__ import annotations
 
@@ -12,20 +12,17 @@ _Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
 class Client:
-    """A few connections to a service on this machine, on each one request after the other."""
+    """A few connections to a service on this machine, each with one request at a time."""
 
     def __init__(self, connections: list[_Connection]) -> None:
         self._connections = connections
 
     async def visit(self, path: str, more: Callable[[], bool]) -> int:
         """
-        Request a path as long as `more`, asked before each request, says so.
-
-        Returns:
-            The number of requests.
+        Request a path while `more()` is true; return the number of requests.
 
         Raises:
-            ValueError: An answer was not 200.
+            ValueError: The status of a response is not 200.
         """
         made = (_visit(connection, path, more) for connection in self._connections)
         return sum(await asyncio.gather(*made))
@@ -33,7 +30,7 @@ class Client:
 
 @asynccontextmanager
 async def connect(port: int) -> AsyncIterator[Client]:
-    """Give a client whose connections are closed at the end of the `with`."""
+    """Yield a client, and close its connections at the end of the `with`."""
     connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(CONNECTIONS)]
     try:
         yield Client(connections)
@@ -44,7 +41,7 @@ async def connect(port: int) -> AsyncIterator[Client]:
 
 
 def times(number: int) -> Callable[[], bool]:
-    """Return a `more` that says yes so many times."""
+    """Return a `more` that is true that many times."""
     left = iter(range(number))
     return lambda: next(left, None) is not None
 

@@ -1,13 +1,12 @@
 """
-CPU time per request, as a ratio to the same application without something.
+The ratio of the CPU times per request of two variants of an application.
 
-The server's own CPU clock is read, not the wall: what the client uses, and
-what other processes take away, does not count. Two servers take short turns,
-so what slows the machine down (a neighbour on the same core, the clock rate)
-slows both: turns of a second differed by 10 % on a shared machine, and their
-ratios with them. After each round they change roles, and two rounds make one
-ratio, their geometric mean: two processes of the same program differ by some
-per cent for as long as they live.
+The servers' CPU clocks are read, so the client and other processes do not count. Two
+servers are asked in short turns, so that a slower machine (by a neighbour on the same
+core, or the clock rate) slows both: with turns of a second, times differed by 10 % on
+a shared machine, and so did the ratios. After each round the servers exchange roles,
+and the ratio is the geometric mean of two rounds: two processes of the same program
+differ by some per cent as long as they live.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ APP = "tests.bench.apps:app"
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """CPU time per request in microseconds, without something and with it, of two rounds."""
+    """CPU time per request of the two variants, in microseconds, from two rounds."""
 
     without_us: float
     with_us: float
@@ -46,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class SampleCost:
-    """What the signal handler took, as it says itself, and the mean depth of the stacks."""
+    """The time the sampler measured of itself, and the mean depth of the stacks."""
 
     engine: str
     samples: int
@@ -55,7 +54,7 @@ class SampleCost:
 
 
 def compare(without: str, with_it: str, rounds: int, loop: str) -> list[Pair]:
-    """Compare two dresses of tests/bench/apps.py while nobody takes a profile."""
+    """Compare two variants of tests/bench/apps.py while no profile is recorded."""
 
     async def one_round(take_turns: TakeTurns, _: ServerProcess) -> tuple[float, float]:
         return await take_turns(times(TURNS))
@@ -65,10 +64,10 @@ def compare(without: str, with_it: str, rounds: int, loop: str) -> list[Pair]:
 
 def compare_profiling(rounds: int, seconds: int, loop: str) -> list[Pair]:
     """
-    Compare the middleware during a CPU profile, encoding included, with itself at rest.
+    Compare the middleware during a CPU profile and its encoding with that at rest.
 
-    It works for half of that time only, so what a profile costs by the second
-    and not by the sample is counted twice.
+    The server works during half of that time only, so the costs of a profile per
+    second, unlike those per sample, are counted twice.
     """
 
     async def one_round(take_turns: TakeTurns, profiled: ServerProcess) -> tuple[float, float]:
@@ -83,22 +82,22 @@ def compare_profiling(rounds: int, seconds: int, loop: str) -> list[Pair]:
 
 
 def measure_sample(seconds: int, loop: str) -> SampleCost:
-    """Take a CPU profile under load, and return what a sample took."""
+    """Record a CPU profile under load, and return the cost of a sample."""
     with serve_process(APP, loop) as server:
-        server.visit("/dress/default")
+        server.visit("/variant/default")
         profile = decode(asyncio.run(_profile_under_load(server, seconds)))
     return sample_cost(profile)
 
 
 def sample_cost(profile) -> SampleCost:
-    """Return what a sample took as the profile's comments say, and the mean depth."""
+    """Return the cost of a sample from the profile's comments, and the mean depth."""
     comments = "\n".join(profile["comments"])
     engine = re.search(r"engine: (\w+)", comments)
     said = re.search(r"sampler: (\d+) samples took ([\d.]+) ms", comments)
     assert engine, comments
     assert said, comments
     samples, milliseconds = int(said[1]), float(said[2])
-    # Pseudo-frames stand alone.
+    # A stack of one location is a pseudo-frame.
     stacks = [(len(stack), values[0]) for stack, values, _ in profile["samples"] if len(stack) > 1]
     depth = sum(size * count for size, count in stacks) / sum(count for _, count in stacks)
     return SampleCost(engine[1], samples, depth, milliseconds * 1000 / samples)
@@ -122,11 +121,11 @@ async def _compare(
                 await each.visit(PATH, times(WARM_UP))
             for number in range(rounds):
                 halves = []
-                for plain, dressed in ((one, other), (other, one)):
-                    plain.visit(f"/dress/{without}")
-                    dressed.visit(f"/dress/{with_it}")
-                    take_turns = partial(_take_turns, (plain, dressed), clients)
-                    halves.append(await one_round(take_turns, dressed))
+                for plain, profiled in ((one, other), (other, one)):
+                    plain.visit(f"/variant/{without}")
+                    profiled.visit(f"/variant/{with_it}")
+                    take_turns = partial(_take_turns, (plain, profiled), clients)
+                    halves.append(await one_round(take_turns, profiled))
                 pairs.append(Pair(*map(geometric_mean, zip(*halves, strict=True))))
                 progress(f"round {number + 1} of {rounds}: {pairs[-1].ratio:.3f}")
     return pairs

@@ -1,9 +1,9 @@
 """
-How long the event loop stands still while heap profiles of 2 GiB are served.
+How long the event loop is blocked while heap profiles of 2 GiB are served.
 
-A task of the service sleeps 1 ms again and again and notes how much longer it
-took. Seconds with and without requests for profiles take turns. What the
-thread waited for a CPU is told apart: that is the machine's, not ours.
+A task of the service sleeps 1 ms again and again, and records how much longer that
+took. Seconds with and without requests for profiles alternate. The time that the
+thread waited for a CPU is given separately, because the machine causes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TURN_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Gaps:
-    """Gaps of the loop in milliseconds, sorted: as they were, and less the wait for a CPU."""
+    """Sorted gaps of the loop in milliseconds, with and without the waits for a CPU."""
 
     what: str
     seconds: float
@@ -31,7 +31,7 @@ class Gaps:
 
 
 def measure(turns: int, loop: str, mib: int = MIB) -> list[Gaps]:
-    """Return the gaps without requests, and with those for each form of the profile."""
+    """Return the gaps without requests, and with requests for each form of the profile."""
     queries = ("", "heap", "heap?debug=1", "allocs")
     found: dict[str, list[tuple[float, float]]] = {query: [] for query in queries}
     requests = dict.fromkeys(queries, 0)
@@ -42,7 +42,7 @@ def measure(turns: int, loop: str, mib: int = MIB) -> list[Gaps]:
             for query in queries:
                 server.visit("/gaps")
                 requests[query] += _ask_for_a_while(server, query)
-                # The first is that of asking for them.
+                # The first gap is from the request for the gaps.
                 found[query] += json.loads(server.visit("/gaps").body)[1:]
         server.visit("/tick/false")
     return [

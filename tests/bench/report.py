@@ -1,4 +1,4 @@
-"""Markdown tables, and where their numbers come from."""
+"""Markdown tables, and the conditions of their measurement."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def conditions(options: Sequence[str]) -> str:
 
 
 def table(headings: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return a table; all columns but the first are numbers."""
+    """Return a table in which all columns but the first are numbers."""
     lines = [headings, ["---"] + ["---:"] * (len(headings) - 1), *rows]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
@@ -39,12 +39,12 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def say(*lines: str) -> None:
-    """Print, and at once, so that a long run can be followed."""
+    """Print without buffering, so that a long run can be followed."""
     print(*lines, sep="\n", flush=True)
 
 
 def progress(text: str) -> None:
-    """Tell the person who waits, not the file the tables go to."""
+    """Print to the terminal, not to the file with the tables."""
     print(text, file=sys.stderr, flush=True)
 
 

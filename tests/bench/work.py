@@ -1,11 +1,11 @@
 """
-A service that knows where its CPU time goes, to hold a profile against.
+A service that measures its own CPU time, to compare a profile with.
 
-Each request calls each function of known cost some times. The truth is known
-in two ways: the CPU clock of the thread read before and after these calls, and
-calls counted times the cost of a call, measured while nothing else runs. The
-second needs no clock in the profile's way, but knows nothing of what threads
-cost each other (caches, handing over the GIL).
+Each request calls each of some functions several times. The true CPU time of a
+function is known in two ways: by the thread's CPU clock, read before and after the
+calls, and as the number of calls times the cost of one, measured while nothing else
+runs. The second way puts no clock in the profile's way, but misses what threads cost
+one another (caches, handing over the GIL).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ app.add_middleware(PprofMiddleware)
 
 TEXTS = [f"{7919 * number % 1000:03} text" for number in range(500)]
 DOCUMENT = {f"key {number}": [number, str(number), number / 7] for number in range(60)}
-# Hashing gives the GIL away. Runs of 0.1 ms between two waits for it, as blocks of 128 KiB
-# make them, are seen too seldom: they are over before the kernel's tick starts again.
+# Hashing releases the GIL. With blocks of 128 KiB it runs for 0.1 ms between two waits for
+# the GIL. Such runs are sampled too seldom: they end before the kernel's tick starts again.
 BLOCK = bytes(range(256)) * 1792
 LOG = " ".join(f"10.0.{number}.7 - GET /items/{number} {number * 37}" for number in range(100))
 LINE = re.compile(r"(\d+)\.(\d+)\.(\d+)\.(\d+) - (GET|POST) (/[a-z]+)/(\d+)")
@@ -91,7 +91,7 @@ def pydantic() -> str:
     return Order.model_validate(ORDER).model_dump_json()
 
 
-# How often a request calls each: about as much of its time is for each of them.
+# The calls in a request: each function takes about the same part of its time.
 CALLS: dict[Callable[[], object], int] = {
     loop_a: 1,
     loop_b: 3,
@@ -113,12 +113,12 @@ class Truth:
 
     def work(self) -> None:
         """
-        Do a request's work, in any order.
+        Do a request's work, in random order.
 
-        Always in the same order, each function begins at the same distance from
-        where threads hand over the GIL (5 ms) and so, with several threads, from
-        the kernel's ticks (4 ms), on which CPU timers are looked at: measured up
-        to 3 points off for a `def` endpoint. Requests of a real service differ.
+        In a fixed order, each function would start at the same distance from where
+        threads hand over the GIL (5 ms) and so, with several threads, from the kernel's
+        ticks (4 ms), which are when CPU timers expire. Shares of a `def` endpoint were
+        then up to 3 points wrong. Requests of a real service differ.
         """
         for function, number in random.sample(list(CALLS.items()), len(CALLS)):
             start = time.thread_time_ns()
@@ -172,7 +172,7 @@ async def truth() -> dict[str, object]:
 
 @app.get("/calibrate")
 async def calibrate(seconds: float) -> dict[str, float]:
-    """Return what a call costs while nothing else runs, in the order and numbers of a request."""
+    """Return the cost of a call while nothing else runs, with the calls of a request."""
     quiet, end = Truth(), time.monotonic() + seconds
     while time.monotonic() < end:
         quiet.work()

@@ -1,4 +1,4 @@
-"""Profiles of the application's own, as Go's NewProfile."""
+"""Profiles that the application keeps, as with Go's NewProfile."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_skipping_everything_leaves_a_place_to_stand(profile):
 
 
 def test_a_value_cannot_be_added_twice(profile):
-    """As Go panics; removing it makes room, removing it twice does nothing."""
+    """Go panics. A removed value can be added again; removing it twice does nothing."""
     profile.add("value")
     with pytest.raises(ValueError, match="has this str already"):
         profile.add("value")
@@ -69,20 +69,20 @@ def test_a_value_cannot_be_added_twice(profile):
     ["", "a b", "a\nb", 'a"b', "/a", "a/", "a?b", "a#b", "a//b", "a/../b", ".", "\x7f", "\udcff"],
 )
 def test_what_is_no_name_is_refused(name):
-    """It would break the URL, the header or the text."""
+    """Such a name would break the URL, the header or the text."""
     with pytest.raises(ValueError, match="cannot name a profile"):
         Profile(name)
 
 
 @pytest.mark.parametrize("name", ["heap", "profile", "symbol", "trace", "example.com/test"])
 def test_a_name_that_is_taken_is_refused(profile, name):
-    """Built-in ones, those to come, and the application's own."""
+    """Built-in, reserved and registered names are taken."""
     with pytest.raises(ValueError, match="exists already"):
         Profile(name)
 
 
 def test_close_frees_the_name():
-    """And forgets the values."""
+    """close() also drops the values."""
     first = Profile("example.com/again")
     first.add("value")
     first.close()
@@ -95,7 +95,7 @@ def test_close_frees_the_name():
 
 
 def test_many_threads_add_and_remove(profile):
-    """Nothing is lost when they overlap."""
+    """Concurrent calls lose nothing."""
 
     def add_and_remove(start):
         for value in range(start, start + 200):

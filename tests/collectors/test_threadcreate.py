@@ -1,4 +1,4 @@
-"""threadcreate: every start is counted by its stack."""
+"""threadcreate: starts of threads are counted by stack."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def totals_of(starts):
 
 
 def test_threads_count_by_the_stack_that_started_them():
-    """Two from one line are one stack with 2; those from before are not among them."""
+    """Two starts on one line are one stack; earlier threads are under the unknown stack."""
     starts = ThreadStarts()
     original = threading.Thread.start
     starts.enable()
@@ -36,7 +36,7 @@ def test_threads_count_by_the_stack_that_started_them():
 
 
 def test_counts_are_kept_when_switched_off_and_on():
-    """Cumulative numbers never fall; threads between do not count."""
+    """Counts never fall; threads started while it is off are not counted."""
     starts = ThreadStarts()
     for _ in range(2):
         starts.enable()
@@ -52,7 +52,7 @@ def test_counts_are_kept_when_switched_off_and_on():
 
 
 def test_too_many_different_stacks_count_as_unknown():
-    """Memory is bounded, and no thread is lost from the sum."""
+    """Memory is bounded, and the sum includes all threads."""
     starts = ThreadStarts(StackCounter(UNKNOWN, max_stacks=1))
     starts.enable()
     before = starts.count()

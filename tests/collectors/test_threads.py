@@ -1,4 +1,4 @@
-"""thread: every thread there is, and what is known of it."""
+"""thread: the stack and the labels of each thread."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def names(stack):
 
 
 def test_every_thread_has_a_sample_with_its_name():
-    """Also one that was started past `threading`."""
+    """Threads started without `threading` have one too."""
     ready, finish, raw_ready = threading.Event(), threading.Event(), threading.Event()
     thread = threading.Thread(target=wait_in_here, args=(ready, finish), name="waiter")
     thread.start()
@@ -52,7 +52,7 @@ def test_every_thread_has_a_sample_with_its_name():
 
 @pytest.mark.parametrize("other_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
 def test_a_thread_that_runs_a_loop_says_which_and_its_task(other_loop):
-    """Between two tasks only the loop; a daemon is told apart."""
+    """The labels give the loop, the task and whether the thread is a daemon."""
     ready, finish = threading.Event(), threading.Event()
 
     async def hold():

@@ -1,4 +1,4 @@
-"""Which heap engine serves, and what it says about it."""
+"""Which heap engine is used, and what the notes and comments say."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def comments(collector):
 
 @needs_native
 def test_while_memory_is_sampled_the_native_engine_serves(collector):
-    """Also when tracemalloc has come on later."""
+    """Tracing that starts later does not change that."""
     heap_sampler.enable(1)
     try:
         assert collector.note() == "engine: native"
@@ -43,7 +43,7 @@ def test_while_memory_is_sampled_the_native_engine_serves(collector):
 
 
 def test_while_memory_is_traced_the_other_one_serves(collector):
-    """The native one is not put on top of it."""
+    """The native engine is not started on top of tracemalloc."""
     with heap_tracing.on():
         heap_sampler.enable(1)
         try:
@@ -55,7 +55,7 @@ def test_while_memory_is_traced_the_other_one_serves(collector):
 
 
 def test_while_neither_is_on_that_is_said(collector):
-    """No samples, and the way to have some."""
+    """There are no samples, and the note says how to get some."""
     profile = asyncio.run(collector.snapshot())()
     assert profile.samples == ()
     assert collector.count() == 0
@@ -65,7 +65,7 @@ def test_while_neither_is_on_that_is_said(collector):
 
 @pytest.mark.skipif(bool(native), reason="needs to be without the C core")
 def test_without_the_c_core_the_note_says_why(collector):
-    """Whatever the rate."""
+    """The reason does not depend on the rate."""
     heap_sampler.enable(1)
     try:
         assert f"no native engine: {reason}" in collector.note()
@@ -76,7 +76,7 @@ def test_without_the_c_core_the_note_says_why(collector):
 
 
 def test_a_window_traces_where_nothing_samples(collector):
-    """And stops at its end."""
+    """Tracing stops at the end of the window."""
     with collector.window():
         assert tracemalloc.is_tracing()
     assert not tracemalloc.is_tracing()
@@ -84,7 +84,7 @@ def test_a_window_traces_where_nothing_samples(collector):
 
 @needs_native
 def test_a_window_does_not_trace_where_something_samples(collector):
-    """What is there anyhow is enough."""
+    """The samples of the native engine are enough."""
     heap_sampler.enable(1)
     try:
         with collector.window():
@@ -95,13 +95,13 @@ def test_a_window_does_not_trace_where_something_samples(collector):
 
 @pytest.mark.parametrize("engine", ["native", "", "TRACEMALLOC", 1])
 def test_only_tracemalloc_can_be_asked_for(engine):
-    """Else sampling is what there is; the message has what came."""
+    """The message repeats the value."""
     with pytest.raises(ValueError, match=f'heap is None or "tracemalloc", not {engine!r}'):
         Recording(engine, 1)
 
 
 def test_tracemalloc_that_is_asked_for_is_used_though_sampling_could_be():
-    """The whole time, and no sampler beside it."""
+    """Tracing is on all the time, and the sampler never."""
     switches = Recording("tracemalloc", 1)
     switches.on()
     try:

@@ -1,4 +1,4 @@
-"""runtime.MemStats: every field of Go's, and the pauses of the garbage collector."""
+"""runtime.MemStats: all fields of Go's, and the pauses of the garbage collector."""
 
 import gc
 import re
@@ -30,7 +30,7 @@ def trailer(text):
 
 
 def values(**changes):
-    """Return numbers that are all different, so that none can stand in for another."""
+    """Return fields with different numbers, so that none can be mistaken for another."""
     numbers = {name: 1_000 + index for index, name in enumerate(read_mem_stats())}
     numbers |= {"PauseNs": tuple(range(256)), "PauseEnd": tuple(range(256, 512)), "BySize": ()}
     return {**numbers, "GCCPUFraction": 0.25, "DebugGC": False, **changes}
@@ -38,13 +38,13 @@ def values(**changes):
 
 @pytest.fixture(autouse=True, scope="module")
 def ctypes_in_use():
-    """Call it once before anybody counts descriptors: some builds of libffi keep one."""
+    """Read once before descriptors are counted: some builds of libffi keep one open."""
     read_mem_stats()
 
 
 @pytest.fixture
 def pauses():
-    """A GcPauses that is switched on."""
+    """Return a GcPauses that is switched on."""
     timed = GcPauses()
     timed.enable()
     yield timed
@@ -53,7 +53,7 @@ def pauses():
 
 @pytest.fixture
 def collected(monkeypatch):
-    """The GcPauses that `read_mem_stats` reads, fresh, switched on."""
+    """Return the new GcPauses that `read_mem_stats` reads, switched on."""
     timed = GcPauses()
     monkeypatch.setattr(memstats, "gc_pauses", timed)
     timed.enable()
@@ -63,18 +63,18 @@ def collected(monkeypatch):
 
 class TestFields:
     def test_every_field_of_gos_struct_is_there_in_gos_order(self):
-        """Then come DebugGC and MaxRSS, which Go prints, and RSS, which is ours."""
+        """Further fields are DebugGC and MaxRSS, which Go prints, and RSS, which is ours."""
         assert list(read_mem_stats()) == [*GO_FIELDS, "DebugGC", "MaxRSS", "RSS"]
 
     def test_every_field_is_printed_once(self):
-        """Six of them in pairs, as Go prints them."""
+        """Six of them are printed as pairs, as in Go."""
         names = [name for name, _ in trailer(mem_stats_text(values()))]
         assert sorted(names) == sorted(
             {*GO_FIELDS, "DebugGC", "MaxRSS", "RSS", "Stack", "MSpan", "MCache"} - IN_A_PAIR
         )
 
     def test_gos_lines_come_first_and_in_gos_order(self):
-        """So that a reader of Go's text reads ours."""
+        """Parsers of Go's text can read ours."""
         go = [name for name, _ in trailer(GOLDEN.read_text())]
         ours = [name for name, _ in trailer(mem_stats_text(values()))]
         assert len(go) == 27
@@ -82,7 +82,7 @@ class TestFields:
         assert ours[len(go) :] == ["PauseTotalNs", "BySize", "RSS"]
 
     def test_every_line_has_the_form_of_gos(self):
-        """Digits where Go has digits, brackets where Go has brackets."""
+        """Digits and brackets are where Go has them."""
 
         def form(value):
             return re.sub(r"\d+( \d+)*", "N", re.sub(r"\d+\.\d+", "F", value))
@@ -92,7 +92,7 @@ class TestFields:
         assert ours[: len(go)] == go
 
     def test_every_value_stands_beside_its_own_name(self):
-        """Also in the pairs: in use first, then what the system gave."""
+        """In a pair the number in use comes first, then the system's."""
         stats = values()
         printed = dict(trailer(mem_stats_text(stats)))
         for name in GO_FIELDS:
@@ -108,11 +108,11 @@ class TestFields:
 
     @pytest.mark.parametrize(("debug", "text"), [(True, "true"), (False, "false")])
     def test_truth_is_written_as_in_go(self, debug, text):
-        """In lower case."""
+        """Booleans are in lower case."""
         assert dict(trailer(mem_stats_text(values(DebugGC=debug))))["DebugGC"] == text
 
     def test_every_line_is_a_comment_to_parsers(self):
-        """And the last one ends like the others."""
+        """The text ends with a newline."""
         text = mem_stats_text(read_mem_stats())
         assert text.endswith("\n")
         assert all(line.startswith("# ") for line in text.splitlines())
@@ -120,24 +120,24 @@ class TestFields:
 
 class TestReading:
     def test_rings_have_256_places(self):
-        """As in Go, before anything has been timed."""
+        """They have 256 elements even before the first pause, as in Go."""
         stats = read_mem_stats()
         assert (len(stats["PauseNs"]), len(stats["PauseEnd"])) == (256, 256)
 
     def test_no_number_is_negative(self):
-        """Wherever this runs."""
+        """This holds on all platforms."""
         stats = read_mem_stats()
         assert all(number >= 0 for number in stats.values() if not isinstance(number, tuple))
 
     def test_the_heap_has_objects(self):
-        """A new list is one of them."""
+        """HeapObjects grows with each new list."""
         before = read_mem_stats()["HeapObjects"]
         hold_lists = [[number] for number in range(100_000)]
         assert read_mem_stats()["HeapObjects"] >= before + len(hold_lists)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="/proc and mallinfo2 are Linux's")
     def test_linux_knows_the_sizes_of_the_process(self):
-        """In bytes, not in kB, and in a sensible relation."""
+        """Sizes are in bytes, not in kB, and consistent."""
         stats = read_mem_stats()
         assert 2**20 < stats["RSS"] < 2**40
         assert stats["MaxRSS"] >= stats["RSS"] * 0.9
@@ -145,14 +145,14 @@ class TestReading:
         assert stats["StackInuse"] <= stats["StackSys"]
 
     def test_allocations_are_those_that_were_counted(self):
-        """Of the heap profile and the sampler's counters; 0 without them."""
+        """They come from the heap profile and the sampler's counters, and are 0 without those."""
         assert read_mem_stats()["HeapAlloc"] == read_mem_stats()["Mallocs"] == 0
         stats = read_mem_stats(2**20, AllocationCounters(mallocs=5, frees=3, total_bytes=2**21))
         assert stats["Alloc"] == stats["HeapAlloc"] == 2**20
         assert (stats["Mallocs"], stats["Frees"], stats["TotalAlloc"]) == (5, 3, 2**21)
 
     def test_tables_of_tracemalloc_are_known_while_it_traces(self):
-        """They are what Go calls bucket hash tables."""
+        """BuckHashSys is Go's name for the profiler's own tables."""
         assert read_mem_stats()["BuckHashSys"] == 0
         tracemalloc.start()
         try:
@@ -162,7 +162,7 @@ class TestReading:
         assert stats["BuckHashSys"] > 0
 
     def test_debug_flags_of_the_collector_are_told(self):
-        """DebugGC is true while any is set."""
+        """DebugGC is true while any flag is set."""
         assert read_mem_stats()["DebugGC"] is False
         gc.set_debug(gc.DEBUG_UNCOLLECTABLE)
         try:
@@ -173,7 +173,7 @@ class TestReading:
 
 class TestPauses:
     def test_the_latest_pause_is_where_go_has_it(self, collected):
-        """At PauseNs[(NumGC+255)%256], after every single collection."""
+        """It is at PauseNs[(NumGC+255)%256] after each collection."""
         for generation in (0, 1, 2, 0, 2):
             gc.collect(generation)
             gc.disable()  # no collection between the two
@@ -188,7 +188,7 @@ class TestPauses:
             assert stats["PauseEnd"][latest] == stats["LastGC"] == max(stats["PauseEnd"])
 
     def test_pauses_fill_the_ring_and_go_round(self, collected):
-        """After 256 collections every place has a pause, the oldest first to go."""
+        """After 256 collections each element has a pause, and the oldest are overwritten."""
         gc.disable()
         try:
             for _ in range(300):
@@ -202,13 +202,13 @@ class TestPauses:
         assert list(in_order) == sorted(in_order)
 
     def test_the_end_of_a_pause_is_the_time_of_day(self, collected):
-        """In nanoseconds since 1970, UTC."""
+        """It is in nanoseconds since 1970, UTC."""
         start = time.time_ns()
         gc.collect()
         assert start <= read_mem_stats()["LastGC"] <= time.time_ns()
 
     def test_a_pause_is_no_longer_than_the_collection(self, pauses):
-        """And the total is the sum of all."""
+        """The total grows by less than the time around the collection."""
         start, before = time.perf_counter_ns(), pauses.total_ns
         gc.collect()
         assert 0 < pauses.total_ns - before < time.perf_counter_ns() - start
@@ -221,7 +221,7 @@ class TestPauses:
         assert read_mem_stats()["NumGC"] >= before + 2
 
     def test_collections_that_were_asked_for_are_counted_apart(self, collected):
-        """`?gc=1` is one, gc.collect() elsewhere is not."""
+        """`?gc=1` counts, gc.collect() elsewhere does not."""
         gc.collect()
         assert read_mem_stats()["NumForcedGC"] == 0
         collected.collect()
@@ -230,13 +230,13 @@ class TestPauses:
         assert stats["PauseTotalNs"] > 0
 
     def test_the_share_of_cpu_time_is_a_fraction(self, collected):
-        """0 before anything was timed, then above 0."""
+        """It is 0 before the first pause, then above 0."""
         assert GcPauses().cpu_fraction() == 0.0
         gc.collect()
         assert read_mem_stats()["GCCPUFraction"] > 0.0
 
     def test_the_share_of_cpu_time_is_never_above_1(self, collected, monkeypatch):
-        """Also if the machine was suspended in the middle of a collection for a month."""
+        """It stays below even if the machine was suspended for a month during a collection."""
         month_ns = 30 * 86_400 * 10**9
         monkeypatch.setattr(GcPauses, "total_ns", property(lambda self: month_ns))
         assert read_mem_stats()["GCCPUFraction"] <= 1.0
@@ -244,7 +244,7 @@ class TestPauses:
 
 class TestElsewhere:
     def test_a_system_without_proc_and_glibc_has_zeros(self, monkeypatch):
-        """macOS, Windows, musl: numbers that nobody knows are 0, and nothing raises."""
+        """On macOS, Windows and musl unknown numbers are 0, and no error is raised."""
         monkeypatch.setattr("asgi_pprof.runtime.proc.Path", lambda path: Path("/nonexistent"))
         monkeypatch.setattr("ctypes.CDLL", lambda name: object())
         stats = read_mem_stats()

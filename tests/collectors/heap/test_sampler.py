@@ -1,4 +1,4 @@
-"""The native heap engine: at rate 1 it sees every block, and it shares the process with anybody."""
+"""The native heap engine samples every block at rate 1, and tolerates other tools."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ HEADER = sys.getsizeof(b"")  # of a bytes object, which is one block
 @pytest.fixture
 def every_block():
     """Sample every block during the test."""
-    # Code that runs for the first time has blocks of its own: caches, and what
-    # sys.monitoring notes of it once anything in the process has used that.
+    # Code allocates blocks when it first runs: its caches, and the tables of
+    # sys.monitoring once anything in the process has used that.
     keep_blocks(25, 2)
     grow([], 2)
     grow_a_little(bytearray())
     double(bytearray())
-    gc.disable()  # others' callbacks have blocks too, hypothesis's for one
+    gc.disable()  # the callbacks of other libraries allocate, such as hypothesis's
     heap_sampler.enable(1)
     yield
     heap_sampler.disable()
@@ -74,7 +74,7 @@ def snapshot(collector=None):
 
 
 def of(profile, function, size=None, **having):
-    """Return the summed values of samples whose leaf is in a function, or in one inside it."""
+    """Return the summed values of the samples whose leaf is in a function or nested in it."""
     values = [
         sample.values
         for sample in profile.samples
@@ -85,25 +85,25 @@ def of(profile, function, size=None, **having):
     return tuple(map(sum, zip(*values, strict=True))) or (0, 0, 0, 0)
 
 
-# --- every block ----------------------------------------------------------------
+# Every block
 
 
 @pytest.mark.usefixtures("every_block")
 @pytest.mark.parametrize("size", [100, 479, 480, 900, 5_000, 100_000, 2_000_000])
 def test_every_block_is_counted_with_its_size(size):
-    """Objects and bytes are exact, below what pymalloc serves and beyond."""
+    """Objects and bytes are exact, below and above pymalloc's limit."""
     kept = keep_blocks(25, size)
     counted = of(snapshot(), "keep_blocks", size + HEADER)
     whole = 25 * (size + HEADER)
     assert counted[2:] == (25, whole)
-    if size > 400:  # smaller blocks have others of their class beside them
+    if size > 400:  # the class of smaller blocks has blocks of other code too
         assert counted[:2] == (25, whole)
     del kept
 
 
 @pytest.mark.usefixtures("every_block")
 def test_freed_blocks_are_not_in_use_but_stay_allocated():
-    """inuse falls to nothing, alloc never falls."""
+    """The live numbers fall to 0, the allocated ones never fall."""
     kept = keep_blocks(10, 900)
     before = snapshot()
     del kept
@@ -116,7 +116,7 @@ def test_freed_blocks_are_not_in_use_but_stay_allocated():
 
 @pytest.mark.usefixtures("every_block")
 def test_a_list_that_grows_is_seen_in_full_where_it_grows():
-    """Its storage moves many times; what it is now counts, at the line that appends."""
+    """Its storage moves many times; only the latest is live, at the line that appends."""
     into = []
     grow(into, 100_000)
     storage = sys.getsizeof(into) - sys.getsizeof([])
@@ -141,7 +141,7 @@ def test_a_list_that_grows_is_seen_in_full_where_it_grows():
 
 @pytest.mark.usefixtures("every_block")
 def test_a_bytearray_that_grows_is_seen_in_full():
-    """By a little at a time, and by what doubles it somewhere else."""
+    """It grows in small steps in one function, and doubles in another."""
     array = bytearray()
     grow_a_little(array)
     assert of(snapshot(), "grow_a_little")[2:] == (1, array.__alloc__())
@@ -153,7 +153,7 @@ def test_a_bytearray_that_grows_is_seen_in_full():
 
 @pytest.mark.usefixtures("every_block")
 def test_memory_that_comes_zeroed_is_seen():
-    """calloc, which bytes(n) uses, and malloc, which a copy uses, alike."""
+    """bytes(n) uses calloc, and a copy uses malloc."""
 
     def zeroed():
         return [bytes(7000) for _ in range(10)]
@@ -171,7 +171,7 @@ def test_memory_that_comes_zeroed_is_seen():
 
 @pytest.mark.usefixtures("every_block")
 def test_blocks_freed_by_another_thread_are_gone():
-    """Whoever frees it."""
+    """Any thread may free a block."""
     kept = [keep_blocks(50, 3000)]
     thread = threading.Thread(target=kept.clear)
     thread.start()
@@ -182,7 +182,7 @@ def test_blocks_freed_by_another_thread_are_gone():
 
 @pytest.mark.usefixtures("every_block")
 def test_many_blocks_are_told_apart():
-    """A hundred thousand at a time, the table of them grown meanwhile; then all are gone."""
+    """The table grows for 100,000 live blocks, and forgets them when they are freed."""
     whole = 100_000 * (200 + HEADER)
     kept = keep_blocks(100_000, 200)
     assert of(snapshot(), "keep_blocks", 200 + HEADER) == (100_000, whole, 100_000, whole)
@@ -195,7 +195,7 @@ def test_many_blocks_are_told_apart():
 
 
 def test_samples_are_scaled_to_what_they_stand_for():
-    """One in 4 KiB: the estimate is near the truth, and the more the nearer."""
+    """At one sample per 4 KiB the estimate is within six standard errors of the truth."""
     heap_sampler.enable(4096)
     try:
         kept = keep_blocks(40_000, 967)
@@ -210,12 +210,12 @@ def test_samples_are_scaled_to_what_they_stand_for():
         assert value == pytest.approx(truth, rel=6 / math.sqrt(taken))
 
 
-# --- counters --------------------------------------------------------------------
+# Counters
 
 
 @pytest.mark.usefixtures("every_block")
 def test_counters_are_exact():
-    """So many blocks more, so many bytes more, so many freed."""
+    """Blocks, bytes and frees grow by the known numbers."""
     before = heap_sampler.counters()
     kept = list(map(bytes, itertools.repeat(1000, 10_000)))
     between = heap_sampler.counters()
@@ -229,7 +229,7 @@ def test_counters_are_exact():
 
 @pytest.mark.parametrize("rate", [1, 512 * 1024])
 def test_counters_outlive_their_threads_and_never_fall(rate):
-    """Each thread counts for itself; the sum is of all there ever were."""
+    """Each thread has counters of its own, which are summed over all threads that ever ran."""
     heap_sampler.enable(rate)
     try:
         last = heap_sampler.counters()
@@ -246,12 +246,12 @@ def test_counters_outlive_their_threads_and_never_fall(rate):
         heap_sampler.disable()
 
 
-# --- labels ----------------------------------------------------------------------
+# Labels
 
 
 @pytest.mark.usefixtures("every_block")
 def test_samples_carry_labels_also_when_these_have_ended():
-    """Living ones, dead ones, inherited ones, and none outside."""
+    """That holds for living, ended and inherited labels, and outside there are none."""
 
     async def keep_in_task():
         return keep_blocks(3, 1000)
@@ -287,7 +287,7 @@ def test_samples_carry_labels_also_when_these_have_ended():
 @pytest.mark.usefixtures("every_block")
 @pytest.mark.parametrize("ended", [True, False])
 def test_a_route_that_becomes_known_later_labels_earlier_samples(ended):
-    """Whether the request has ended or not."""
+    """It does not matter whether the request has ended."""
 
     class Route:
         path = "/carts/{cart}"
@@ -306,7 +306,7 @@ def test_a_route_that_becomes_known_later_labels_earlier_samples(ended):
 
 
 def test_more_labels_than_can_be_kept_are_counted_and_said():
-    """Five thousand living tasks, each with its own: memory is bounded, and no sample is lost."""
+    """With 5,000 living tasks that have labels, memory is bounded and no sample is lost."""
     program = """
     import asyncio
     from asgi_pprof import labels
@@ -353,7 +353,7 @@ def test_more_labels_than_can_be_kept_are_counted_and_said():
 
 
 def test_labels_that_live_long_leave_room_for_others():
-    """A background task that churns under labels of its own takes nobody else's."""
+    """A background task that allocates much under its labels does not displace other labels."""
     program = """
     import contextvars
     from asgi_pprof import labels
@@ -388,7 +388,7 @@ def test_labels_that_live_long_leave_room_for_others():
 
 
 def test_labels_that_live_longer_than_the_sampler_are_let_go():
-    """Ended and begun again while sets are alive: old numbers mean nothing any more."""
+    """The sampler restarts while sets are alive, and their old numbers become invalid."""
     token = current.set(None)
     with labels(tenant="acme"):
         for _ in range(3):
@@ -402,7 +402,7 @@ def test_labels_that_live_longer_than_the_sampler_are_let_go():
     assert native.heap_pending() == []
 
 
-# --- on and off -------------------------------------------------------------------
+# On and off
 
 
 def counted_in(work):
@@ -412,7 +412,7 @@ def counted_in(work):
 
 
 def test_two_share_it_and_the_last_one_ends_it():
-    """The first one's rate holds; at the end the hooks are gone, and nothing counts any more."""
+    """The first one's rate applies; with the last one the hooks are removed and counting ends."""
     first, second = PprofApp(memory_profile_rate=1), PprofApp(memory_profile_rate=4096)
     assert native.heap_stats()["rate"] == 1
     first.close()
@@ -431,7 +431,7 @@ def test_two_share_it_and_the_last_one_ends_it():
 
 
 def test_rate_0_is_off_and_says_so():
-    """No hooks, no samples, and the note has the reason."""
+    """There are no hooks and no samples, and the note has the reason."""
     app = PprofApp(memory_profile_rate=0)
     try:
         assert native.heap_stats()["rate"] == 0
@@ -447,13 +447,13 @@ def test_rate_0_is_off_and_says_so():
 
 @pytest.mark.parametrize("rate", [-1, -(10**30), 2**63])
 def test_rates_that_are_none_are_refused(rate):
-    """With the argument's name."""
+    """The message has the name of the argument."""
     with pytest.raises(ValueError, match="memory_profile_rate"):
         PprofApp(memory_profile_rate=rate)
 
 
 def test_an_enormous_rate_samples_next_to_nothing():
-    """But counts."""
+    """The counters are exact all the same."""
     heap_sampler.enable(2**62)
     try:
         before = heap_sampler.counters()
@@ -465,7 +465,7 @@ def test_an_enormous_rate_samples_next_to_nothing():
 
 
 def test_what_was_known_is_forgotten_at_the_end():
-    """A copy of before cannot be mixed up with what is known now; blocks of before are unknown."""
+    """Blocks from before a restart are unknown, and an earlier copy keeps its own stacks."""
     heap_sampler.enable(1)
     kept = keep_blocks(10, 900)
     copy = heap_sampler.copy()
@@ -486,14 +486,14 @@ def test_what_was_known_is_forgotten_at_the_end():
 
 @pytest.mark.usefixtures("every_block")
 def test_the_comment_says_since_when_and_how_often():
-    """And nothing is lost, unreadable or unlabelled in a test as small as this."""
+    """There are no comments about losses in a test as small as this."""
     (comment,) = snapshot().comments
     assert comment.startswith("engine: native, one sample in 1 bytes since 20")
 
 
 @pytest.mark.usefixtures("every_block")
 def test_a_window_needs_nothing_more():
-    """With samples there anyhow, tracemalloc stays off."""
+    """While the sampler runs, tracemalloc stays off."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with collector.window():
         assert not tracemalloc.is_tracing()
@@ -506,7 +506,7 @@ def test_a_window_needs_nothing_more():
     del kept
 
 
-# --- with others ------------------------------------------------------------------
+# With others
 
 COMMON = """
 import asyncio, faulthandler, gc, os, signal, sys, threading, time, tracemalloc
@@ -778,7 +778,7 @@ SCENARIOS = {
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_it_shares_the_process(name):
-    """Right results, exit status 0, and nothing on stderr."""
+    """The results are right, the exit status is 0, and stderr is empty."""
     run_program(COMMON + textwrap.dedent(SCENARIOS[name]))
 
 
@@ -795,11 +795,11 @@ def test_it_goes_with_every_allocator(options, allocator):
 
 
 def test_an_interrupt_ends_the_program_as_ever():
-    """KeyboardInterrupt in the middle of the work, both samplers on."""
+    """KeyboardInterrupt is raised while both samplers run."""
     program = (
         COMMON
         + """
-# What runs the tests may have begun in the background, where interrupts are ignored.
+# The parent of the tests may run in the background, where interrupts are ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 app = PprofApp(memory_profile_rate=1)
 native.cpu_start(1000)
@@ -850,7 +850,7 @@ OWN_GILS = pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters s
 
 @pytest.mark.parametrize("own_gil", [pytest.param("1", marks=OWN_GILS), "0"])
 def test_other_interpreters_run_beside_both_samplers(own_gil):
-    """With their own GIL (3.12 and later) or ours; what this one keeps is counted exactly."""
+    """They have their own GIL (3.12 and later) or ours; blocks of this one are counted exactly."""
     program = (
         INTERPRETERS
         + """
@@ -885,8 +885,8 @@ heap_sampler.disable()
 @OWN_GILS
 def test_switching_on_and_off_beside_interpreters_with_their_own_gil():
     """
-    Hooks that are there stay, passing on, and none is put there: CPython changes allocators
-    in steps, and a thread that calls one meanwhile has half a pointer.
+    Installed hooks stay and only delegate, and none is installed: CPython changes allocators
+    in steps, and a thread that calls one meanwhile would read half a pointer.
     """
     program = (
         INTERPRETERS
@@ -925,11 +925,11 @@ assert toggle()
             run_program(program, when, options=options)
 
 
-# --- fork -------------------------------------------------------------------------
+# Fork
 
 
 def test_a_forked_child_begins_anew_and_the_parent_goes_on():
-    """Off and empty in the child until it is asked; the parent's numbers are its own."""
+    """The child's sampler is off until a profile is requested; the parent's is not affected."""
     program = (
         COMMON
         + """
@@ -985,7 +985,7 @@ app.close()
 
 
 def test_a_forked_child_may_exit_as_any_program():
-    """Through the interpreter's end, atexit and all."""
+    """The child runs the interpreter's finalization, with atexit."""
     program = (
         COMMON
         + """

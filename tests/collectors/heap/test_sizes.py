@@ -1,4 +1,4 @@
-"""Size classes, and what sampled allocations stand for."""
+"""Size classes, and estimates from sampled allocations."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def heap(*values, rate):
     ],
 )
 def test_size_classes(size, served_by):
-    """pymalloc's steps of 16 up to 512, eight classes to a doubling beyond."""
+    """Classes are pymalloc's steps of 16 up to 512, then eight to each doubling."""
     assert size_class(size) == served_by
 
 
 @given(st.integers(0, 2**48))
 def test_a_class_is_little_larger_than_its_sizes(size):
-    """It holds the size, wastes at most an eighth of a large one, and is its own class."""
+    """A class is at most an eighth larger than a large size, and is its own class."""
     served_by = size_class(size)
     assert served_by >= size
     assert served_by <= max(16, size + 15) or served_by <= size * 9 / 8 + 1
@@ -52,12 +52,12 @@ def test_a_class_is_little_larger_than_its_sizes(size):
 @pytest.mark.skipif(not native, reason="needs the C core")
 @given(st.integers(0, 2**48))
 def test_both_engines_have_the_same_classes(size):
-    """C and Python agree on every size."""
+    """C and Python agree on all sizes."""
     assert native.size_class(size) == size_class(size)
 
 
 def test_small_blocks_count_for_the_rate():
-    """Ten samples of 64 bytes at one in 512 KiB are 5 MiB and 82,000 blocks, as Go has it."""
+    """Ten samples of 64 bytes at one in 512 KiB are 5 MiB in 82,000 blocks, as in Go."""
     rate = 512 * 1024
     values = scale_sampled(heap(10, 640, 5, 320, rate=rate)).samples[0].values
     factor = 1 / (1 - math.exp(-64 / rate))
@@ -66,7 +66,7 @@ def test_small_blocks_count_for_the_rate():
 
 
 def test_large_blocks_count_for_themselves():
-    """Blocks of a hundred times the rate are all taken."""
+    """All blocks of 100 times the rate are sampled."""
     size = 100 * 512 * 1024
     assert scale_sampled(heap(3, 3 * size, 1, size, rate=512 * 1024)).samples[0].values == (
         *(3, 3 * size),
@@ -75,6 +75,6 @@ def test_large_blocks_count_for_themselves():
 
 
 def test_rate_one_and_zeros_are_left_alone():
-    """Everything was taken, or nothing is there: nothing to scale."""
+    """All blocks were sampled, or there are none: nothing is scaled."""
     assert scale_sampled(heap(3, 48, 0, 0, rate=1)).samples[0].values == (3, 48, 0, 0)
     assert scale_sampled(heap(0, 0, 0, 0, rate=1000)).samples[0].values == (0, 0, 0, 0)

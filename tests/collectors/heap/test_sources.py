@@ -1,4 +1,4 @@
-"""Functions by file and line, on a module that is really imported."""
+"""Functions by file and line, of a module that is really imported."""
 
 import importlib.util
 import sys
@@ -96,7 +96,7 @@ INLINED = sys.version_info >= (3, 12)  # PEP 709: list comprehensions have no co
 
 @pytest.fixture
 def shop(tmp_path, monkeypatch):
-    """The module above, imported from a file."""
+    """Return the module above, imported from a file."""
     path = tmp_path / f"{NAME}.py"
     path.write_text(SOURCE)
     monkeypatch.syspath_prepend(tmp_path)
@@ -118,7 +118,7 @@ def line_of(mark):
 
 
 def start_of(text):
-    """Return the number of the line that begins so."""
+    """Return the number of the line that starts with this text."""
     lines = SOURCE.splitlines()
     (number,) = (number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
     return number
@@ -152,7 +152,7 @@ def start_of(text):
     ],
 )
 def test_a_line_has_the_name_of_the_innermost_function_around_it(shop, mark, name):
-    """With the module in front, and the file and line as they were asked for."""
+    """The name has the module in front; file and line are the given ones."""
     place = LineNames().location(shop.__file__, line_of(mark))
     assert place.function.name == f"{NAME}.{name}"
     assert place.function.filename == shop.__file__
@@ -171,7 +171,7 @@ def test_a_line_has_the_name_of_the_innermost_function_around_it(shop, mark, nam
     ],
 )
 def test_a_function_starts_where_its_code_does(shop, mark, start):
-    """At its first decorator if it has one, as `co_firstlineno` has it."""
+    """That is its first decorator if it has one, as in `co_firstlineno`."""
     place = LineNames().location(shop.__file__, line_of(mark))
     assert place.function.start_line == start_of(start)
 
@@ -186,7 +186,7 @@ def test_lines_name_functions_as_frames_do(shop):
 
 
 def test_a_line_asked_for_again_is_the_same_location(shop):
-    """Remembered within one collection."""
+    """Locations are cached within one collection."""
     line_names = LineNames()
     first = line_names.location(shop.__file__, line_of("method"))
     assert line_names.location(shop.__file__, line_of("method")) is first
@@ -194,7 +194,7 @@ def test_a_line_asked_for_again_is_the_same_location(shop):
 
 @pytest.mark.parametrize("line", [0, 100_000])
 def test_a_line_that_no_code_has_is_unknown(shop, line):
-    """The file and line are told all the same."""
+    """File and line are still there."""
     place = LineNames().location(shop.__file__, line)
     if line:
         assert place.function == Function(f"{NAME}.<unknown>", shop.__file__, 0)
@@ -203,7 +203,7 @@ def test_a_line_that_no_code_has_is_unknown(shop, line):
 
 @pytest.mark.parametrize("filename", ["/nowhere/shop.py", "<string>", "", "<unknown>", "/"])
 def test_a_file_that_is_not_there_is_unknown(filename):
-    """Such as that of exec, or of a module that has been deleted; the line is told."""
+    """Code of exec and of deleted modules has no file; the line is still there."""
     expected = Location(Function("<unknown>", filename, 0), 3)
     assert LineNames().location(filename, 3) == expected
 
@@ -212,14 +212,14 @@ def test_a_file_that_is_not_there_is_unknown(filename):
     "source", [b"def (", b"\x00\x01", b"# coding: klingon\nx = 1", b"\xff\xff"]
 )
 def test_a_file_that_is_no_python_is_unknown(tmp_path, source):
-    """A template engine's lines may point to its template."""
+    """Lines of a template engine may be those of a template."""
     path = tmp_path / "page.html"
     path.write_bytes(source)
     assert LineNames().location(str(path), 1).function == Function("<unknown>", str(path), 0)
 
 
 def test_a_file_of_no_loaded_module_is_read(tmp_path):
-    """As for runpy; there is no module to put in front."""
+    """The file may have been run by runpy; the name has no module in front."""
     path = tmp_path / "script.py"
     path.write_text(
         textwrap.dedent("""
@@ -232,7 +232,7 @@ def test_a_file_of_no_loaded_module_is_read(tmp_path):
 
 
 def test_a_module_whose_source_is_gone_is_unknown(tmp_path, monkeypatch):
-    """Deleted after the import, and no bytecode to ask."""
+    """The source was deleted after the import, and there is no bytecode."""
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
     path = tmp_path / "deleted.py"
     path.write_text("def build_cart():\n    return 1\n")

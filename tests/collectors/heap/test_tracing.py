@@ -1,4 +1,4 @@
-"""The heap profile from tracemalloc: what is alive, by whom, and since when it counts."""
+"""The heap profiles of the tracemalloc engine."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def of(profile, function):
 
 
 def test_live_blocks_are_counted_with_their_size_class():
-    """Ten blocks of 900 bytes: ten objects, 9,000 bytes and a little, class 960."""
+    """Ten blocks of 900 bytes are ten objects, somewhat over 9,000 bytes, in class 960."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with heap_tracing.on():
         kept = keep_blocks(10, 900)
@@ -57,7 +57,7 @@ def test_live_blocks_are_counted_with_their_size_class():
 
 
 def test_freed_blocks_are_not_in_use_but_stay_allocated():
-    """inuse falls to nothing, alloc never falls."""
+    """The live numbers fall to 0, the allocated ones never fall."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with heap_tracing.on():
         kept = keep_blocks(10, 900)
@@ -78,7 +78,7 @@ def test_freed_blocks_are_not_in_use_but_stay_allocated():
 
 
 def test_a_new_window_counts_from_nothing():
-    """What an earlier window saw is no part of the next one's allocations."""
+    """Allocations of an earlier window are not in the next one."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     for _ in range(2):
         with heap_tracing.on():
@@ -91,7 +91,7 @@ def test_a_new_window_counts_from_nothing():
 
 
 def test_deep_stacks_say_that_they_are_cut():
-    """Frames beyond the traceback limit are replaced by the mark."""
+    """TRUNCATED replaces the frames beyond the traceback limit."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with heap_tracing.on():
         kept = deep_keep(40)
@@ -106,7 +106,7 @@ def test_deep_stacks_say_that_they_are_cut():
 
 
 def test_off_is_said_and_empty():
-    """No samples, a comment with the way to switch it on, count 0 and a note."""
+    """There are no samples, the count is 0, and comment and note say how to switch it on."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     profile = snapshot(collector)
     check_valid(profile)
@@ -128,14 +128,14 @@ def test_tracing_that_the_application_started_is_left_on():
 
 
 def test_an_exception_in_a_window_stops_the_tracing():
-    """Whatever ends the window."""
+    """Tracing stops however the window ends."""
     with pytest.raises(LookupError), heap_tracing.on():
         raise LookupError
     assert not tracemalloc.is_tracing()
 
 
 def test_allocs_is_the_same_data_with_another_default():
-    """Only what is shown first differs."""
+    """Only the default sample type differs."""
     peaks = Peaks()
     heap, allocs = (
         HeapCollector(heap_sampler, heap_tracing, peaks, kind) for kind in ("", "alloc_space")
@@ -159,7 +159,7 @@ def test_old_sites_are_bounded(monkeypatch):
 
 
 def test_tracing_stopped_by_the_application_fails_the_window():
-    """Not a profile in which everything seems freed; and its new tracing is left alone."""
+    """There is no profile in which all memory seems freed; new tracing is left on."""
     with pytest.raises(PprofError, match="stopped meanwhile"), heap_tracing.on():
         tracemalloc.stop()
     with pytest.raises(PprofError, match="stopped meanwhile"), heap_tracing.on():
@@ -169,7 +169,7 @@ def test_tracing_stopped_by_the_application_fails_the_window():
 
 
 def test_our_own_memory_is_left_out():
-    """What the profiler allocates is not what the application is asked about."""
+    """Memory that the profiler allocates is not in the profile."""
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with heap_tracing.on():
         snapshot(collector)
