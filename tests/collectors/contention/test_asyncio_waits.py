@@ -17,7 +17,7 @@ import anyio.to_thread
 import pytest
 
 from asgi_pprof.collectors.contention import asyncio_waits as contention_asyncio
-from asgi_pprof.collectors.contention.asyncio_waits import TaskQueue
+from asgi_pprof.collectors.contention.asyncio_waits import TaskWaiters
 from tests.collectors.contention.test_collector import is_in, names, recording, run
 from tests.servers import leaving_client, serve
 
@@ -308,7 +308,7 @@ def test_timeouts_and_cancellations_count_with_what_was_waited(loop_name):
     assert count == 2
     assert delay_ns > 1.8 * HOLD_S * 1e9
     assert seen.samples("mutex") == ()  # nobody waited when it was released
-    assert (contention_asyncio._blocked, contention_asyncio._queues) == ({}, {})
+    assert (contention_asyncio._blocked, contention_asyncio._waiters) == ({}, {})
 
 
 def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name):
@@ -414,7 +414,7 @@ def test_a_task_that_is_thrown_away_is_no_contention():
         del task, lock
         gc.collect()
     assert seen.of("block", "forever") == (0, 0)
-    assert (contention_asyncio._blocked, contention_asyncio._queues) == ({}, {})
+    assert (contention_asyncio._blocked, contention_asyncio._waiters) == ({}, {})
 
 
 @pytest.mark.parametrize("mutex", [0, 1])
@@ -506,23 +506,23 @@ def test_unbiased_at_a_millisecond(loop_name):
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
     """And not with the time from a release to the turn of who was let go."""
-    queue = TaskQueue()
+    queue = TaskWaiters()
     queue.enter(100)
     queue.enter(300)
     assert queue.release(1000) == 900 + 700
-    assert not queue.leave(5000, got_it=True)
+    assert not queue.leave(5000, acquired=True)
     assert queue.release(6000) == 5000
     assert queue.release(6500) is None  # the last was let go
-    assert queue.leave(7000, got_it=True)
+    assert queue.leave(7000, acquired=True)
 
 
 def test_a_waiter_that_gives_up_is_charged_to_the_next_release():
     """As long as others wait then; a grant that was not taken goes to the next in line."""
-    queue = TaskQueue()
+    queue = TaskWaiters()
     queue.enter(0)
     queue.enter(0)
-    assert not queue.leave(100, got_it=False)
+    assert not queue.leave(100, acquired=False)
     assert queue.release(200) == 100 + 200
     queue.enter(300)
-    assert not queue.leave(400, got_it=False)
+    assert not queue.leave(400, acquired=False)
     assert queue.release(500) is None

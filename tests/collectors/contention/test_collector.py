@@ -27,7 +27,7 @@ from asgi_pprof.collectors.contention.collector import (
     set_block_profile_rate,
     set_mutex_profile_fraction,
 )
-from asgi_pprof.collectors.contention.watch import block, mutex
+from asgi_pprof.collectors.contention.recording import block, mutex
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.protobuf import encode
@@ -109,11 +109,11 @@ def run(loop_name: str, coroutine):
 def patched() -> dict[str, object]:
     """Return every attribute that recording replaces, as it is now."""
     targets = [
-        *contention_asyncio.waiting_targets(),
-        *contention_asyncio.releasing_targets(),
-        *contention_threading.waiting_targets(),
-        *contention_threading.releasing_targets(),
-        *contention_locks.naming_targets(),
+        *contention_asyncio.wait_targets(),
+        *contention_asyncio.release_targets(),
+        *contention_threading.wait_targets(),
+        *contention_threading.release_targets(),
+        *contention_locks.targets(),
     ]
     return {f"{each.owner}.{each.name}": vars(each.owner).get(each.name) for each in targets}
 
@@ -373,14 +373,14 @@ def test_switching_while_everything_is_in_use():
 def test_a_finalizer_may_switch_in_the_middle_of_switching(monkeypatch):
     """What it wants is done when the first has done: nothing stays wrapped, nothing is undone."""
     before = patched()
-    targets = contention_threading.waiting_targets
+    targets = contention_threading.wait_targets
 
     def targets_and_a_finalizer():
         set_block_profile_rate(0)
         return targets()
 
     with monkeypatch.context() as patch:
-        patch.setattr(contention_threading, "waiting_targets", targets_and_a_finalizer)
+        patch.setattr(contention_threading, "wait_targets", targets_and_a_finalizer)
         set_block_profile_rate(1)
     assert identical(patched(), before)
     assert contention.rate("block") == 0

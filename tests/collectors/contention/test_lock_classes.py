@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from asgi_pprof.collectors.contention.lock_classes import SeenLock
+from asgi_pprof.collectors.contention.lock_classes import RecordedLock
 from tests.collectors.contention.test_collector import is_in, names, recording
 from tests.servers import until
 
@@ -143,7 +143,7 @@ def test_the_standard_library_gets_real_locks(kind):
         assert type(queue.Queue().mutex) is _thread.LockType
         assert type(threading.Event()._cond._lock) is _thread.LockType
         assert type(threading.Condition()._lock) is _thread.RLock
-        assert type(make(kind)).__name__ == f"Seen{kind}"
+        assert type(make(kind)).__name__ == f"Recorded{kind}"
 
 
 def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(kind):
@@ -182,5 +182,5 @@ def test_names_that_somebody_else_has_replaced_are_left_alone(monkeypatch):
     monkeypatch.setattr(threading, "Lock", theirs)
     with recording():
         assert threading.Lock is theirs
-        assert not isinstance(theirs(), SeenLock) or type(theirs()) is _thread.LockType
+        assert not isinstance(theirs(), RecordedLock) or type(theirs()) is _thread.LockType
     assert threading.Lock is theirs

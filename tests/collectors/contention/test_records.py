@@ -101,7 +101,7 @@ def test_nothing_is_lost_between_threads():
 
 def test_adding_in_the_middle_of_adding_up_does_not_wait(monkeypatch):
     """As a signal handler or a finalizer would: it is queued, and added up later."""
-    monkeypatch.setattr(contention_records, "_MAX_WAITING", 100)
+    monkeypatch.setattr(contention_records, "_MAX_QUEUED", 100)
     records = ContentionRecords(weigh_wait)
     stack = a_stack()
     with records._adding_up:

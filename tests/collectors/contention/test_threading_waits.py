@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 
-from asgi_pprof.collectors.contention.threading_waits import ThreadQueue
+from asgi_pprof.collectors.contention.threading_waits import ThreadWaiters
 from tests.collectors.contention.test_collector import is_in, names, recording, run
 from tests.servers import until
 
@@ -267,7 +267,7 @@ def test_waits_in_a_task_end_with_the_task(loop_name):
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
     """The same rule as for tasks; with nobody waiting there is nothing to charge."""
-    waiters = ThreadQueue()
+    waiters = ThreadWaiters()
     assert waiters.release(50) is None
     waiters.enter(100)
     assert waiters.release(1000) == 900
