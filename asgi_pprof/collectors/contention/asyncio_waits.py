@@ -116,8 +116,10 @@ def wrap_wait(
             key = _task_id()
             outermost = key not in _blocked
             _blocked[key] = True
-            waiters = _waiters_of(self) if is_lock and mutex.rate else None
+            # One reading for both profiles: the thread may lose the CPU between two, and
+            # releases would be charged with more than was waited.
             began_ns = clock()
+            waiters = _waiters_of(self, began_ns) if is_lock and mutex.rate else None
             ended, acquired = True, False
             try:
                 result = await original(self, *args, **kwargs)
@@ -190,12 +192,12 @@ def _task_id() -> int:
         return 0
 
 
-def _waiters_of(lock: object) -> TaskWaiters:
+def _waiters_of(lock: object, now_ns: int) -> TaskWaiters:
     # By id: the lock stays alive, since the frames that wait for it refer to it.
     waiters = _waiters.get(id(lock))
     if waiters is None:
         waiters = _waiters[id(lock)] = TaskWaiters()
-    waiters.enter(clock())
+    waiters.enter(now_ns)
     return waiters
 
 

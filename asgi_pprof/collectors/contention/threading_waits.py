@@ -77,8 +77,10 @@ class ThreadWaiters:
         began_ns = list(self.waiting_ns.values())
         if not began_ns or self._process is not _process:
             return None
-        released_ns, self._released_ns = self._released_ns, now_ns
-        return sum(now_ns - max(each, released_ns) for each in began_ns)
+        # Another thread may have waited or released since this one has read the clock.
+        released_ns = self._released_ns
+        self._released_ns = max(now_ns, released_ns)
+        return sum(max(0, now_ns - max(each, released_ns)) for each in began_ns)
 
 
 _process = object()
@@ -105,9 +107,9 @@ def wrap_wait(recording: Recording, original: Callable[..., Any]) -> Callable[..
             or rules.waits_for_work(sys._getframe())
         ):
             return original(self, timeout)
-        waiters = _waiters_of(id(self)) if mutex.rate else None
-        this_thread.blocked = waited = True
         began_ns = clock()
+        waiters = _waiters_of(id(self), began_ns) if mutex.rate else None
+        this_thread.blocked = waited = True
         try:
             return original(self, timeout)
         except RuntimeError:
@@ -205,9 +207,9 @@ def wrap_release(recording: Recording, original: Callable[..., Any]) -> Callable
     return release
 
 
-def _waiters_of(condition_id: int) -> ThreadWaiters:
+def _waiters_of(condition_id: int, now_ns: int) -> ThreadWaiters:
     waiters = _waiters.setdefault(condition_id, ThreadWaiters())
-    waiters.enter(clock())
+    waiters.enter(now_ns)
     return waiters
 
 
