@@ -86,6 +86,7 @@ class Switches:
         track_tasks: Whether to note who makes tasks, and since when they wait.
         block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
         mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while a rate is set.
         stall_threshold_ms: From which length on a stall of a loop is recorded; 0 for none.
 
     Raises:
@@ -99,6 +100,7 @@ class Switches:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
         stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
     ) -> None:
         if heap not in (None, "tracemalloc"):
@@ -109,7 +111,7 @@ class Switches:
             thread_starts,
             gc_pauses,
             tracing if heap else sampling,
-            ContentionSwitch(block_profile_rate, mutex_profile_fraction),
+            ContentionSwitch(block_profile_rate, mutex_profile_fraction, wrap_lock_classes),
             stalls,
         ]
         self._loop_switches: list[_LoopSwitch] = [stalls, *([task_tracking] if track_tasks else [])]

@@ -16,10 +16,10 @@ primitives made before are seen too. The stack is taken after the wait, if it is
 sampled: 5 to 15 us. A call that need not wait takes 0.2 to 0.4 us longer in
 asyncio and anyio, and no longer in most of `threading`.
 
-Not seen: waits that began before, locks of threads made before or by the
-standard library (lock_classes.py), `queue.SimpleQueue`, and waits in C code. On
-Python 3.11 a wait in the task that `asyncio.wait_for` makes has the stack of that
-task, which ends there.
+Not seen: waits that began before, `threading.Lock` and `RLock` unless a
+middleware asks for that (lock_classes.py), `queue.SimpleQueue`, and waits in C
+code. On Python 3.11 a wait in the task that `asyncio.wait_for` makes has the
+stack of that task, which ends there.
 
 Source: runtime/mprof.go; runtime/pprof, writeBlock and writeMutex;
 runtime.SetBlockProfileRate, runtime.SetMutexProfileFraction.
@@ -55,13 +55,15 @@ class Contention:
 
     Attributes are replaced in three groups, each as long as it is needed:
     methods that wait while either profile is on, methods that release while
-    mutex is, and `threading.Lock` and `RLock` while a rate is set.
+    mutex is, and `threading.Lock` and `RLock` while a rate is set and a
+    middleware asks for it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finalizer may switch off in the middle of switching on
         self._rates: dict[Kind, int] = {"block": 0, "mutex": 0}
         self._windows: dict[Kind, int] = {"block": 0, "mutex": 0}
+        self._lock_class_users = 0
         self._recording: Recording | None = None
         self._waits, self._releases, self._lock_classes = PatchGroup(), PatchGroup(), PatchGroup()
         self._changes = 0
@@ -78,6 +80,12 @@ class Contention:
     def rate(self, kind: Kind) -> int:
         """Return the rate that was set."""
         return self._rates[kind]
+
+    def count_lock_class_users(self, change: int) -> None:
+        """Count a middleware that asks for `wrap_lock_classes`: 1 as it comes, -1 as it goes."""
+        with self._lock:
+            self._lock_class_users += change
+            self._apply()
 
     @contextmanager
     def window(self, kind: Kind) -> Iterator[None]:
@@ -117,7 +125,7 @@ class Contention:
         for kind, records in _RECORDS.items():
             window_rate = WINDOW_RATES[kind] if self._windows[kind] else 0
             records.rate = self._rates[kind] or window_rate
-        lock_classes_on = any(self._rates.values())
+        lock_classes_on = bool(self._lock_class_users and any(self._rates.values()))
         if block.rate or mutex.rate:
             self._on(lock_classes_on)
         else:
@@ -129,7 +137,7 @@ class Contention:
             self._releases.remove()
         if not lock_classes_on:
             self._lock_classes.remove()
-        lock_classes.report_to(self._recording)
+        lock_classes.report_to(self._recording, make_more=lock_classes_on)
 
     def _on(self, lock_classes_on: bool) -> None:
         self._add_fork_hook()
@@ -168,6 +176,10 @@ def set_block_profile_rate(rate_ns: int) -> None:
     counts and sums are scaled to be right on average. 1 records everything, 0
     or less nothing. What has been recorded stays in the profile.
 
+    Waits for `threading.Lock` and `RLock` are recorded only in a process with a
+    middleware that has `wrap_lock_classes=True`: this function replaces neither
+    of them by itself.
+
     Source: runtime.SetBlockProfileRate.
     """
     contention.set_rate("block", rate_ns)
@@ -177,7 +189,8 @@ def set_mutex_profile_fraction(rate: int) -> int:
     """
     Record one in `rate` releases that others waited for, and return the rate before.
 
-    1 records everything, 0 nothing; a negative one changes nothing.
+    1 records everything, 0 nothing; a negative one changes nothing. As to
+    `threading.Lock` and `RLock`, see `set_block_profile_rate`.
 
     Source: runtime.SetMutexProfileFraction.
     """
@@ -193,12 +206,19 @@ class ContentionSwitch:
     Args:
         block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
         mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while
+            a rate is set, no matter how it was set.
 
     Raises:
         ValueError: A rate is negative.
     """
 
-    def __init__(self, block_profile_rate: int = 0, mutex_profile_fraction: int = 0) -> None:
+    def __init__(
+        self,
+        block_profile_rate: int = 0,
+        mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
+    ) -> None:
         self._rates: dict[Kind, int] = {
             "block": block_profile_rate,
             "mutex": mutex_profile_fraction,
@@ -208,10 +228,13 @@ class ContentionSwitch:
                 "block_profile_rate is nanoseconds a sample and mutex_profile_fraction one event"
                 f" in so many, or 0; not {block_profile_rate!r} and {mutex_profile_fraction!r}"
             )
+        self._wrap_lock_classes = wrap_lock_classes
 
     def enable(self) -> None:
         """Set the rates; pair with `disable`."""
         _switches.append(self)
+        if self._wrap_lock_classes:
+            contention.count_lock_class_users(1)
         for kind, rate in self._rates.items():
             if rate:
                 contention.set_rate(kind, rate)
@@ -219,6 +242,8 @@ class ContentionSwitch:
     def disable(self) -> None:
         """Set the rates of the middleware that was enabled before, 0 if there is none."""
         _switches.remove(self)
+        if self._wrap_lock_classes:
+            contention.count_lock_class_users(-1)
         for kind, rate in self._rates.items():
             # A rate that was set by other means since then stays.
             if rate and contention.rate(kind) == rate:

@@ -1,8 +1,8 @@
 """
-Waits for `threading.Lock` and `threading.RLock`, if the program makes them meanwhile.
+Waits for `threading.Lock` and `threading.RLock`: only if a middleware asks for them.
 
-Both types are written in C and their methods cannot be wrapped. While a rate is
-set, the names `threading.Lock` and
+Both types are written in C and their methods cannot be wrapped. With
+`wrap_lock_classes=True`, while a rate is set, the names `threading.Lock` and
 `threading.RLock` are classes of this module instead, whose objects hold a real
 lock and delegate to it. The standard library still gets real locks: C code
 and `os.fork` rely on them, and they are held for microseconds. The window of
@@ -35,12 +35,20 @@ clock = time.monotonic_ns
 
 _OFF = Recording(on=False)
 _recording = _OFF
+_make_more = False
 
 
-def report_to(recording: Recording | None) -> None:
-    """Set the recording that all locks made here report to; None for none."""
-    global _recording
-    _recording = recording or _OFF
+def report_to(recording: Recording | None, make_more: bool) -> None:
+    """
+    Set the recording that all locks made here report to; None for none.
+
+    Args:
+        recording: The recording.
+        make_more: Whether the classes make locks that report. A caller that has
+            kept their names gets real ones otherwise.
+    """
+    global _recording, _make_more
+    _recording, _make_more = recording or _OFF, make_more
 
 
 class _Factory(type):
@@ -52,7 +60,7 @@ class _Factory(type):
         lock = cls.real(*args, **kwargs)
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         package = caller.partition(".")[0]
-        if not _recording.on or package in sys.stdlib_module_names or package == "asgi_pprof":
+        if not _make_more or package in sys.stdlib_module_names or package == "asgi_pprof":
             return lock
         return super().__call__(lock)
 
