@@ -104,6 +104,9 @@ class PprofApp:
         mutex_profile_fraction: Record one in so many releases of locks that
             others waited for, as Go's SetMutexProfileFraction; 0 leaves that
             to `set_mutex_profile_fraction`.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock`, while a
+            rate is set, by classes that record the waits for them too: see
+            docs/profiles.md for what they change.
         stall_threshold_ms: Record what held an event loop for at least so many
             milliseconds, while it was held; 0 to watch no loop.
         prefix: What comes before the names in the path; "" when mounted.
@@ -118,6 +121,7 @@ class PprofApp:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
         stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
         prefix: str = "",
         guard: Guard = allow_loopback,
@@ -134,6 +138,7 @@ class PprofApp:
             track_tasks,
             block_profile_rate,
             mutex_profile_fraction,
+            wrap_lock_classes,
             stall_threshold_ms,
         )
         self._endpoints = {

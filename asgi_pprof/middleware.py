@@ -51,6 +51,9 @@ class PprofMiddleware:
         mutex_profile_fraction: Record one in so many releases of locks that
             others waited for, as Go's SetMutexProfileFraction; 0 leaves that
             to `set_mutex_profile_fraction`.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock`, while a
+            rate is set, by classes that record the waits for them too: see
+            docs/profiles.md for what they change.
         stall_threshold_ms: Record what held an event loop for at least so many
             milliseconds, while it was held; 0 to watch no loop.
 
@@ -69,6 +72,7 @@ class PprofMiddleware:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
         stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
     ) -> None:
         if not prefix.startswith("/") or prefix.endswith("/") or "//" in prefix:
@@ -84,6 +88,7 @@ class PprofMiddleware:
             track_tasks=track_tasks,
             block_profile_rate=block_profile_rate,
             mutex_profile_fraction=mutex_profile_fraction,
+            wrap_lock_classes=wrap_lock_classes,
             stall_threshold_ms=stall_threshold_ms,
             prefix=prefix,
         )

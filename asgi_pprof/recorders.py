@@ -91,6 +91,7 @@ class Recording:
         track_tasks: Whether to note who makes tasks, and since when they wait.
         block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
         mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while a rate is set.
         stall_threshold_ms: From which length on a stall of a loop is recorded; 0 for none.
 
     Raises:
@@ -104,6 +105,7 @@ class Recording:
         track_tasks: bool = True,
         block_profile_rate: int = 0,
         mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
         stall_threshold_ms: float = DEFAULT_THRESHOLD_MS,
     ) -> None:
         if heap not in (None, "tracemalloc"):
@@ -119,7 +121,7 @@ class Recording:
         ]
         self._switches: list[_Switch] = [
             gc_pauses,
-            ContentionSwitch(block_profile_rate, mutex_profile_fraction),
+            ContentionSwitch(block_profile_rate, mutex_profile_fraction, wrap_lock_classes),
             stalls,
         ]
         self._loop_switches: list[_LoopSwitch] = [stalls, *([task_tracking] if track_tasks else [])]

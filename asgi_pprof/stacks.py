@@ -69,7 +69,7 @@ class Symbols:
         stack = tuple(
             self.instruction(code, lasti)
             for code, lasti in raw[:MAX_DEPTH]
-            if id(code) not in wrappers
+            if id(code) not in wrappers.by_id
         )
         return (*stack, TRUNCATED) if len(raw) > MAX_DEPTH else stack
 

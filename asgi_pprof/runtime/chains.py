@@ -23,8 +23,21 @@ from asgi_pprof.runtime.frames import (
 
 _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
-wrappers: dict[int, CodeType] = {}
-"""Code of our own wrappers, by its address: left out of all stacks."""
+
+class WrapperCodes:
+    """The code of our wrappers. No stack shows frames that run it."""
+
+    def __init__(self) -> None:
+        self.by_id: dict[int, CodeType] = {}  # kept alive, so that no id is used twice
+
+    def add(self, function: object) -> None:
+        """Add a function's code, if it is written in Python."""
+        code = getattr(function, "__code__", None)
+        if isinstance(code, CodeType):
+            self.by_id[id(code)] = code
+
+
+wrappers = WrapperCodes()
 
 
 class Awaited(NamedTuple):
@@ -61,7 +74,7 @@ def _places(outermost: object) -> Iterator[Awaited]:
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
                 yield Awaited(awaitable)
             return
-        if place is not None and id(place[0]) not in wrappers:
+        if place is not None and id(place[0]) not in wrappers.by_id:
             yield Awaited(awaitable, *place)
 
 

@@ -1,10 +1,10 @@
 """
 CPU time per request while block is recorded, as a ratio to the bare application.
 
-As overhead.py, whose remarks hold here too: two servers take short turns, and
-change roles in each round. The rates take turns within a round, so that all
-ratios come from one run. There is no middleware: this is what recording alone
-costs. "off" is a server in which it was on before.
+The method is that of overhead.py: two servers are measured in short turns, and
+swap roles in each round. Each round measures all rates, so that their ratios
+come from one run. There is no middleware: this is what recording alone costs.
+"off" is a server that has recorded before.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ async def set_rates(rate_ns: int, fraction: int) -> None:
 
 @app.get("/cpu")
 async def cpu_time_ns() -> int:
-    # Of all threads; getrusage and ps know it to 10 ms only.
+    # Of all threads; getrusage and ps have a resolution of 10 ms only.
     return time.process_time_ns()
 
 

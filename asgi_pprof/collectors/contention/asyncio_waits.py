@@ -1,16 +1,16 @@
 """
 Waits of tasks: asyncio's primitives, and anyio's on the asyncio backend.
 
-The methods that wait are wrapped by coroutine functions which ask first
-whether there is anything to wait for, and time the original only then. What
-one primitive waits for inside another belongs to the outermost. Primitives
-made before are seen too, since their methods are looked up on their class. An
-`asyncio.Condition` keeps bound methods of its lock, though: of one made before,
-waiting to enter `async with` is seen, but not `await condition.acquire()`, nor
-who lets others wait for its lock.
+Each method that waits is wrapped in a coroutine function which first tests
+whether the method would wait, and times the original only then. If one
+primitive waits inside another, the wait belongs to the outermost. Methods are
+looked up on their class, so primitives made before are seen too. Only an
+`asyncio.Condition` keeps bound methods of its lock: of one made before, the wait
+to enter `async with` is seen, but neither `await condition.acquire()` nor the
+releases of its lock.
 
-anyio's events, streams, limiters and adapters wait on an `asyncio.Event`, and so need
-no wrapper of their own; nor does `asyncio.Queue.join`.
+anyio's events, streams, limiters and adapters wait on an `asyncio.Event`, and
+`asyncio.Queue.join` does too: they need no wrapper of their own.
 """
 
 from __future__ import annotations
@@ -24,50 +24,52 @@ from asyncio import locks, queues
 from collections.abc import Callable
 from typing import Any
 
-from asgi_pprof.collectors.contention.stacks import know_primitives
-from asgi_pprof.collectors.contention.watch import Target, Watch, Wrap, code_of, mutex
+from asgi_pprof.collectors.contention.patches import Target, Wrap, code_of
+from asgi_pprof.collectors.contention.recording import Recording, mutex
+from asgi_pprof.collectors.contention.stack_rules import rules
 
 clock = time.monotonic_ns
 
 _blocked: dict[int, bool] = {}
 """By id of a task inside a wrapped method: whether it has had to wait."""
 
-_queues: dict[int, TaskQueue] = {}
-"""By id of a lock: who waits for it now."""
+_waiters: dict[int, TaskWaiters] = {}
+"""By id of a lock: the tasks that wait for it now."""
 
 
-class TaskQueue:
+class TaskWaiters:
     """
-    How long tasks have waited for one lock since it was released last.
+    How long tasks have waited for one lock since its last release.
 
-    A release is charged with the waiting of all who wait, each since it
-    began or since the last release, and then lets one of them go. Go takes the
-    first and the last for an average of all (runtime/sema.go, semrelease1);
-    this is the exact sum, kept as the integral of their number over time.
+    A release is charged with the time of all waiters, each since its wait
+    began or since the last release, and then grants the lock to one of them. Go
+    takes the average of the first and the last for all (runtime/sema.go,
+    semrelease1); this is the exact sum, kept as the integral over time of the
+    number of waiters.
     """
 
     __slots__ = ("_granted", "_since_ns", "_waited_ns", "_waiting")
 
     def __init__(self) -> None:
         self._waiting = 0  # tasks
-        self._granted = 0  # those of them who may go, but did not run yet
+        self._granted = 0  # those of them that were granted the lock, but did not run yet
         self._since_ns = 0
         self._waited_ns = 0
 
     def enter(self, now_ns: int) -> None:
-        """Note that one more waits."""
+        """Add a waiter."""
         self._advance(now_ns)
         self._waiting += 1
 
-    def leave(self, now_ns: int, got_it: bool) -> bool:
-        """Note that one waits no longer, and return whether nobody does."""
+    def leave(self, now_ns: int, acquired: bool) -> bool:
+        """Remove a waiter, and return whether it was the last."""
         self._advance(now_ns)
         self._waiting -= 1
-        self._granted = min(self._waiting, max(0, self._granted - got_it))
+        self._granted = min(self._waiting, max(0, self._granted - acquired))
         return self._waiting <= 0
 
     def release(self, now_ns: int) -> int | None:
-        """Return the nanoseconds that this release is charged with; None if nobody waits."""
+        """Return the nanoseconds that a release is charged with; None if no task waits."""
         self._advance(now_ns)
         if self._waiting <= self._granted:
             return None
@@ -80,72 +82,74 @@ class TaskQueue:
         self._since_ns = now_ns
 
 
-def forget_waits() -> None:
-    """Begin anew, in a forked child: no task of its parent's will run there."""
+def reset_in_child() -> None:
+    """Remove all waits, in a forked child: none of its parent's tasks will run there."""
     _blocked.clear()
-    _queues.clear()
+    _waiters.clear()
 
 
-def waiting(
+def wrap_wait(
     ready: Callable[[Any], object],
-    lock: Callable[[Any], object] | None = None,
+    is_lock: bool = False,
     called: Callable[..., Any] | None = None,
 ) -> Wrap:
     """
     Return what wraps a coroutine method that waits.
 
     Args:
-        ready: Tells whether an object will not let its caller wait.
-        lock: What others are charged for holding; None if that is nobody.
-        called: What to show at the leaf, if not the method.
+        ready: Returns whether the method would return without waiting.
+        is_lock: Whether a release of the object is charged with this wait.
+        called: The function to show at the leaf, if not the method itself.
     """
 
-    def wrap(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+    def wrap(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
         leaf = code_of(called or original)
 
         @functools.wraps(original)
         async def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
             try:
-                pass_on = not watch.on or ready(self)
+                delegate = not recording.on or ready(self)
             except Exception:
-                pass_on = False  # it is for the original to raise
-            if pass_on:
+                delegate = False  # if the object is at fault, the original raises
+            if delegate:
                 return await original(self, *args, **kwargs)
             key = _task_id()
             outermost = key not in _blocked
             _blocked[key] = True
-            queue_id, queue = _enter(lock, self)
+            # One reading for both profiles: the thread may lose the CPU between two, and
+            # releases would be charged with more than was waited.
             began_ns = clock()
-            ended, got_it = True, False
+            waiters = _waiters_of(self, began_ns) if is_lock and mutex.rate else None
+            ended, acquired = True, False
             try:
                 result = await original(self, *args, **kwargs)
-                got_it = True
+                acquired = True
                 return result
             except GeneratorExit:
-                ended = False  # nobody wakes up: the task is thrown away
+                ended = False  # the task is thrown away: it never runs on
                 raise
             finally:
                 now_ns = clock()
-                if queue is not None and queue.leave(now_ns, got_it):
-                    _queues.pop(queue_id, None)
+                if waiters is not None and waiters.leave(now_ns, acquired):
+                    _waiters.pop(id(self), None)
                 if outermost:
                     _blocked.pop(key, None)
                     if ended:
-                        watch.waited(now_ns - began_ns, leaf, sys._getframe())
+                        recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
 
         return wait
 
     return wrap
 
 
-def composed(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a coroutine method that waits, if at all, in other primitives."""
+def wrap_composed_wait(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a coroutine method that waits only by way of other wrapped methods, if at all."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     async def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
         key = _task_id()
-        if not watch.on or key in _blocked:
+        if not recording.on or key in _blocked:
             return await original(self, *args, **kwargs)
         _blocked[key] = False
         began_ns = clock()
@@ -157,25 +161,25 @@ def composed(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
             raise
         finally:
             if _blocked.pop(key, False) and ended:
-                watch.waited(clock() - began_ns, leaf, sys._getframe())
+                recording.add_wait(clock() - began_ns, leaf, sys._getframe())
 
     return wait
 
 
-def releasing(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_release(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a method that releases a lock."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     def release(self: Any, *args: Any, **kwargs: Any) -> Any:
-        queue = _queues.get(id(self))
-        if queue is None or not watch.on:
+        waiters = _waiters.get(id(self))
+        if waiters is None or not recording.on:
             return original(self, *args, **kwargs)
         now_ns = clock()
         result = original(self, *args, **kwargs)
-        waited_ns = queue.release(now_ns)
+        waited_ns = waiters.release(now_ns)
         if waited_ns is not None:
-            watch.released(waited_ns, leaf, sys._getframe())
+            recording.add_release(waited_ns, leaf, sys._getframe())
         return result
 
     return release
@@ -188,19 +192,13 @@ def _task_id() -> int:
         return 0
 
 
-def _enter(lock: Callable[[Any], object] | None, primitive: Any) -> tuple[int, TaskQueue | None]:
-    if lock is None or not mutex.rate:
-        return 0, None
-    queue_id = id(lock(primitive))  # it stays alive: who waits for it refers to it
-    queue = _queues.get(queue_id)
-    if queue is None:
-        queue = _queues[queue_id] = TaskQueue()
-    queue.enter(clock())
-    return queue_id, queue
-
-
-def _itself(primitive: Any) -> Any:
-    return primitive
+def _waiters_of(lock: object, now_ns: int) -> TaskWaiters:
+    # By id: the lock stays alive, since the frames that wait for it refer to it.
+    waiters = _waiters.get(id(lock))
+    if waiters is None:
+        waiters = _waiters[id(lock)] = TaskWaiters()
+    waiters.enter(now_ns)
+    return waiters
 
 
 def _never(primitive: Any) -> bool:
@@ -231,69 +229,70 @@ def _limiter_is_free(limiter: Any) -> bool:
     return not limiter._wait_queue and len(limiter._borrowers) < limiter._total_tokens
 
 
-def waiting_targets() -> list[Target]:
+def wait_targets() -> list[Target]:
     """Return the methods that wait."""
-    know_primitives(
+    rules.add_primitives(
         (locks.Lock, locks.Event, locks.Condition, locks.Semaphore, locks.Barrier, queues.Queue)
     )
-    know_primitives((locks._ContextManagerMixin,))
+    rules.add_primitives((locks._ContextManagerMixin,))
     targets = [
-        Target(locks.Lock, "acquire", waiting(_lock_is_free, _itself)),
-        Target(locks.Event, "wait", waiting(lambda event: event._value)),
-        Target(locks.Condition, "wait", waiting(_never)),
+        Target(locks.Lock, "acquire", wrap_wait(_lock_is_free, is_lock=True)),
+        Target(locks.Event, "wait", wrap_wait(lambda event: event._value)),
+        Target(locks.Condition, "wait", wrap_wait(_never)),
         Target(
             locks.Condition,
             "__aenter__",
-            waiting(lambda each: _lock_is_free(each._lock), called=locks.Lock.acquire),
+            wrap_wait(lambda each: _lock_is_free(each._lock), called=locks.Lock.acquire),
         ),
-        Target(locks.Semaphore, "acquire", waiting(lambda each: not each.locked(), _itself)),
-        Target(locks.Barrier, "wait", composed),
-        Target(queues.Queue, "get", waiting(_queue_has_items)),
-        Target(queues.Queue, "put", waiting(_queue_has_room)),
+        Target(locks.Semaphore, "acquire", wrap_wait(lambda each: not each.locked(), is_lock=True)),
+        Target(locks.Barrier, "wait", wrap_composed_wait),
+        Target(queues.Queue, "get", wrap_wait(_queue_has_items)),
+        Target(queues.Queue, "put", wrap_wait(_queue_has_room)),
     ]
     backend = _anyio_backend()
     if backend is not None:
         anyio = sys.modules["anyio"]
         targets += (
-            Target(backend.Lock, "acquire", waiting(_anyio_lock_is_free, _itself)),
-            Target(backend.Semaphore, "acquire", waiting(_anyio_semaphore_is_free, _itself)),
-            Target(anyio.Condition, "wait", waiting(_never)),
+            Target(backend.Lock, "acquire", wrap_wait(_anyio_lock_is_free, is_lock=True)),
+            Target(backend.Semaphore, "acquire", wrap_wait(_anyio_semaphore_is_free, is_lock=True)),
+            Target(anyio.Condition, "wait", wrap_wait(_never)),
         )
     return targets
 
 
-def releasing_targets() -> list[Target]:
-    """Return the methods that release a lock, and of those that wait what only mutex needs."""
+def release_targets() -> list[Target]:
+    """Return the methods that release a lock, and those that wait but matter to mutex only."""
     targets = [
-        Target(locks.Lock, "release", releasing),
-        Target(locks.Semaphore, "release", releasing),  # BoundedSemaphore's calls it
+        Target(locks.Lock, "release", wrap_release),
+        Target(locks.Semaphore, "release", wrap_release),  # BoundedSemaphore's calls it
     ]
     backend = _anyio_backend()
     if backend is not None:
         targets += (
-            Target(backend.Lock, "release", releasing),
-            Target(backend.Semaphore, "release", releasing),
-            Target(backend.CapacityLimiter, "release_on_behalf_of", releasing),
-            # In the way of every `def` endpoint; for block the event that it waits on will do.
+            Target(backend.Lock, "release", wrap_release),
+            Target(backend.Semaphore, "release", wrap_release),
+            Target(backend.CapacityLimiter, "release_on_behalf_of", wrap_release),
+            # Every `def` endpoint calls this one. Block does without it: it sees the wait for
+            # the event inside.
             Target(
                 backend.CapacityLimiter,
                 "acquire_on_behalf_of",
-                waiting(_limiter_is_free, _itself),
+                wrap_wait(_limiter_is_free, is_lock=True),
             ),
         )
     return targets
 
 
 def _anyio_backend() -> Any:
-    """Return the module with anyio's own primitives, None where it has none (before 4.5)."""
+    """Return the module with anyio's own primitives; None before anyio 4.5, which has none."""
     anyio = sys.modules.get("anyio")
     if anyio is None:
         return None
     try:
-        # anyio loads it with the first call in a loop, which may be still to come.
+        # anyio imports it only with its first call on a loop.
         backend = importlib.import_module("anyio._backends._asyncio")
         streams = importlib.import_module("anyio.streams.memory")
-        know_primitives(
+        rules.add_primitives(
             (
                 *(backend.Lock, backend.Event, backend.Semaphore, backend.CapacityLimiter),
                 *(anyio.Condition, anyio.Lock, anyio.Event, anyio.Semaphore, anyio.CapacityLimiter),
@@ -307,6 +306,6 @@ def _anyio_backend() -> Any:
 
 
 def _anyio_adapters() -> list[object]:
-    """Return anyio's stand-ins for primitives made outside a loop."""
+    """Return anyio's classes for primitives that are made outside a loop."""
     names = vars(sys.modules["anyio._core._synchronization"])
     return [value for name, value in names.copy().items() if name.endswith("Adapter")]

@@ -1,25 +1,25 @@
 """
-block and mutex: where time is lost waiting, and who made others wait.
+block and mutex: where time is lost waiting, and which releases others waited for.
 
 block: the stack that waited for a lock, an event, a queue, a stream, a thread
 or a free worker thread, in asyncio, anyio, `threading` and `concurrent.futures`;
 how often, and how long from the call to its return. Sleeping and waiting for
-the network are no contention, nor are workers with nothing to do.
+the network are no contention, nor is a worker that has nothing to do.
 
-mutex: the stack that released a lock while others waited for it, with what
-they have waited, each since it began or since the last release.
+mutex: the stack that released a lock for which others waited, with the time
+they had waited, each since its wait began or since the last release.
 
-Both are off until a rate is set, as in Go, and count for the life of the
-process. While one is on, the methods that wait are wrapped; off, every one is
-the original again. They are looked up on their classes, so what was made before
-is seen too. The stack is taken after the wait, if it is sampled: 5 to 15 us.
-A call that need not wait takes 0.2 to 0.4 us longer in asyncio and anyio, and
-nothing in most of `threading`.
+Both are off until a rate is set, as in Go, and count from the start of the
+process. While one is on, the methods that wait are wrapped; while both are off,
+every attribute is the original again. Methods are wrapped on their classes, so
+primitives made before are seen too. The stack is taken after the wait, if it is
+sampled: 5 to 15 us. A call that need not wait takes 0.2 to 0.4 us longer in
+asyncio and anyio, and no longer in most of `threading`.
 
-What is missed: waits that began before, locks of threads made before or by
-the standard library (lock_classes.py), `queue.SimpleQueue`, and what C
-code waits for. A wait in a task that `asyncio.wait_for` makes (Python 3.11)
-has the stack of that task, which ends there.
+Not seen: waits that began before, `threading.Lock` and `RLock` unless a
+middleware asks for that (lock_classes.py), `queue.SimpleQueue`, and waits in C
+code. On Python 3.11 a wait in the task that `asyncio.wait_for` makes has the
+stack of that task, which ends there.
 
 Source: runtime/mprof.go; runtime/pprof, writeBlock and writeMutex;
 runtime.SetBlockProfileRate, runtime.SetMutexProfileFraction.
@@ -35,8 +35,9 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
+from asgi_pprof.collectors.contention.patches import PatchGroup
+from asgi_pprof.collectors.contention.recording import Recording, block, mutex
 from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords
-from asgi_pprof.collectors.contention.watch import Patches, Watch, block, mutex
 from asgi_pprof.profile import Profile, ValueType
 from asgi_pprof.stacks import name_totals
 
@@ -50,22 +51,24 @@ _RECORDS: dict[Kind, ContentionRecords] = {"block": block, "mutex": mutex}
 
 class Contention:
     """
-    What is recorded and at which rate; one for the process.
+    The rates of this process, and what they switch on.
 
-    Three groups are wrapped, each as long as it is needed: methods that wait
-    while either profile is on, methods that release while mutex is, and the
-    names that locks of threads are made by while a rate is set.
+    Attributes are replaced in three groups, each as long as it is needed:
+    methods that wait while either profile is on, methods that release while
+    mutex is, and `threading.Lock` and `RLock` while a rate is set and a
+    middleware asks for it.
     """
 
     def __init__(self) -> None:
         self._lock = threading.RLock()  # a finalizer may switch off in the middle of switching on
         self._rates: dict[Kind, int] = {"block": 0, "mutex": 0}
         self._windows: dict[Kind, int] = {"block": 0, "mutex": 0}
-        self._watch: Watch | None = None
-        self._waiting, self._releasing, self._naming = Patches(), Patches(), Patches()
+        self._lock_class_users = 0
+        self._recording: Recording | None = None
+        self._waits, self._releases, self._lock_classes = PatchGroup(), PatchGroup(), PatchGroup()
         self._changes = 0
         self._applying = False
-        self._renewed_by_fork = False
+        self._fork_hook = False
 
     def set_rate(self, kind: Kind, rate: int) -> int:
         """Set a profile's rate, 0 or less for off, and return what it was."""
@@ -77,6 +80,12 @@ class Contention:
     def rate(self, kind: Kind) -> int:
         """Return the rate that was set."""
         return self._rates[kind]
+
+    def count_lock_class_users(self, change: int) -> None:
+        """Count a middleware that asks for `wrap_lock_classes`: 1 as it comes, -1 as it goes."""
+        with self._lock:
+            self._lock_class_users += change
+            self._apply()
 
     @contextmanager
     def window(self, kind: Kind) -> Iterator[None]:
@@ -92,7 +101,7 @@ class Contention:
                 self._apply()
 
     def describe(self, kind: Kind) -> str:
-        """Return whether it is on, and at which rate."""
+        """Return whether a profile is on, and at which rate."""
         rate, records = self._rates[kind], _RECORDS[kind]
         if not records.rate:
             return "off: contention is not recorded"
@@ -103,7 +112,7 @@ class Contention:
     def _apply(self) -> None:
         self._changes += 1
         if self._applying:
-            return  # a finalizer, in the middle of it: what it wants comes next
+            return  # a finalizer interrupted the loop below, which then applies its change too
         self._applying, applied = True, 0
         try:
             while applied != self._changes:
@@ -116,47 +125,44 @@ class Contention:
         for kind, records in _RECORDS.items():
             window_rate = WINDOW_RATES[kind] if self._windows[kind] else 0
             records.rate = self._rates[kind] or window_rate
+        lock_classes_on = bool(self._lock_class_users and any(self._rates.values()))
         if block.rate or mutex.rate:
-            self._on()
-        elif self._watch is not None:
-            self._watch.on = False
-            self._watch = None
-        if not block.rate and not mutex.rate:
-            self._waiting.remove()
+            self._on(lock_classes_on)
+        else:
+            if self._recording is not None:
+                self._recording.on = False
+                self._recording = None
+            self._waits.remove()
         if not mutex.rate:
-            self._releasing.remove()
-        if not any(self._rates.values()):
-            self._naming.remove()
-        lock_classes.report_to(self._watch)
+            self._releases.remove()
+        if not lock_classes_on:
+            self._lock_classes.remove()
+        lock_classes.report_to(self._recording, make_more=lock_classes_on)
 
-    def _on(self) -> None:
-        self._renew_by_fork()
-        watch = self._watch = self._watch or Watch()
-        asyncio_side, threads_side = asyncio_waits, threading_waits
-        self._waiting.install(
-            watch, lambda: [*asyncio_side.waiting_targets(), *threads_side.waiting_targets()]
-        )
+    def _on(self, lock_classes_on: bool) -> None:
+        self._add_fork_hook()
+        recording = self._recording = self._recording or Recording()
+        self._waits.install(recording, asyncio_waits.wait_targets, threading_waits.wait_targets)
         if mutex.rate:
-            self._releasing.install(
-                watch,
-                lambda: [*asyncio_side.releasing_targets(), *threads_side.releasing_targets()],
+            self._releases.install(
+                recording, asyncio_waits.release_targets, threading_waits.release_targets
             )
-        if any(self._rates.values()):
-            self._naming.install(watch, lock_classes.naming_targets)
+        if lock_classes_on:
+            self._lock_classes.install(recording, lock_classes.targets)
 
-    def _renew_by_fork(self) -> None:
-        if not self._renewed_by_fork and hasattr(os, "register_at_fork"):
-            self._renewed_by_fork = True
-            os.register_at_fork(after_in_child=self._begin_anew)
+    def _add_fork_hook(self) -> None:
+        if not self._fork_hook and hasattr(os, "register_at_fork"):
+            self._fork_hook = True
+            os.register_at_fork(after_in_child=self._reset_in_child)
 
-    def _begin_anew(self) -> None:
-        # Who held the lock or waited does not exist in the child; a switch that was under
-        # way in another thread is finished by the next one here.
+    def _reset_in_child(self) -> None:
+        # The threads that held the lock or waited do not exist in the child. If one of them was
+        # in the middle of switching, the next switch here completes that.
         self._lock, self._applying = threading.RLock(), False
-        asyncio_waits.forget_waits()
-        threading_waits.forget_waits()
+        asyncio_waits.reset_in_child()
+        threading_waits.reset_in_child()
         for records in _RECORDS.values():
-            records.forget()
+            records.clear()
 
 
 contention = Contention()
@@ -164,11 +170,15 @@ contention = Contention()
 
 def set_block_profile_rate(rate_ns: int) -> None:
     """
-    Record waits: on average one for every so many nanoseconds spent waiting.
+    Record waits: on average one for every `rate_ns` nanoseconds spent waiting.
 
     Waits at least that long are all recorded, shorter ones in proportion, and
     counts and sums are scaled to be right on average. 1 records everything, 0
     or less nothing. What has been recorded stays in the profile.
+
+    Waits for `threading.Lock` and `RLock` are recorded only in a process with a
+    middleware that has `wrap_lock_classes=True`: this function replaces neither
+    of them by itself.
 
     Source: runtime.SetBlockProfileRate.
     """
@@ -179,7 +189,8 @@ def set_mutex_profile_fraction(rate: int) -> int:
     """
     Record one in `rate` releases that others waited for, and return the rate before.
 
-    1 records everything, 0 nothing; a negative one changes nothing.
+    1 records everything, 0 nothing; a negative one changes nothing. As to
+    `threading.Lock` and `RLock`, see `set_block_profile_rate`.
 
     Source: runtime.SetMutexProfileFraction.
     """
@@ -190,13 +201,24 @@ def set_mutex_profile_fraction(rate: int) -> int:
 
 class ContentionSwitch:
     """
-    One middleware's rates, while it lives; 0 leaves a rate alone.
+    What one middleware asks for, while it lives.
+
+    Args:
+        block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
+        mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while
+            a rate is set, no matter how it was set.
 
     Raises:
         ValueError: A rate is negative.
     """
 
-    def __init__(self, block_profile_rate: int = 0, mutex_profile_fraction: int = 0) -> None:
+    def __init__(
+        self,
+        block_profile_rate: int = 0,
+        mutex_profile_fraction: int = 0,
+        wrap_lock_classes: bool = False,
+    ) -> None:
         self._rates: dict[Kind, int] = {
             "block": block_profile_rate,
             "mutex": mutex_profile_fraction,
@@ -206,25 +228,27 @@ class ContentionSwitch:
                 "block_profile_rate is nanoseconds a sample and mutex_profile_fraction one event"
                 f" in so many, or 0; not {block_profile_rate!r} and {mutex_profile_fraction!r}"
             )
+        self._wrap_lock_classes = wrap_lock_classes
 
     def enable(self) -> None:
         """Set the rates; pair with `disable`."""
         _switches.append(self)
-        self._set()
-
-    def disable(self) -> None:
-        """Give way to the rates of the middleware before it, or switch off."""
-        _switches.remove(self)
-        for kind, rate in self._rates.items():
-            # Somebody who has set another rate since then is left alone.
-            if rate and contention.rate(kind) == rate:
-                others = [each._rates[kind] for each in _switches if each._rates[kind]]
-                contention.set_rate(kind, others[-1] if others else 0)
-
-    def _set(self) -> None:
+        if self._wrap_lock_classes:
+            contention.count_lock_class_users(1)
         for kind, rate in self._rates.items():
             if rate:
                 contention.set_rate(kind, rate)
+
+    def disable(self) -> None:
+        """Set the rates of the middleware that was enabled before, 0 if there is none."""
+        _switches.remove(self)
+        if self._wrap_lock_classes:
+            contention.count_lock_class_users(-1)
+        for kind, rate in self._rates.items():
+            # A rate that was set by other means since then stays.
+            if rate and contention.rate(kind) == rate:
+                others = [each._rates[kind] for each in _switches if each._rates[kind]]
+                contention.set_rate(kind, others[-1] if others else 0)
 
 
 _switches: list[ContentionSwitch] = []
@@ -232,10 +256,10 @@ _switches: list[ContentionSwitch] = []
 
 class ContentionCollector:
     """
-    One of the two profiles.
+    Collects one of the two profiles.
 
     Args:
-        kind: Which.
+        kind: Which one.
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -247,7 +271,7 @@ class ContentionCollector:
         return self._records.count()
 
     def note(self) -> str:
-        """Return whether it is on, and at which rate."""
+        """Return whether the profile is on, and at which rate."""
         return contention.describe(self._kind)
 
     def window(self) -> AbstractContextManager[None]:
@@ -255,7 +279,7 @@ class ContentionCollector:
         return contention.window(self._kind)
 
     async def snapshot(self) -> Callable[[], Profile]:
-        """Give contentions/count and delay/nanoseconds by stack, scaled; no labels, as in Go."""
+        """Return contentions/count and delay/nanoseconds by stack, scaled; no labels, as in Go."""
         totals, comments = self._records.totals(), tuple(self._comments())
         time_ns = time.time_ns()
         return lambda: Profile(

@@ -1,20 +1,22 @@
 """
-Waits for threads' locks: `threading.Lock` and `RLock`, where a program makes them.
+Waits for `threading.Lock` and `threading.RLock`: only if a middleware asks for them.
 
-Their types are written in C and cannot be wrapped. So, while a rate is set,
-the names `threading.Lock` and `threading.RLock` stand for classes here, whose
-objects have a real lock inside and pass on to it. The standard library gets
-real locks as ever: its own locks must be what C code and `os.fork` expect, and
-are held for microseconds. A profile of some seconds does not change the names.
+Both types are written in C and their methods cannot be wrapped. With
+`wrap_lock_classes=True`, while a rate is set, the names `threading.Lock` and
+`threading.RLock` are classes of this module instead, whose objects hold a real
+lock and delegate to it. The standard library still gets real locks: C code
+and `os.fork` rely on them, and they are held for microseconds. The window of
+`?seconds=N` replaces nothing.
 
 Not seen: locks made before, in the standard library, by `_thread.allocate_lock`,
-or through a name that was imported before (`from threading import Lock`). Where
-somebody else has replaced the names already, they are left alone.
+or through a name that was imported before (`from threading import Lock`). If
+another library has replaced the names already, they are left alone.
 
-A lock made here stays one when the rate is 0 again, and then passes on: about
-0.1 us more for each `with`. It passes for a real one in `isinstance`, can
-neither be copied nor pickled, and differs in one thing: an exception raised by
-a signal handler can come between taking the lock and entering the `with`.
+A lock made here stays what it is when the rate is 0 again, and then delegates:
+about 0.1 us more for each `with`. Its `__class__` and `isinstance` say that it
+is a real one, which it is not; it can neither be copied nor pickled; and an
+exception raised by a signal handler can come between taking the lock and
+entering the `with`.
 """
 
 from __future__ import annotations
@@ -24,24 +26,33 @@ import threading
 import time
 from typing import Any
 
-from asgi_pprof.collectors.contention.stacks import know_wrapper
-from asgi_pprof.collectors.contention.threading_waits import ThreadQueue, this_thread
-from asgi_pprof.collectors.contention.watch import Target, Watch, Wrap, mutex
+from asgi_pprof.collectors.contention.patches import Target, Wrap
+from asgi_pprof.collectors.contention.recording import Recording, mutex
+from asgi_pprof.collectors.contention.threading_waits import ThreadWaiters, this_thread
+from asgi_pprof.runtime.chains import wrappers
 
 clock = time.monotonic_ns
 
-_off = Watch(on=False)
-_watch = _off
+_OFF = Recording(on=False)
+_recording = _OFF
+_make_more = False
 
 
-def report_to(watch: Watch | None) -> None:
-    """Say which watch the locks made here report to, now and later; None for none."""
-    global _watch
-    _watch = watch or _off
+def report_to(recording: Recording | None, make_more: bool) -> None:
+    """
+    Set the recording that all locks made here report to; None for none.
+
+    Args:
+        recording: The recording.
+        make_more: Whether the classes make locks that report. A caller that has
+            kept their names gets real ones otherwise.
+    """
+    global _recording, _make_more
+    _recording, _make_more = recording or _OFF, make_more
 
 
 class _Factory(type):
-    """Makes locks that are seen for programs, and real ones for the standard library."""
+    """Makes locks that report for programs, and real ones for the standard library."""
 
     real: Any
 
@@ -49,7 +60,7 @@ class _Factory(type):
         lock = cls.real(*args, **kwargs)
         caller = str(sys._getframe(1).f_globals.get("__name__"))
         package = caller.partition(".")[0]
-        if not _watch.on or package in sys.stdlib_module_names or package == "asgi_pprof":
+        if not _make_more or package in sys.stdlib_module_names or package == "asgi_pprof":
             return lock
         return super().__call__(lock)
 
@@ -57,8 +68,8 @@ class _Factory(type):
         return isinstance(instance, type(cls.real()))
 
 
-class SeenLock(metaclass=_Factory):
-    """A real `threading.Lock`, and who waits for it."""
+class RecordedLock(metaclass=_Factory):
+    """A real `threading.Lock`, and the threads that wait for it."""
 
     __slots__ = ("__weakref__", "_lock", "_waiters")
 
@@ -67,18 +78,18 @@ class SeenLock(metaclass=_Factory):
 
     def __init__(self, lock: Any) -> None:
         self._lock = lock
-        self._waiters = ThreadQueue()
+        self._waiters = ThreadWaiters()
 
     def acquire(self, blocking: bool = True, timeout: float = -1) -> Any:
         """Acquire the lock, as the real one does."""
         may_wait = blocking and (timeout == -1 or 0 < timeout <= threading.TIMEOUT_MAX)
-        if not _watch.on or not may_wait:
+        if not _recording.on or not may_wait:
             return self._lock.acquire(blocking, timeout)
-        # The real one's own first step: only if it fails does anybody wait.
+        # The real lock tries this first too: only if it fails does the thread wait.
         return self._lock.acquire(False) or self._wait(timeout)
 
     def _wait(self, timeout: float) -> Any:
-        watch, outermost = _watch, not this_thread.blocked
+        recording, outermost = _recording, not this_thread.blocked
         began_ns = clock()
         if mutex.rate:
             self._waiters.enter(began_ns)
@@ -90,22 +101,22 @@ class SeenLock(metaclass=_Factory):
             self._waiters.leave()
             if outermost:
                 this_thread.blocked = False
-                watch.waited(now_ns - began_ns, f"{self.name}.acquire", sys._getframe())
+                recording.add_wait(now_ns - began_ns, f"{self.name}.acquire", sys._getframe())
 
     def release(self) -> None:
         """Release the lock, as the real one does."""
         waited_ns = None
         if self._waiters.waiting_ns and self._is_last():
-            waited_ns = self._waiters.release(clock())  # before: who is let go leaves at once
+            waited_ns = self._waiters.release(clock())  # before: a waiter woken leaves at once
         self._lock.release()
         if waited_ns is not None:
-            _watch.released(waited_ns, f"{self.name}.release", sys._getframe())
+            _recording.add_release(waited_ns, f"{self.name}.release", sys._getframe())
 
     def _is_last(self) -> bool:
         return True
 
     def __enter__(self) -> Any:
-        if not _watch.on:
+        if not _recording.on:
             return self._lock.acquire()
         return self._lock.acquire(False) or self._wait(-1)
 
@@ -122,15 +133,15 @@ class SeenLock(metaclass=_Factory):
         return repr(self._lock)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self._lock.__reduce_ex__(protocol)  # which says that locks cannot be pickled
+        return self._lock.__reduce_ex__(protocol)  # raises: locks cannot be pickled
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return type(self._lock)
 
 
-class SeenRLock(SeenLock):
-    """A real `threading.RLock`, and who waits for it."""
+class RecordedRLock(RecordedLock):
+    """A real `threading.RLock`, and the threads that wait for it."""
 
     __slots__ = ()
 
@@ -140,13 +151,13 @@ class SeenRLock(SeenLock):
     def _is_last(self) -> bool:
         return bool(self._lock._recursion_count() == 1)
 
-    # What a condition does with a reentrant lock while it waits.
+    # A condition calls these two around its wait.
 
     def _release_save(self) -> Any:
         waited_ns = self._waiters.release(clock())
         state = self._lock._release_save()
         if waited_ns is not None:
-            _watch.released(waited_ns, f"{self.name}.release", sys._getframe())
+            _recording.add_release(waited_ns, f"{self.name}.release", sys._getframe())
         return state
 
     def _acquire_restore(self, state: Any) -> None:
@@ -158,16 +169,16 @@ class SeenRLock(SeenLock):
             self._waiters.leave()
 
 
-def naming_targets() -> list[Target]:
-    """Return the names that locks are made by."""
-    for lock in (SeenLock, SeenRLock):
+def targets() -> list[Target]:
+    """Return the two names."""
+    for lock in (RecordedLock, RecordedRLock):
         for method in vars(lock).values():
-            know_wrapper(method)
+            wrappers.add(method)
     return [
-        Target(threading, "Lock", _standing_for(SeenLock)),
-        Target(threading, "RLock", _standing_for(SeenRLock)),
+        Target(threading, "Lock", _replace_by(RecordedLock)),
+        Target(threading, "RLock", _replace_by(RecordedRLock)),
     ]
 
 
-def _standing_for(lock: type[SeenLock]) -> Wrap:
-    return lambda watch, original: lock if original is lock.real else original
+def _replace_by(lock: type[RecordedLock]) -> Wrap:
+    return lambda recording, original: lock if original is lock.real else original

@@ -1,10 +1,10 @@
 """
-How often and how long, by stack: what the block and mutex profiles add up.
+The totals of the block and mutex profiles: how often and how long, by stack.
 
-An event is put on a queue, which is one step that nothing can interrupt; the
-queue is added up by whoever finds it long, unless somebody does so already. So
-nobody ever waits here: not a thread, not a signal handler or finalizer that
-runs in the middle of it, and not a child that was forked in the middle of it.
+`add` puts an event on a queue, which is one atomic step. The thread that finds
+the queue long adds its events to the totals, unless another thread is doing
+so. So nothing here waits: no thread, no signal handler or finalizer that
+interrupts the adding up, and no child that was forked in the middle of it.
 
 Source: runtime/mprof.go, blocksampled and saveBlockEventStack.
 """
@@ -23,22 +23,22 @@ MAX_STACKS = 4096  # different ones; about 3 KiB each at 30 frames
 OTHERS = pseudo_location("other stacks")
 
 _BATCH = 64  # events added up at once, in well under a millisecond
-_MAX_WAITING = 65_536  # events; more only if nobody can add them up
+_MAX_QUEUED = 65_536  # events; reached only if no thread can add them up
 
 Weight = tuple[float, int]
 """How many contentions an event stands for, and how many nanoseconds."""
 
-Contended = tuple[str, StackKey]
+ContendedStack = tuple[str, StackKey]
 """The name of a pseudo-frame at the leaf, or "", and the stack below it."""
 
 
 def weigh_wait(waited_ns: int, rate_ns: int, random: Callable[[], float]) -> Weight | None:
     """
-    Return what a wait counts for in the block profile, None if it is not sampled.
+    Return the weight of a wait in the block profile, None if it is not sampled.
 
-    One that is as long as the rate is always sampled. A shorter one is so with
-    the chance waited/rate, and then stands for as many as it takes to make
-    the rate: on average, count and sum are right.
+    A wait of at least `rate_ns` is always sampled. A shorter one is sampled
+    with probability waited/rate, and then counts rate/waited times, which adds
+    up to `rate_ns`: on average, count and sum are right.
     """
     if rate_ns <= 0:
         return None
@@ -51,7 +51,7 @@ def weigh_wait(waited_ns: int, rate_ns: int, random: Callable[[], float]) -> Wei
 
 
 def weigh_release(caused_ns: int, fraction: int, random: Callable[[], float]) -> Weight | None:
-    """Return what a release counts for in the mutex profile: n times, for one in n of them."""
+    """Return the weight of a release in the mutex profile: one in n is sampled, and counts n."""
     if fraction <= 0 or (fraction > 1 and random() * fraction >= 1):
         return None
     return float(fraction), max(caused_ns, 0) * fraction
@@ -59,10 +59,10 @@ def weigh_release(caused_ns: int, fraction: int, random: Callable[[], float]) ->
 
 class ContentionRecords:
     """
-    The totals of one profile, for the life of the process, and what is sampled.
+    The totals of one profile since the start of the process, and its sampling rate.
 
     Args:
-        weigh: Which events are sampled, and what they stand for.
+        weigh: Decides whether an event is sampled, and returns its weight.
         random: Test seam.
     """
 
@@ -73,27 +73,27 @@ class ContentionRecords:
     ) -> None:
         self.rate = 0
         self._weigh = weigh
-        # Of our own: the application's sequence, which may be seeded, stays what it is.
+        # A generator of our own: the application may have seeded the shared one.
         self._random = random or Random().random
-        self.forget()
+        self.clear()
 
-    def forget(self) -> None:
-        """Begin anew, as in a forked child: its parent's events are not its own."""
-        self._events: deque[tuple[Contended, Weight]] = deque()
+    def clear(self) -> None:
+        """Start from zero; in a forked child, its parent's events are not its own."""
+        self._events: deque[tuple[ContendedStack, Weight]] = deque()
         self._adding_up = threading.Lock()
         self._counter = StackCounter(OTHERS, MAX_STACKS)
         self.lost = 0
 
     def weigh(self, nanoseconds: int) -> Weight | None:
-        """Draw, and return what an event of that length stands for; None if nothing."""
+        """Return the weight of an event of that length; None if it is not sampled."""
         return self._weigh(nanoseconds, self.rate, self._random)
 
-    def add(self, contended: Contended, weight: Weight) -> None:
-        """Add an event; from any thread, at any moment, without waiting."""
-        if len(self._events) >= _MAX_WAITING:
+    def add(self, stack: ContendedStack, weight: Weight) -> None:
+        """Add an event. Any thread may call this at any moment; it never waits."""
+        if len(self._events) >= _MAX_QUEUED:
             self.lost += 1
             return
-        self._events.append((contended, weight))
+        self._events.append((stack, weight))
         if len(self._events) >= _BATCH:
             self._add_up()
 
@@ -109,11 +109,11 @@ class ContentionRecords:
 
     @property
     def overflowed(self) -> bool:
-        """Whether there are events of more stacks than have totals of their own."""
+        """Whether events were counted under `OTHERS`, because there were too many stacks."""
         return self._counter.overflowed > 0
 
     def count(self) -> int:
-        """Return how many stacks there are."""
+        """Return the number of stacks."""
         self._add_up()
         return len(self._counter)
 

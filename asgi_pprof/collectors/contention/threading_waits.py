@@ -1,16 +1,17 @@
 """
-Waits of threads: all that ends in a `threading.Condition`, joins, and executors.
+Waits of threads: for conditions and all that is built on them, joins, executors.
 
 Event, Semaphore, BoundedSemaphore, Barrier, `queue.Queue` and the futures of
-`concurrent.futures` all wait in `Condition.wait`, and only there: so that is
-wrapped, what they do without waiting costs nothing more, and the leaf is found
-from the frames above it. Objects made before are seen. What is not:
-`queue.SimpleQueue`, which is written in C (an executor's idle workers wait
-there), and waits for the lock inside a condition, which threads hold for
+`concurrent.futures` all wait in `Condition.wait`, and only there. So only that
+method is wrapped, calls that need not wait cost nothing more, and the leaf is
+found from the frames above it. Objects made before are seen too.
+
+Not seen: `queue.SimpleQueue`, which is written in C (an executor's idle workers
+wait there), and waits for the lock inside a condition, which threads hold for
 microseconds. For Lock and RLock see lock_classes.py.
 
-What an executor with all threads busy is given to do waits in its queue: from
-`submit` to the start of it, charged to the stack that submitted.
+If all threads of an executor are busy, a work item waits in its queue: from
+`submit` until a thread starts it, recorded with the stack that submitted it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,10 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asgi_pprof.collectors.contention.records import Contended
-from asgi_pprof.collectors.contention.stacks import (
-    WORKER,
-    calling_stack,
-    know_primitives,
-    waits_for_work,
-)
-from asgi_pprof.collectors.contention.watch import Target, Watch, code_of, mutex
+from asgi_pprof.collectors.contention.patches import Target, code_of
+from asgi_pprof.collectors.contention.recording import Recording, mutex
+from asgi_pprof.collectors.contention.records import ContendedStack
+from asgi_pprof.collectors.contention.stack_rules import WORKER, rules
 
 clock = time.monotonic_ns
 
@@ -45,16 +42,16 @@ class _Thread(threading.local):
 this_thread = _Thread()
 """Whether this thread is inside a wait that is timed already."""
 
-_queues: dict[int, ThreadQueue] = {}
-"""By id of a semaphore's condition: who waits for it now."""
+_waiters: dict[int, ThreadWaiters] = {}
+"""By id of a semaphore's condition: the threads that wait for it now."""
 
 
-class ThreadQueue:
+class ThreadWaiters:
     """
-    How long threads have waited for one lock since it was released last.
+    How long threads have waited for one lock since its last release.
 
-    As `TaskQueue`, in steps that threads and signal handlers may interrupt:
-    each waiter writes its own entry only.
+    As `TaskWaiters`, but threads and signal handlers may interrupt every step:
+    each waiter writes only its own entry.
     """
 
     __slots__ = ("_process", "_released_ns", "waiting_ns")
@@ -65,52 +62,54 @@ class ThreadQueue:
         self._process = _process
 
     def enter(self, now_ns: int) -> None:
-        """Note that this thread waits."""
+        """Add this thread."""
         if self._process is not _process:
             self.waiting_ns, self._process = {}, _process
         self.waiting_ns[threading.get_ident()] = now_ns
 
     def leave(self) -> bool:
-        """Note that this thread waits no longer, and return whether nobody does."""
+        """Remove this thread, and return whether it was the last."""
         self.waiting_ns.pop(threading.get_ident(), None)
         return not self.waiting_ns
 
     def release(self, now_ns: int) -> int | None:
-        """Return the nanoseconds that a release is charged with; None if nobody waits."""
+        """Return the nanoseconds that a release is charged with; None if no thread waits."""
         began_ns = list(self.waiting_ns.values())
         if not began_ns or self._process is not _process:
             return None
-        released_ns, self._released_ns = self._released_ns, now_ns
-        return sum(now_ns - max(each, released_ns) for each in began_ns)
+        # Another thread may have waited or released since this one has read the clock.
+        released_ns = self._released_ns
+        self._released_ns = max(now_ns, released_ns)
+        return sum(max(0, now_ns - max(each, released_ns)) for each in began_ns)
 
 
 _process = object()
-"""Another one in each forked child."""
+"""Identifies this process: each forked child has another one."""
 
 
-def forget_waits() -> None:
-    """Begin anew, in a forked child: the other threads do not exist there."""
+def reset_in_child() -> None:
+    """Remove all waits, in a forked child: the other threads do not exist there."""
     global _process
     _process = object()
-    _queues.clear()
+    _waiters.clear()
 
 
-def waiting(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_wait(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Condition.wait`."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     def wait(self: Any, timeout: float | None = None) -> Any:
         if (
-            not watch.on
+            not recording.on
             or this_thread.blocked
             or (timeout is not None and timeout <= 0)
-            or waits_for_work(sys._getframe())
+            or rules.waits_for_work(sys._getframe())
         ):
             return original(self, timeout)
-        waiters = _enter(id(self)) if mutex.rate else None
-        this_thread.blocked = waited = True
         began_ns = clock()
+        waiters = _waiters_of(id(self), began_ns) if mutex.rate else None
+        this_thread.blocked = waited = True
         try:
             return original(self, timeout)
         except RuntimeError:
@@ -120,21 +119,21 @@ def waiting(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
             now_ns = clock()
             this_thread.blocked = False
             if waiters is not None and waiters.leave():
-                _queues.pop(id(self), None)
+                _waiters.pop(id(self), None)
             if waited:
-                watch.waited(now_ns - began_ns, leaf, sys._getframe())
+                recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
 
     return wait
 
 
-def joining(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_join(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Thread.join`."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     def join(self: Any, timeout: float | None = None) -> Any:
         if (
-            not watch.on
+            not recording.on
             or this_thread.blocked
             or (timeout is not None and timeout <= 0)
             or _has_ended(self)
@@ -151,24 +150,24 @@ def joining(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
             now_ns = clock()
             this_thread.blocked = False
             if waited:
-                watch.waited(now_ns - began_ns, leaf, sys._getframe())
+                recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
 
     return join
 
 
-def submitting(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_submit(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `ThreadPoolExecutor.submit`."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     def submit(self: Any, /, *args: Any, **kwargs: Any) -> Any:
-        if not watch.on or not _all_busy(self):
+        if not recording.on or not _all_busy(self):
             return original(self, *args, **kwargs)
         began_ns = clock()
         future = original(self, *args, **kwargs)
         try:
-            # Who submits is gone when the work begins: the stack is taken now.
-            stack = calling_stack(leaf, sys._getframe(), WORKER)
+            # Taken now: the submitting function may have returned when the work item starts.
+            stack = rules.calling_stack(leaf, sys._getframe(), WORKER)
             vars(future)[_QUEUED] = began_ns, stack
         except Exception:
             pass  # a future of another kind
@@ -177,40 +176,40 @@ def submitting(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]
     return submit
 
 
-def starting(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Future.set_running_or_notify_cancel`, which an executor calls to begin."""
+def wrap_start(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap `Future.set_running_or_notify_cancel`, which an executor calls to start a work item."""
 
     @functools.wraps(original)
     def set_running_or_notify_cancel(self: Any) -> Any:
-        queued: tuple[int, Contended] | None = vars(self).pop(_QUEUED, None)
+        queued: tuple[int, ContendedStack] | None = vars(self).pop(_QUEUED, None)
         if queued is not None:
-            watch.waited_elsewhere(clock() - queued[0], queued[1])
+            recording.add_queued(clock() - queued[0], queued[1])
         return original(self)
 
     return set_running_or_notify_cancel
 
 
-def releasing(watch: Watch, original: Callable[..., Any]) -> Callable[..., Any]:
+def wrap_release(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `Semaphore.release`."""
     leaf = code_of(original)
 
     @functools.wraps(original)
     def release(self: Any, n: int = 1) -> Any:
-        waiters = _queues.get(id(self._cond)) if watch.on else None
+        waiters = _waiters.get(id(self._cond)) if recording.on else None
         if waiters is None:
             return original(self, n)
-        waited_ns = waiters.release(clock())  # before: who is let go leaves at once
+        waited_ns = waiters.release(clock())  # before: a waiter that is woken leaves at once
         result = original(self, n)
         if waited_ns is not None:
-            watch.released(waited_ns, leaf, sys._getframe())
+            recording.add_release(waited_ns, leaf, sys._getframe())
         return result
 
     return release
 
 
-def _enter(condition_id: int) -> ThreadQueue:
-    waiters = _queues.setdefault(condition_id, ThreadQueue())
-    waiters.enter(clock())
+def _waiters_of(condition_id: int, now_ns: int) -> ThreadWaiters:
+    waiters = _waiters.setdefault(condition_id, ThreadWaiters())
+    waiters.enter(now_ns)
     return waiters
 
 
@@ -218,7 +217,7 @@ def _has_ended(thread: threading.Thread) -> bool:
     try:
         return not threading.Thread.is_alive(thread)
     except Exception:
-        return False  # it is for the original to raise
+        return False  # if the object is at fault, the original raises
 
 
 def _all_busy(executor: Any) -> object:
@@ -230,26 +229,26 @@ def _all_busy(executor: Any) -> object:
         return False
 
 
-def waiting_targets() -> list[Target]:
+def wait_targets() -> list[Target]:
     """Return the methods that wait."""
-    know_primitives(
+    rules.add_primitives(
         (
             *(threading.Condition, threading.Event, threading.Semaphore, threading.Barrier),
             *(queue.Queue, concurrent.futures.Future),
         )
     )
     return [
-        Target(threading.Condition, "wait", waiting),
-        Target(threading.Thread, "join", joining),
-        # Looked up here: it is loaded when first asked for, and then registers exit handlers.
-        Target(concurrent.futures.ThreadPoolExecutor, "submit", submitting),
-        Target(concurrent.futures.Future, "set_running_or_notify_cancel", starting),
+        Target(threading.Condition, "wait", wrap_wait),
+        Target(threading.Thread, "join", wrap_join),
+        # Looked up here: its module is imported at the first use, and registers exit handlers.
+        Target(concurrent.futures.ThreadPoolExecutor, "submit", wrap_submit),
+        Target(concurrent.futures.Future, "set_running_or_notify_cancel", wrap_start),
     ]
 
 
-def releasing_targets() -> list[Target]:
+def release_targets() -> list[Target]:
     """Return the methods that release a semaphore."""
     return [
-        Target(threading.Semaphore, "release", releasing),
-        Target(threading.BoundedSemaphore, "release", releasing),
+        Target(threading.Semaphore, "release", wrap_release),
+        Target(threading.BoundedSemaphore, "release", wrap_release),
     ]

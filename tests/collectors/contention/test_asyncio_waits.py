@@ -1,4 +1,4 @@
-"""Waits of tasks, on each kind of event loop: asyncio's primitives and anyio's."""
+"""Waits of tasks: asyncio's primitives and anyio's."""
 
 from __future__ import annotations
 
@@ -16,31 +16,22 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from asgi_pprof.collectors.contention import asyncio_waits as contention_asyncio
-from asgi_pprof.collectors.contention.asyncio_waits import TaskQueue
-from tests.collectors.contention.test_collector import is_in, names, recording, run
+from asgi_pprof.collectors.contention import asyncio_waits
+from asgi_pprof.collectors.contention.asyncio_waits import TaskWaiters
+from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording, run
 from tests.servers import leaving_client, serve
 
-HOLD_S = 0.02
+
+async def others_run() -> None:
+    """Let every other task run until it waits."""
+    for _ in range(10):
+        await asyncio.sleep(0)
 
 
-class Stopwatch:
-    """What a task has waited by its own clock."""
-
-    def __init__(self) -> None:
-        self.waited_ns: list[int] = []
-
-    @contextlib.asynccontextmanager
-    async def around(self, lock):
-        began_ns = time.monotonic_ns()
-        async with lock:
-            self.waited_ns.append(time.monotonic_ns() - began_ns)
-            yield
-
-
-async def contend_c(lock, watch: Stopwatch) -> None:
-    async with watch.around(lock):
-        await asyncio.sleep(HOLD_S)
+async def until(condition) -> None:
+    """Let other tasks and threads run until something becomes true."""
+    while not condition():  # noqa: ASYNC110 (threads make it true)
+        await asyncio.sleep(0.001)
 
 
 MAKERS = {
@@ -64,46 +55,89 @@ MAKERS = {
 
 @pytest.mark.parametrize("made", ["before", "while on"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_tasks_queueing_on_a_lock(kind, made, loop_name):
-    """All but the first are one contention each, and wait what their own clocks say, within 5 %."""
+def test_tasks_queueing_on_a_lock(kind, made, clock):
+    """All but the first are one contention each, and every nanosecond is charged to a holder."""
     make, acquire, release = MAKERS[kind]
 
-    async def queue_up(lock) -> Stopwatch:
-        watch = Stopwatch()
-        await asyncio.gather(*(contend_c(lock, watch) for _ in range(6)))
-        return watch
+    async def contend_c(lock) -> None:
+        async with lock:
+            await others_run()
+            clock.advance(HOLD_NS)
 
     async def main():
         lock = make() if made == "before" else None
         with recording() as seen:
-            return seen, await queue_up(lock if lock is not None else make())
+            lock = lock if lock is not None else make()
+            await asyncio.gather(*(contend_c(lock) for _ in range(6)))
+        return seen
 
-    seen, watch = run(loop_name, main())
-    waited_ns = sum(watch.waited_ns[1:])
-    count, delay_ns = seen.of("block", "contend_c")
-    assert count == 5
-    assert delay_ns == pytest.approx(waited_ns, rel=0.05)
+    seen = asyncio.run(main())
+    expected = 5, (1 + 2 + 3 + 4 + 5) * HOLD_NS
+    assert seen.of("block", "contend_c") == expected
     stack = seen.stack("block", "contend_c")
-    assert stack[0] == acquire
-    assert stack[-1] == "test_asyncio_waits.contend_c"
+    assert (stack[0], stack[-1]) == (acquire, "contend_c")
     if (kind, made) == ("asyncio.Condition", "before"):
         return  # it keeps its lock's own methods: not seen, as documented
-    # All that was waited is charged, but for the moments from a release to the waiter's turn.
-    count, caused_ns = seen.of("mutex", "contend_c")
-    assert count == 5
-    assert 0.95 * (5 + 4 + 3 + 2 + 1) * HOLD_S * 1e9 <= caused_ns <= delay_ns
+    assert seen.of("mutex", "contend_c") == expected
     assert seen.stack("mutex", "contend_c")[0] == release
 
 
-def test_the_holder_that_releases_is_charged_with_its_line(loop_name):
-    """Who held the lock is in mutex at the line of its release; who waited is not."""
+@pytest.mark.parametrize("kind", MAKERS)
+def test_a_release_is_charged_with_no_more_than_was_waited(kind, clock):
+    """Both profiles count from the same reading of the clock, whatever comes between two."""
+    make, _, _ = MAKERS[kind]
+
+    async def contend_c(lock) -> None:
+        async with lock:
+            await others_run()
+            clock.tick_ns = 0
+
+    async def main() -> None:
+        clock.tick_ns = HOLD_NS
+        lock = make()
+        await asyncio.gather(*(contend_c(lock) for _ in range(4)))
+
+    with recording() as seen:
+        asyncio.run(main())
+    charged, waited = seen.of("mutex", "contend_c"), seen.of("block", "contend_c")
+    assert charged[0] == waited[0] == 3
+    assert HOLD_NS < charged[1] <= waited[1]
+
+
+def test_waits_are_measured_in_real_time(loop_name):
+    """At least as long as another task saw it wait, at most as long as its call took."""
+
+    async def wait_in_time(event) -> int:
+        began_ns = time.monotonic_ns()
+        await event.wait()
+        return time.monotonic_ns() - began_ns
+
+    async def main() -> tuple[int, int]:
+        event = asyncio.Event()
+        waiter = asyncio.create_task(wait_in_time(event))
+        await others_run()
+        seen_ns = time.monotonic_ns()
+        await asyncio.sleep(0.01)
+        seen_ns = time.monotonic_ns() - seen_ns
+        event.set()
+        return seen_ns, await waiter
+
+    with recording() as seen:
+        seen_ns, took_ns = run(loop_name, main())
+    count, delay_ns = seen.of("block", "wait_in_time")
+    assert count == 1
+    assert seen_ns <= delay_ns <= took_ns
+
+
+def test_the_holder_that_releases_is_charged_with_its_line(clock):
+    """The task that held the lock is in mutex at the line of its release; waiters are not."""
     released_at = 0
 
-    async def hold_d(lock, held) -> None:
+    async def hold_d(lock) -> None:
         nonlocal released_at
         await lock.acquire()
-        held.set()
-        await asyncio.sleep(HOLD_S)
+        await others_run()
+        clock.advance(HOLD_NS)
         released_at = sys._getframe().f_lineno + 1
         lock.release()
 
@@ -112,154 +146,146 @@ def test_the_holder_that_releases_is_charged_with_its_line(loop_name):
         lock.release()
 
     async def main() -> None:
-        lock, held = asyncio.Lock(), asyncio.Event()
-        holder = asyncio.create_task(hold_d(lock, held))
-        await held.wait()
-        await asyncio.gather(contend_e(lock), contend_e(lock), holder)
+        lock = asyncio.Lock()
+        await asyncio.gather(hold_d(lock), contend_e(lock), contend_e(lock))
 
     with recording() as seen:
-        run(loop_name, main())
+        asyncio.run(main())
     (sample,) = [each for each in seen.samples("mutex") if is_in("hold_d", each)]
     assert names(sample)[0] == "Lock.release"
     assert sample.stack[1].line == released_at
     assert not is_in("contend_e", sample)
-    block = seen.of("block", "contend_e")
-    mutex = seen.of("mutex", "hold_d")
-    assert block[0] == 2
-    assert 0.5 * block[1] < mutex[1] <= block[1]
+    assert seen.of("block", "contend_e") == (2, 2 * HOLD_NS)
+    assert sample.values == (1, 2 * HOLD_NS)
 
 
-async def wait_for_event():
-    event = asyncio.Event()
-    asyncio.get_running_loop().call_later(HOLD_S, event.set)
+async def wait_for_event(event, _):
     await event.wait()
 
 
-async def wait_for_anyio_event():
-    event = anyio.Event()
-    asyncio.get_running_loop().call_later(HOLD_S, event.set)
-    await event.wait()
-
-
-async def wait_for_condition():
-    condition = asyncio.Condition()
+async def wait_for_condition(condition, _):
     async with condition:
-        waiting = asyncio.create_task(_notify(condition))
         await condition.wait()
-    await waiting
 
 
-async def wait_for_condition_for():
-    condition, done = asyncio.Condition(), []
+async def wait_for_condition_for(condition, _):
+    notified = iter((False, True))
     async with condition:
-        waiting = asyncio.create_task(_notify(condition, done))
-        await condition.wait_for(lambda: done)
-    await waiting
+        await condition.wait_for(lambda: next(notified))
 
 
-async def wait_for_anyio_condition():
-    condition = anyio.Condition()
+async def notify(condition, clock):
     async with condition:
-        waiting = asyncio.create_task(_notify(condition))
-        await condition.wait()
-    await waiting
-
-
-async def _notify(condition, done=None):
-    await asyncio.sleep(HOLD_S)
-    async with condition:
-        if done is not None:
-            done.append(True)
         condition.notify_all()
-        # The waiter has to get the lock back: its wait, counted once.
-        await asyncio.sleep(HOLD_S)
+        await others_run()
+        clock.advance(HOLD_NS)  # the waiter has to get the lock back: its wait, counted once
 
 
-async def wait_for_barrier():
-    barrier = asyncio.Barrier(2)
-
-    async def late():
-        await asyncio.sleep(HOLD_S)
-        await barrier.wait()
-
-    task = asyncio.create_task(late())
+async def wait_for_barrier(barrier, _):
     await barrier.wait()
-    await task
 
 
-async def wait_to_get():
-    queue = asyncio.Queue()
-    asyncio.get_running_loop().call_later(HOLD_S, queue.put_nowait, 1)
+async def pass_barrier(barrier, _):
+    await barrier.wait()
+
+
+async def wait_to_get(queue, _):
     await queue.get()
 
 
-async def wait_to_put():
-    queue = asyncio.LifoQueue(1)
+def full_queue():
+    return with_an_item(asyncio.LifoQueue(1))
+
+
+def with_an_item(queue):
     queue.put_nowait(1)
-    asyncio.get_running_loop().call_later(HOLD_S, queue.get_nowait)
+    return queue
+
+
+async def wait_to_put(queue, _):
     await queue.put(item=2)
 
 
-async def wait_to_join():
-    queue = asyncio.PriorityQueue()
-    queue.put_nowait(1)
-    asyncio.get_running_loop().call_later(HOLD_S, queue.task_done)
+async def wait_to_join(queue, _):
     await queue.join()
 
 
-async def wait_to_receive():
-    send, receive = anyio.create_memory_object_stream(0)
-    with send, receive:
-        asyncio.get_running_loop().call_later(HOLD_S, send.send_nowait, 1)
-        await receive.receive()
+async def wait_to_receive(streams, _):
+    with streams[0], streams[1]:
+        await streams[1].receive()
 
 
-async def wait_to_send():
-    send, receive = anyio.create_memory_object_stream(0)
-    with send, receive:
-        asyncio.get_running_loop().call_later(HOLD_S, receive.receive_nowait)
-        await send.send(1)
+async def wait_to_send(streams, _):
+    with streams[0], streams[1]:
+        await streams[0].send(1)
+
+
+async def send(streams, _):
+    streams[0].send_nowait(1)
+
+
+async def receive(streams, _):
+    streams[1].receive_nowait()
+
+
+async def set_event(event, _):
+    event.set()
+
+
+async def put(queue, _):
+    queue.put_nowait(1)
+
+
+async def get(queue, _):
+    queue.get_nowait()
+
+
+async def finish(queue, _):
+    queue.task_done()
+
+
+def streams():
+    return anyio.create_memory_object_stream(0)
 
 
 WAITS = {
-    wait_for_event: "Event.wait",
-    wait_for_anyio_event: "Event.wait",
-    wait_for_condition: "Condition.wait",
-    wait_for_condition_for: "Condition.wait_for",
-    wait_for_anyio_condition: "Condition.wait",
-    wait_for_barrier: "Barrier.wait",
-    wait_to_get: "Queue.get",
-    wait_to_put: "Queue.put",
-    wait_to_join: "Queue.join",
-    wait_to_receive: "MemoryObjectReceiveStream.receive",
-    wait_to_send: "MemoryObjectSendStream.send",
+    "event": ("Event.wait", asyncio.Event, wait_for_event, set_event),
+    "anyio event": ("Event.wait", anyio.Event, wait_for_event, set_event),
+    "condition": ("Condition.wait", asyncio.Condition, wait_for_condition, notify),
+    "wait_for": ("Condition.wait_for", asyncio.Condition, wait_for_condition_for, notify),
+    "anyio condition": ("Condition.wait", anyio.Condition, wait_for_condition, notify),
+    "barrier": ("Barrier.wait", lambda: asyncio.Barrier(2), wait_for_barrier, pass_barrier),
+    "get": ("Queue.get", asyncio.Queue, wait_to_get, put),
+    "put": ("Queue.put", full_queue, wait_to_put, get),
+    "join": ("Queue.join", lambda: with_an_item(asyncio.PriorityQueue()), wait_to_join, finish),
+    "receive": ("MemoryObjectReceiveStream.receive", streams, wait_to_receive, send),
+    "send": ("MemoryObjectSendStream.send", streams, wait_to_send, receive),
 }
+"""The leaf, what makes the primitive, what waits for it, and what ends the wait."""
 
 
-@pytest.mark.parametrize("wait", WAITS, ids=lambda wait: wait.__name__)
-def test_one_wait_is_one_contention_of_the_outermost_primitive(wait, loop_name):
+@pytest.mark.parametrize("case", WAITS)
+def test_one_wait_is_one_contention_of_the_outermost_primitive(case, loop_name, clock):
     """Whatever it uses inside, the leaf is the method that was called, and it counts once."""
+    leaf, make, wait, wake = WAITS[case]
 
     async def main() -> int:
-        began_ns = time.monotonic_ns()
-        await wait()
-        return time.monotonic_ns() - began_ns
+        primitive, began_ns = make(), clock.now_ns
+        waiter = asyncio.create_task(wait(primitive, clock))
+        await others_run()
+        clock.advance(HOLD_NS)
+        await wake(primitive, clock)
+        await waiter
+        return clock.now_ns - began_ns
 
     with recording() as seen:
         took_ns = run(loop_name, main())
-    count, delay_ns = seen.of("block", wait.__name__)
-    assert count == 1
-    assert 0.9 * HOLD_S * 1e9 < delay_ns <= took_ns
+    assert seen.of("block", wait.__name__) == (1, took_ns)
     stack = [name for name in seen.stack("block", wait.__name__) if "lambda" not in name]
-    assert stack == [
-        WAITS[wait],
-        f"test_asyncio_waits.{wait.__name__}",
-        stack[-1],
-    ]
-    assert stack[-1].endswith("main")
+    assert stack == [leaf, f"test_asyncio_waits.{wait.__name__}"]
 
 
-def test_what_need_not_wait_is_not_recorded(loop_name):
+def test_what_need_not_wait_is_not_recorded():
     """Free locks, set events and queues with items and room leave nothing in either profile."""
 
     async def pass_through() -> None:
@@ -278,37 +304,37 @@ def test_what_need_not_wait_is_not_recorded(loop_name):
         with send, receive:
             await send.send(1)
             await receive.receive()
-        await asyncio.sleep(HOLD_S)
+        await asyncio.sleep(0.001)
 
     with recording() as seen:
-        run(loop_name, pass_through())
+        asyncio.run(pass_through())
     assert seen.samples("block") == ()
     assert seen.samples("mutex") == ()
 
 
-def test_timeouts_and_cancellations_count_with_what_was_waited(loop_name):
+def test_timeouts_and_cancellations_count_with_what_was_waited(clock):
     """Giving up is a contention too, and the exceptions are the same ones."""
 
     async def give_up() -> None:
         lock = asyncio.Lock()
         await lock.acquire()
+        asyncio.get_running_loop().call_soon(clock.advance, HOLD_NS)
         with pytest.raises(TimeoutError):
-            async with asyncio.timeout(HOLD_S):
+            async with asyncio.timeout(0.001):
                 await lock.acquire()
         task = asyncio.create_task(lock.acquire(), name="cancelled")
-        await asyncio.sleep(HOLD_S)
+        await others_run()
+        clock.advance(HOLD_NS)
         task.cancel("enough")
         with pytest.raises(asyncio.CancelledError):
             await task
         lock.release()
 
     with recording() as seen:
-        run(loop_name, give_up())
-    count, delay_ns = seen.of("block", "Lock.acquire")
-    assert count == 2
-    assert delay_ns > 1.8 * HOLD_S * 1e9
-    assert seen.samples("mutex") == ()  # nobody waited when it was released
-    assert (contention_asyncio._blocked, contention_asyncio._queues) == ({}, {})
+        asyncio.run(give_up())
+    assert seen.of("block", "Lock.acquire") == (2, 2 * HOLD_NS)
+    assert seen.samples("mutex") == ()  # no task waited when it was released
+    assert (asyncio_waits._blocked, asyncio_waits._waiters) == ({}, {})
 
 
 def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name):
@@ -328,7 +354,7 @@ def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name
     async def main() -> None:
         event = asyncio.Event()
         task = asyncio.create_task(outer(event))
-        await asyncio.sleep(HOLD_S)
+        await others_run()
         event.set()
         await task
 
@@ -343,7 +369,7 @@ def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name
 
 
 def test_wrappers_are_drop_ins():
-    """Coroutine functions stay such, with name, signature and errors; overriding works."""
+    """They are coroutine functions with the same name, signature and errors; overriding works."""
     before = {
         method: (inspect.signature(method), method.__qualname__)
         for method in (asyncio.Lock.acquire, asyncio.Queue.put, asyncio.Event.wait)
@@ -374,7 +400,7 @@ def test_wrappers_are_drop_ins():
         asyncio.run(main())
 
 
-def test_a_wait_leaves_no_cycles(loop_name):
+def test_a_wait_leaves_no_cycles():
     """Locks and exceptions die with their last reference, without the garbage collector."""
 
     class Weak(asyncio.Lock):
@@ -392,13 +418,13 @@ def test_a_wait_leaves_no_cycles(loop_name):
     gc.disable()
     try:
         with recording():
-            assert run(loop_name, main())() is None
+            assert asyncio.run(main())() is None
     finally:
         gc.enable()
 
 
 def test_a_task_that_is_thrown_away_is_no_contention():
-    """Nobody wakes up: no record, no exception, and nothing is kept of it."""
+    """It never runs on: no record, no exception, and nothing is kept of it."""
 
     async def forever(lock) -> None:
         await lock.acquire()
@@ -414,81 +440,97 @@ def test_a_task_that_is_thrown_away_is_no_contention():
         del task, lock
         gc.collect()
     assert seen.of("block", "forever") == (0, 0)
-    assert (contention_asyncio._blocked, contention_asyncio._queues) == ({}, {})
+    assert (asyncio_waits._blocked, asyncio_waits._waiters) == ({}, {})
+
+
+async def all_workers_idle() -> None:
+    """Wait until every worker thread of anyio's waits for work."""
+    workers = [each for each in threading.enumerate() if type(each).__name__ == "WorkerThread"]
+    await until(lambda: all(worker.queue.not_empty._waiters for worker in workers))
 
 
 @pytest.mark.parametrize("mutex", [0, 1])
-def test_a_saturated_pool_shows_as_waiting_for_a_worker_thread(loop_name, mutex):
-    """anyio's 40 threads busy: who waits for one is at the pseudo-frame, idle workers are not."""
+def test_a_saturated_pool_shows_as_waiting_for_a_worker_thread(mutex, clock):
+    """Tasks that wait for a worker thread are at the pseudo-frame, idle workers are not."""
+    gate = threading.Lock()  # waits that no profile sees
 
-    async def serve_f() -> None:
-        await anyio.to_thread.run_sync(time.sleep, 0.05)
+    def work() -> None:
+        with gate:
+            pass
+
+    async def serve_f(limiter) -> None:
+        await anyio.to_thread.run_sync(work, limiter=limiter)
 
     async def main() -> None:
-        await asyncio.gather(*(serve_f() for _ in range(60)))
-        await asyncio.sleep(HOLD_S)
-        await serve_f()  # a worker that was idle
+        limiter = anyio.CapacityLimiter(2)
+        with gate:
+            tasks = [asyncio.create_task(serve_f(limiter)) for _ in range(5)]
+            await until(lambda: limiter.statistics().tasks_waiting == 3)
+            clock.advance(HOLD_NS)
+        await asyncio.gather(*tasks)
+        for _ in range(2):
+            await all_workers_idle()
+            await serve_f(limiter)
 
     with recording(mutex=mutex) as seen:
-        run(loop_name, main())
+        asyncio.run(main())
     worker = "<waiting for a worker thread>"
-    count, delay_ns = seen.of("block", worker)
-    assert count == 20
-    assert delay_ns >= 20 * 0.045e9
+    assert seen.of("block", worker) == (3, 3 * HOLD_NS)
     stack = seen.stack("block", worker)
     assert stack[0] == worker
     assert stack[-1].endswith("serve_f")
     assert not any(is_in("WorkerThread.run", each) for each in seen.samples("block"))
-    assert seen.of("mutex", "serve_f")[0] == 20 * mutex
+    assert seen.of("mutex", "serve_f")[0] == 3 * mutex
 
 
-def test_what_a_worker_is_given_to_do_may_wait(loop_name):
-    """A queue's own `get`, handed to a worker thread, is no idle worker."""
+def test_what_a_worker_is_given_to_do_may_wait():
+    """A queue's own `get`, called in a worker thread, is no idle worker."""
     items: queue.Queue[int] = queue.Queue()
 
     async def main() -> None:
-        asyncio.get_running_loop().call_later(HOLD_S, items.put, 1)
-        await anyio.to_thread.run_sync(items.get)
-        await asyncio.sleep(HOLD_S)
+        getting = asyncio.create_task(anyio.to_thread.run_sync(items.get))
+        await until(lambda: items.not_empty._waiters)
+        items.put(1)
+        await getting
+        await all_workers_idle()
         await anyio.to_thread.run_sync(time.sleep, 0)  # ends that worker's idle wait
 
     with recording() as seen:
-        run(loop_name, main())
+        asyncio.run(main())
     assert seen.of("block", "WorkerThread.run")[0] == 1
     assert seen.stack("block", "WorkerThread.run")[0] == "Queue.get"
 
 
 @pytest.mark.server
-def test_a_server_that_waits_for_its_client_is_no_contention(loop_name):
-    """uvicorn waits for bodies and for clients that leave behind an event."""
-    left = threading.Event()
+def test_a_server_that_waits_for_its_client_is_no_contention():
+    """uvicorn waits for bodies, and for clients to leave, by way of an event."""
+    waiting, left = threading.Event(), threading.Event()
 
     async def app(scope, receive, send) -> None:
         if scope["type"] == "http":
-            while (await receive())["type"] != "http.disconnect":
-                pass
+            await receive()
+            waiting.set()
+            assert (await receive())["type"] == "http.disconnect"
             left.set()
 
-    with recording() as seen, serve(app, loop_name, lifespan="off") as port:
+    with recording() as seen, serve(app, lifespan="off") as port:
         with leaving_client(port, "/"):
-            time.sleep(HOLD_S)
+            assert waiting.wait(20)
         assert left.wait(20)
     assert not any(is_in("app", each) for each in seen.samples("block"))
 
 
-def test_unbiased_at_a_millisecond(loop_name):
-    """2,000 waits of about 0.3 ms at rate 1 ms: count and sum are right, within 20 %."""
+def test_unbiased_at_a_millisecond(clock):
+    """2,000 waits of 0.3 ms at rate 1 ms: count and sum are right, within 20 %."""
     waited_ns = []
 
     async def spin(lock, rounds: int) -> None:
         for _ in range(rounds):
-            began_ns = time.monotonic_ns()
+            began_ns = clock.now_ns
             await lock.acquire()
-            waited_ns.append(time.monotonic_ns() - began_ns)
+            waited_ns.append(clock.now_ns - began_ns)
             await asyncio.sleep(0)  # so that the other one queues
-            end_ns = time.monotonic_ns() + 300_000
-            while time.monotonic_ns() < end_ns:
-                pass
+            clock.advance(300_000)
             lock.release()
 
     async def main() -> None:
@@ -496,8 +538,8 @@ def test_unbiased_at_a_millisecond(loop_name):
         await asyncio.gather(spin(lock, 1000), spin(lock, 1000))
 
     with recording(block=1_000_000) as seen:
-        run(loop_name, main())
-    waits = [each for each in waited_ns if each > 100_000]
+        asyncio.run(main())
+    waits = [each for each in waited_ns if each]
     assert len(waits) > 1900
     count, delay_ns = seen.of("block", "spin")
     assert count == pytest.approx(len(waits), rel=0.2)
@@ -505,24 +547,24 @@ def test_unbiased_at_a_millisecond(loop_name):
 
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
-    """And not with the time from a release to the turn of who was let go."""
-    queue = TaskQueue()
-    queue.enter(100)
-    queue.enter(300)
-    assert queue.release(1000) == 900 + 700
-    assert not queue.leave(5000, got_it=True)
-    assert queue.release(6000) == 5000
-    assert queue.release(6500) is None  # the last was let go
-    assert queue.leave(7000, got_it=True)
+    """And not with the time from a grant until the task that has it runs."""
+    waiters = TaskWaiters()
+    waiters.enter(100)
+    waiters.enter(300)
+    assert waiters.release(1000) == 900 + 700
+    assert not waiters.leave(5000, acquired=True)
+    assert waiters.release(6000) == 5000
+    assert waiters.release(6500) is None  # the last has been granted it
+    assert waiters.leave(7000, acquired=True)
 
 
 def test_a_waiter_that_gives_up_is_charged_to_the_next_release():
-    """As long as others wait then; a grant that was not taken goes to the next in line."""
-    queue = TaskQueue()
-    queue.enter(0)
-    queue.enter(0)
-    assert not queue.leave(100, got_it=False)
-    assert queue.release(200) == 100 + 200
-    queue.enter(300)
-    assert not queue.leave(400, got_it=False)
-    assert queue.release(500) is None
+    """As long as others wait then; a grant that was not taken goes to the next waiter."""
+    waiters = TaskWaiters()
+    waiters.enter(0)
+    waiters.enter(0)
+    assert not waiters.leave(100, acquired=False)
+    assert waiters.release(200) == 100 + 200
+    waiters.enter(300)
+    assert not waiters.leave(400, acquired=False)
+    assert waiters.release(500) is None

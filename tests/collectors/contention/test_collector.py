@@ -11,15 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import uvloop
 
-from asgi_pprof.collectors.contention import asyncio_waits as contention_asyncio
-from asgi_pprof.collectors.contention import lock_classes as contention_locks
-from asgi_pprof.collectors.contention import threading_waits as contention_threading
+from asgi_pprof.collectors.contention import threading_waits
 from asgi_pprof.collectors.contention.collector import (
     ContentionCollector,
     ContentionSwitch,
@@ -27,134 +23,37 @@ from asgi_pprof.collectors.contention.collector import (
     set_block_profile_rate,
     set_mutex_profile_fraction,
 )
-from asgi_pprof.collectors.contention.watch import block, mutex
+from asgi_pprof.collectors.contention.lock_classes import RecordedLock
+from asgi_pprof.collectors.contention.recording import block, mutex
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import contention_text
-from asgi_pprof.merge import subtract
-from asgi_pprof.profile import Profile, Sample, check_valid
+from tests.collectors.contention.recorded import (
+    KINDS,
+    Recorded,
+    asking,
+    contend_a,
+    contend_once,
+    identical,
+    is_in,
+    names,
+    patched,
+    recording,
+    run,
+    take,
+)
 from tests.decode import decode
 from tests.gotool import flat, go_pprof
 from tests.servers import until
 
-KINDS = ("block", "mutex")
-
-
-def take(kind: str) -> Profile:
-    """Take one of the profiles as it is now."""
-    snapshot = ContentionCollector(kind).snapshot()
-    with pytest.raises(StopIteration) as done:  # it waits for nothing, so no loop is needed
-        snapshot.send(None)
-    profile = done.value.value()
-    check_valid(profile)
-    return profile
-
-
-class Recording:
-    """What has been recorded since it was made."""
-
-    def __init__(self) -> None:
-        self._before = {kind: take(kind) for kind in KINDS}
-
-    def samples(self, kind: str) -> tuple[Sample, ...]:
-        return subtract(take(kind), self._before[kind]).samples
-
-    def of(self, kind: str, function: str) -> tuple[int, int]:
-        """Return contentions and nanoseconds of all stacks that a function is in."""
-        found = [sample.values for sample in self.samples(kind) if is_in(function, sample)]
-        return sum(count for count, _ in found), sum(delay_ns for _, delay_ns in found)
-
-    def stack(self, kind: str, function: str) -> list[str]:
-        """Return the names in the one stack that a function is in."""
-        (found,) = [names(each) for each in self.samples(kind) if is_in(function, each)]
-        return found
-
-
-def is_in(function: str, sample: Sample) -> bool:
-    return any(name.split(".")[-1] == function or name == function for name in names(sample))
-
-
-def names(sample: Sample) -> list[str]:
-    """Return the functions of a stack as class and name, leaf first."""
-    return [short(location.function.name) for location in sample.stack]
-
-
-def short(name: str) -> str:
-    return (
-        name if name.startswith("<") else ".".join(name.rpartition(".<locals>.")[2].split(".")[-2:])
-    )
-
-
-@contextlib.contextmanager
-def recording(block: int = 1, mutex: int = 1) -> Iterator[Recording]:
-    """Record contention inside of the `with`."""
-    seen = Recording()
-    set_block_profile_rate(block)
-    set_mutex_profile_fraction(mutex)
-    try:
-        yield seen
-    finally:
-        set_block_profile_rate(0)
-        set_mutex_profile_fraction(0)
-
-
-def run(loop_name: str, coroutine):
-    """Run a coroutine on that kind of loop."""
-    factory = uvloop.new_event_loop if loop_name == "uvloop" else asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(coroutine)
-
-
-def patched() -> dict[str, object]:
-    """Return every attribute that recording replaces, as it is now."""
-    targets = [
-        *contention_asyncio.waiting_targets(),
-        *contention_asyncio.releasing_targets(),
-        *contention_threading.waiting_targets(),
-        *contention_threading.releasing_targets(),
-        *contention_locks.naming_targets(),
-    ]
-    return {f"{each.owner}.{each.name}": vars(each.owner).get(each.name) for each in targets}
-
-
-def identical(left: dict[str, object], right: dict[str, object]) -> bool:
-    return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
-
-
-@pytest.fixture(autouse=True)
-def everything_put_back():
-    """Fail a test after which anything is still replaced."""
-    before = patched()
-    yield
-    assert identical(patched(), before)
-
-
-def contend_a(lock: threading.Semaphore, waiting: threading.Event) -> None:
-    waiting.set()
-    with lock:
-        pass
-
-
-def contend_once() -> None:
-    """Let one thread wait for another, in `contend_a` and for `hold_b`."""
-    lock, waiting = threading.Semaphore(), threading.Event()
-    thread = threading.Thread(target=contend_a, args=(lock, waiting))
-    hold_b(lock, waiting, thread)
-    thread.join()
-
-
-def hold_b(lock, waiting, thread) -> None:
-    with lock:
-        thread.start()
-        waiting.wait()
-        until(lambda: lock._cond._waiters)
-
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_off_by_default_and_says_so(kind):
-    """Go's sample types, period 1, and a comment and a note that it is off."""
+    """Go's sample types, period 1, the time, and a comment and a note that it is off."""
+    before_ns = time.time_ns()
     profile = take(kind)
+    assert before_ns <= profile.time_ns <= time.time_ns()
     assert [tuple(each) for each in profile.sample_types] == [
         ("contentions", "count"),
         ("delay", "nanoseconds"),
@@ -187,20 +86,13 @@ def test_what_was_recorded_stays_when_it_is_switched_off():
     assert seen.of("mutex", "hold_b") == mutex
 
 
-def test_on_and_off_a_thousand_times_leaves_identical_objects():
+def test_on_and_off_many_times_leaves_identical_objects():
     """Every attribute is the original itself afterwards, and was another meanwhile."""
     before = patched()
-    for _ in range(1000):
-        set_block_profile_rate(1)
-        set_mutex_profile_fraction(1)
-        set_block_profile_rate(0)
-        set_mutex_profile_fraction(0)
-    assert identical(patched(), before)
-    set_block_profile_rate(1)
-    set_mutex_profile_fraction(1)
-    during = patched()
-    set_block_profile_rate(0)
-    set_mutex_profile_fraction(0)
+    for _ in range(200):
+        with asking(block_profile_rate=1, mutex_profile_fraction=1, wrap_lock_classes=True):
+            during = patched()
+        assert identical(patched(), before)
     assert [name for name in before if during[name] is before[name]] == []
 
 
@@ -218,7 +110,7 @@ def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name
         beside.start()
         seen: dict[str, list[str]] = {}
         while sum("Event.wait" in names for names in seen.values()) < 2:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.001)
             for collector in (TaskCollector(), ThreadCollector()):
                 for sample in (await collector.snapshot())().samples:
                     labels = dict(sample.labels)
@@ -237,8 +129,8 @@ def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name
         assert run(loop_name, stacks()) == usual
 
 
-def test_a_wrapper_around_ours_stays_and_ours_passes_on(monkeypatch):
-    """Who has wrapped our wrapper keeps it; off, it records nothing; on again, nothing twice."""
+def test_a_wrapper_around_ours_stays_and_ours_delegates(monkeypatch):
+    """Another library's wrapper stays; off, ours records nothing; on again, nothing twice."""
     monkeypatch.setattr(threading.Condition, "wait", threading.Condition.wait)  # put back at last
     with recording() as seen:
         ours = threading.Condition.wait
@@ -259,8 +151,8 @@ def test_a_wrapper_around_ours_stays_and_ours_passes_on(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_switches_on_what_is_off(kind):
     """Inside it is recorded, at 10,000 ns or one in one, and a comment says so; then it is off."""
-    collector, seen, before = ContentionCollector(kind), Recording(), patched()
-    with collector.window(), collector.window():
+    collector, seen, before = ContentionCollector(kind), Recorded(), patched()
+    with asking(wrap_lock_classes=True), collector.window(), collector.window():
         with collector.window():
             pass
         contend_once()
@@ -284,10 +176,10 @@ def test_a_window_keeps_the_rate_that_is_set():
 
 
 def test_waits_of_a_profile_survive_a_window_of_the_other():
-    """A wait that began before somebody looked at mutex is in block when it ends."""
+    """A wait that began before a window of mutex is in block when it ends."""
     with recording(block=1, mutex=0) as seen:
-        lock, waiting = threading.Semaphore(0), threading.Event()
-        thread = threading.Thread(target=contend_a, args=(lock, waiting))
+        lock = threading.Semaphore(0)
+        thread = threading.Thread(target=contend_a, args=(lock,))
         thread.start()
         until(lambda: lock._cond._waiters)
         with ContentionCollector("mutex").window():
@@ -314,7 +206,7 @@ def test_middlewares_share_the_rates():
 
 
 def test_switching_while_everything_is_in_use():
-    """Threads and tasks that contend meanwhile lose nothing, stop for nothing, and see no error."""
+    """Threads and tasks that contend meanwhile lose no step, do not stop, and see no error."""
     counted, stop = Counter(), threading.Event()
     shared = [threading.Lock(), threading.RLock(), threading.Semaphore(), threading.Condition()]
     items: queue.Queue[int] = queue.Queue(2)
@@ -346,21 +238,25 @@ def test_switching_while_everything_is_in_use():
     users.append(threading.Thread(target=asyncio.run, args=(use_in_tasks(),)))
     errors: list[object] = []
     before = patched()
-    with pytest.MonkeyPatch.context() as patch:
+    interval_s = sys.getswitchinterval()
+    with pytest.MonkeyPatch.context() as patch, asking(wrap_lock_classes=True):
         patch.setattr(threading, "excepthook", errors.append)
+        sys.setswitchinterval(0.0001)  # threads interrupt one another more often
         for thread in users:
             thread.start()
         for step in range(300):
             set_block_profile_rate((0, 1, 10_000)[step % 3])
             set_mutex_profile_fraction((0, 1)[step // 2 % 2])
-            if step % 10 == 0 and step < 200:
+            if step % 10 == 1 and step < 200:
                 shared.append(threading.Lock())
-            time.sleep(0.002)
+            time.sleep(0.001)
         stop.set()
+        sys.setswitchinterval(interval_s)
         set_block_profile_rate(0)
         set_mutex_profile_fraction(0)
         for thread in users:
             thread.join(60)
+    assert {type(each) for each in shared} > {RecordedLock}
     assert not any(thread.is_alive() for thread in users)
     assert errors == []
     for place in (*range(len(shared)), "tasks"):
@@ -371,16 +267,16 @@ def test_switching_while_everything_is_in_use():
 
 
 def test_a_finalizer_may_switch_in_the_middle_of_switching(monkeypatch):
-    """What it wants is done when the first has done: nothing stays wrapped, nothing is undone."""
+    """Its change is applied when the first one is: nothing stays wrapped, nothing is undone."""
     before = patched()
-    targets = contention_threading.waiting_targets
+    targets = threading_waits.wait_targets
 
     def targets_and_a_finalizer():
         set_block_profile_rate(0)
         return targets()
 
     with monkeypatch.context() as patch:
-        patch.setattr(contention_threading, "waiting_targets", targets_and_a_finalizer)
+        patch.setattr(threading_waits, "wait_targets", targets_and_a_finalizer)
         set_block_profile_rate(1)
     assert identical(patched(), before)
     assert contention.rate("block") == 0
@@ -392,7 +288,7 @@ def test_importing_changes_nothing():
         "import asyncio, threading\n"
         "def look(): return threading.Lock, threading.Condition.wait, asyncio.Lock.acquire\n"
         "before = look()\n"
-        "import asgi_pprof.collectors.contention\n"
+        "import asgi_pprof.collectors.contention.collector\n"
         "assert all(a is b for a, b in zip(before, look()))"
     )
     subprocess.run([sys.executable, "-c", script], check=True, timeout=60)
@@ -400,8 +296,8 @@ def test_importing_changes_nothing():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_begins_anew_and_records():
-    """With everybody's locks taken at the fork, the child still records, its own events only."""
+def test_a_forked_child_starts_from_zero_and_records():
+    """With our lock taken at the fork, the child still records, and only its own events."""
     with recording() as seen:
         contend_once()
         with contention._lock:
@@ -430,7 +326,8 @@ def test_go_tool_pprof_reads_it(kind, tmp_path):
     name = "contend_a" if kind == "block" else "hold_b"
     for index, position in (("contentions", 0), ("delay", 1)):
         option = f"-sample_index={index}"
-        report = go_pprof(tmp_path, "-top", "-cum", "-unit=ns", option, tmp_path / "binary").text
+        options = "-top", "-cum", "-unit=ns", "-nodefraction=0", option  # however short its wait
+        report = go_pprof(tmp_path, *options, tmp_path / "binary").text
         assert any(function.endswith(name) for function in flat(report)), report
         raw = go_pprof(tmp_path, "-raw", "-symbolize=none", tmp_path / "text").text
         lines = [line.split() for line in raw.partition("delay/nanoseconds\n")[2].splitlines()]
@@ -441,14 +338,3 @@ def test_go_tool_pprof_reads_it(kind, tmp_path):
         )
         assert totals == sum(sample.values[position] for sample in profile.samples)
     assert decode(encode(profile))["sample_types"][1] == ("delay", "nanoseconds")
-
-
-def test_snapshots_do_not_wait(loop_name):
-    """Totals are copied on the loop, names come later: 4096 stacks hold it up for milliseconds."""
-
-    async def take_both() -> None:
-        for kind in KINDS:
-            make = await ContentionCollector(kind).snapshot()
-            assert make().time_ns <= time.time_ns()
-
-    run(loop_name, take_both())

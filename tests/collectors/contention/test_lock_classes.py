@@ -1,19 +1,24 @@
-"""Locks of threads: seen where a program makes them, and as good as real ones."""
+"""`threading.Lock` and `RLock`: replaced only if a middleware asks, and then drop-ins."""
 
 from __future__ import annotations
 
 import _thread
 import copy
+import gc
 import pickle
 import queue
 import threading
-import time
 
 import pytest
 
-from asgi_pprof.collectors.contention.lock_classes import SeenLock
-from tests.collectors.contention.test_collector import is_in, names, recording
+from asgi_pprof import PprofApp, PprofMiddleware, set_block_profile_rate
+from asgi_pprof.collectors.contention.collector import ContentionCollector
+from asgi_pprof.collectors.contention.lock_classes import RecordedLock, RecordedRLock
+from tests.collectors.contention.recorded import HOLD_NS, asking, is_in, names, recording
 from tests.servers import until
+
+# As modules get them that a program imports before it has a middleware.
+ORIGINALS = threading.Lock, threading.RLock
 
 KINDS = ("Lock", "RLock")
 
@@ -23,24 +28,98 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.fixture
+def wrapping():
+    """A middleware that asks for the lock classes."""
+    with asking(wrap_lock_classes=True):
+        yield
+
+
+def replaced() -> bool:
+    """Return whether both names are replaced; fail if only one is."""
+    now = threading.Lock, threading.RLock
+    assert now in (ORIGINALS, (RecordedLock, RecordedRLock))
+    return now != ORIGINALS
+
+
+def test_setting_rates_alone_replaces_nothing(kind):
+    """Nor does a window, nor a middleware that does not ask; other primitives are recorded."""
+    waits = threading.Condition.wait
+    with recording():
+        assert not replaced()
+        assert type(make(kind)) in (_thread.LockType, _thread.RLock)
+        assert threading.Condition.wait is not waits
+    with ContentionCollector("block").window():
+        assert not replaced()
+    with asking(block_profile_rate=1, mutex_profile_fraction=1):
+        assert not replaced()
+        assert threading.Condition.wait is not waits
+
+
+@pytest.mark.parametrize("rates", [{"block_profile_rate": 1}, {"mutex_profile_fraction": 1}])
+@pytest.mark.parametrize(
+    "make_app",
+    [PprofApp, lambda **arguments: PprofMiddleware(lambda *_: None, **arguments)],
+    ids=["app", "middleware"],
+)
+def test_both_names_are_replaced_while_an_app_that_asks_is_open(make_app, rates):
+    """And are the originals again when it is gone; without the argument they always are."""
+    app = make_app(**rates)
+    assert not replaced()
+    del app
+    gc.collect()
+    app = make_app(wrap_lock_classes=True, **rates)
+    assert replaced()
+    del app
+    gc.collect()
+    assert not replaced()
+
+
+def test_asking_without_a_rate_replaces_nothing_until_a_rate_is_set(wrapping):
+    """It does not matter how the rate is set; a window has none."""
+    assert not replaced()
+    with ContentionCollector("mutex").window():
+        assert not replaced()
+    set_block_profile_rate(1)
+    assert replaced()
+    set_block_profile_rate(0)
+    assert not replaced()
+    with asking(mutex_profile_fraction=5):
+        assert replaced()
+    assert not replaced()
+
+
+def test_of_several_middlewares_one_that_asks_is_enough():
+    """Until the last that asks is gone, or the last rate."""
+    with asking(block_profile_rate=1):
+        assert not replaced()
+        with asking(wrap_lock_classes=True):
+            assert replaced()
+            with asking(block_profile_rate=2, wrap_lock_classes=True):
+                assert replaced()
+            assert replaced()
+        assert not replaced()
+    with asking(wrap_lock_classes=True), asking(wrap_lock_classes=True):
+        with asking(block_profile_rate=1):
+            assert replaced()
+        assert not replaced()
+
+
 def make(kind: str):
     """Make a lock as a program does: by the name in `threading`."""
     return getattr(threading, kind)()
 
 
 @pytest.mark.parametrize("how", ["with", "acquire", "timeout"])
-def test_threads_queueing_on_a_lock(kind, how):
-    """One contention each, as long as their own clocks say, and charged to who releases."""
-    waited_ns: list[int] = []
+def test_threads_queueing_on_a_lock(kind, how, wrapping, clock):
+    """One contention each, all of the time; the release by its holder is charged with it."""
 
     def contend_j() -> None:
-        began_ns = time.monotonic_ns()
         if how == "with":
             with lock:
-                waited_ns.append(time.monotonic_ns() - began_ns)
+                pass
         else:
             assert lock.acquire() if how == "acquire" else lock.acquire(timeout=60)
-            waited_ns.append(time.monotonic_ns() - began_ns)
             lock.release()
 
     def hold_k() -> None:
@@ -48,7 +127,7 @@ def test_threads_queueing_on_a_lock(kind, how):
             for thread in threads:
                 thread.start()
             until(lambda: len(lock._waiters.waiting_ns) == 3)
-            time.sleep(0.2)
+            clock.advance(HOLD_NS)
 
     threads = [threading.Thread(target=contend_j) for _ in range(3)]
     with recording() as seen:
@@ -56,23 +135,20 @@ def test_threads_queueing_on_a_lock(kind, how):
         hold_k()
         for thread in threads:
             thread.join()
-    count, delay_ns = seen.of("block", "contend_j")
-    assert count == 3
-    assert delay_ns == pytest.approx(sum(waited_ns), rel=0.05)
+    assert seen.of("block", "contend_j") == (3, 3 * HOLD_NS)
     assert seen.stack("block", "contend_j")[0] == f"<threading.{kind}.acquire>"
-    holder = [each for each in seen.samples("mutex") if is_in("hold_k", each)]
-    assert [each.values[0] for each in holder] == [1]
-    assert names(holder[0])[0] == f"<threading.{kind}.release>"
-    assert names(holder[0])[1].endswith("hold_k")
-    assert 0.7 * delay_ns < holder[0].values[1] <= delay_ns
+    (holder,) = [each for each in seen.samples("mutex") if is_in("hold_k", each)]
+    assert holder.values == (1, 3 * HOLD_NS)
+    assert names(holder)[0] == f"<threading.{kind}.release>"
+    assert names(holder)[1].endswith("hold_k")
 
 
-def test_only_the_last_release_of_a_reentrant_lock_is_charged():
-    """Inner releases let nobody go; what a condition does with the lock is a release."""
+def test_only_the_last_release_of_a_reentrant_lock_is_charged(wrapping, clock):
+    """Inner releases grant nothing; what a condition does with the lock is a release."""
 
     def contend_l() -> None:
         with lock:
-            pass
+            condition.notify()
 
     with recording() as seen:
         lock = threading.RLock()
@@ -83,16 +159,17 @@ def test_only_the_last_release_of_a_reentrant_lock_is_charged():
                 thread.start()
                 until(lambda: lock._waiters.waiting_ns)
             with lock:
-                time.sleep(0.02)
-            condition.wait(0.05)
+                clock.advance(HOLD_NS)
+            condition.wait()
         thread.join()
     charged = [each for each in seen.samples("mutex") if is_in("<threading.RLock.release>", each)]
-    assert [each.values[0] for each in charged] == [1]
-    assert names(charged[0])[1] == "Condition.wait"
+    (sample,) = [each for each in charged if not is_in("contend_l", each)]
+    assert sample.values == (1, HOLD_NS)
+    assert names(sample)[1] == "Condition.wait"
 
 
-def test_free_locks_and_those_that_must_not_wait_are_not_recorded(kind):
-    """As the real ones: results, and errors for arguments that make no sense."""
+def test_free_locks_and_those_that_must_not_wait_are_not_recorded(kind, wrapping):
+    """Results and errors are those of the real ones, also for arguments that make no sense."""
     with recording() as seen:
         lock, real = make(kind), (_thread.allocate_lock if kind == "Lock" else _thread.RLock)()
         with lock:
@@ -113,7 +190,7 @@ def test_free_locks_and_those_that_must_not_wait_are_not_recorded(kind):
     assert seen.samples("block") == ()
 
 
-def test_it_passes_for_a_real_lock(kind):
+def test_it_passes_for_a_real_lock(kind, wrapping):
     """In isinstance both ways, repr, weak references, pickling, copying, and conditions."""
     real = make(kind)
     with recording(mutex=0):
@@ -133,28 +210,30 @@ def test_it_passes_for_a_real_lock(kind):
             lock.label = "x"
         condition = threading.Condition(lock)
         with condition:
-            assert not condition.wait(0.01)
+            assert not condition.wait(0.001)
             condition.notify_all()
 
 
-def test_the_standard_library_gets_real_locks(kind):
+def test_the_standard_library_gets_real_locks(kind, wrapping):
     """Its queues, events and conditions have the locks they always had."""
     with recording():
         assert type(queue.Queue().mutex) is _thread.LockType
         assert type(threading.Event()._cond._lock) is _thread.LockType
         assert type(threading.Condition()._lock) is _thread.RLock
-        assert type(make(kind)).__name__ == f"Seen{kind}"
+        assert type(make(kind)).__name__ == f"Recorded{kind}"
 
 
-def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(kind):
-    """As documented: the type of a real lock cannot be changed; one of ours is only off."""
+def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(kind, wrapping):
+    """As documented: the type of a real lock cannot be changed; one of ours only delegates."""
     before = make(kind)
     assert type(before) in (_thread.LockType, _thread.RLock)
     with recording():
         lock = make(kind)
         factory = getattr(threading, kind)
     assert type(make(kind)) is type(before)
-    assert type(factory()) is type(before)  # whoever has kept the name
+    assert type(factory()) is type(before)  # through a name that was kept
+    with ContentionCollector("block").window():
+        assert type(factory()) is type(before)
     with lock:
         pass
     assert lock.acquire()
@@ -173,8 +252,8 @@ def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(ki
     assert seen.of("block", "contend_m")[0] == 1
 
 
-def test_names_that_somebody_else_has_replaced_are_left_alone(monkeypatch):
-    """Another tool's lock stays what it is, and there is no endless chain."""
+def test_names_that_another_library_has_replaced_are_left_alone(monkeypatch, wrapping):
+    """Its lock stays what it is, and there is no endless chain."""
 
     def theirs():
         return _thread.allocate_lock()
@@ -182,5 +261,5 @@ def test_names_that_somebody_else_has_replaced_are_left_alone(monkeypatch):
     monkeypatch.setattr(threading, "Lock", theirs)
     with recording():
         assert threading.Lock is theirs
-        assert not isinstance(theirs(), SeenLock) or type(theirs()) is _thread.LockType
+        assert not isinstance(theirs(), RecordedLock) or type(theirs()) is _thread.LockType
     assert threading.Lock is theirs

@@ -1,4 +1,4 @@
-"""The estimators, and adding up without ever waiting."""
+"""The estimators, and adding up without waiting."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_shorter_waits_stand_for_as_many_as_make_the_rate():
 
 
 def test_block_totals_are_unbiased():
-    """At rate 1 ms, 200,000 waits of 10 us to 3 ms add up to what they are, within 2 %."""
+    """At rate 1 ms, 200,000 waits of 10 us to 3 ms add up to their true sum, within 2 %."""
     random = Random(1)
     records = ContentionRecords(weigh_wait, random=Random(2).random)
     records.rate = MS
@@ -100,8 +100,8 @@ def test_nothing_is_lost_between_threads():
 
 
 def test_adding_in_the_middle_of_adding_up_does_not_wait(monkeypatch):
-    """As a signal handler or a finalizer would: it is queued, and added up later."""
-    monkeypatch.setattr(contention_records, "_MAX_WAITING", 100)
+    """A signal handler or a finalizer may do so: its event is queued, and added up later."""
+    monkeypatch.setattr(contention_records, "_MAX_QUEUED", 100)
     records = ContentionRecords(weigh_wait)
     stack = a_stack()
     with records._adding_up:
@@ -112,7 +112,7 @@ def test_adding_in_the_middle_of_adding_up_does_not_wait(monkeypatch):
 
 
 def test_stacks_are_bounded(monkeypatch):
-    """Those beyond are counted together, under a name that says so."""
+    """Events of further stacks are counted together, under a name that says so."""
     monkeypatch.setattr(contention_records, "MAX_STACKS", 3)
     records = ContentionRecords(weigh_wait)
     for lasti in range(0, 20, 2):
@@ -125,7 +125,7 @@ def test_stacks_are_bounded(monkeypatch):
 
 
 def test_same_place_with_and_without_a_pseudo_frame_are_two_stacks():
-    """Waiting for a worker thread is told from other waits at that place."""
+    """Waiting for a worker thread is distinguished from other waits at that place."""
     records = ContentionRecords(weigh_wait)
     records.add(a_stack(), (1.0, 1))
     records.add(a_stack("waiting for a worker thread"), (1.0, 2))

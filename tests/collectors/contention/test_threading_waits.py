@@ -1,4 +1,4 @@
-"""Waits of threads: what ends in a condition, joins, semaphores and executors."""
+"""Waits of threads: for what is built on conditions, joins, semaphores and executors."""
 
 from __future__ import annotations
 
@@ -10,177 +10,204 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import pytest
 
-from asgi_pprof.collectors.contention.threading_waits import ThreadQueue
-from tests.collectors.contention.test_collector import is_in, names, recording, run
+from asgi_pprof.collectors.contention.threading_waits import ThreadWaiters
+from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording, run
 from tests.servers import until
 
-HOLD_S = 0.03
 
-
-def wait_for_event():
-    event = threading.Event()
-    _later(event.set)
+def wait_for_event(event):
     event.wait()
 
 
-def wait_for_condition():
-    condition = threading.Condition()
-    _later(lambda: _notify(condition))
+def wait_for_condition(condition):
     with condition:
         condition.wait()
 
 
-def wait_for_condition_for():
-    condition, done = threading.Condition(), []
-    _later(lambda: (done.append(1), _notify(condition)))
+def wait_for_condition_for(condition):
+    notified = iter((False, True))
     with condition:
-        condition.wait_for(lambda: done)
+        condition.wait_for(lambda: next(notified))
 
 
-def _notify(condition):
+def notify(condition):
     with condition:
         condition.notify()
 
 
-def wait_for_semaphore():
-    semaphore = threading.BoundedSemaphore(1)
-    semaphore.acquire()
-    _later(semaphore.release)
+def wait_for_semaphore(semaphore):
     with semaphore:
         pass
 
 
-def wait_for_barrier():
-    barrier = threading.Barrier(2)
-    _later(barrier.wait)
+def taken_semaphore():
+    semaphore = threading.BoundedSemaphore(1)
+    semaphore.acquire()
+    return semaphore
+
+
+def wait_for_barrier(barrier):
     barrier.wait()
 
 
-def wait_to_get():
-    items = queue.Queue()
-    _later(lambda: items.put(1))
+def wait_to_get(items):
     items.get()
 
 
-def wait_to_put():
-    items = queue.PriorityQueue(1)
-    items.put(1)
-    _later(items.get)
+def wait_to_put(items):
     items.put(2)
 
 
-def wait_for_tasks():
-    items = queue.LifoQueue()
+def full_queue():
+    return with_an_item(queue.PriorityQueue(1))
+
+
+def with_an_item(items):
     items.put(1)
-    _later(items.task_done)
+    return items
+
+
+def wait_for_tasks(items):
     items.join()
 
 
-def wait_for_thread():
-    thread = threading.Thread(target=time.sleep, args=(HOLD_S,))
-    thread.start()
+def wait_for_thread(thread):
     thread.join()
 
 
-def wait_for_result():
-    future = Future()
-    _later(lambda: future.set_result(1))
+class GatedThread(threading.Thread):
+    """Runs until its gate is released."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Lock()  # waits that no profile sees
+        self.gate.acquire()
+        self.start()
+
+    def run(self) -> None:
+        with self.gate:
+            pass
+
+
+def wait_for_result(future):
     assert future.result() == 1
 
 
-def wait_for_futures():
-    future = Future()
-    _later(lambda: future.set_result(1))
+def wait_for_futures(future):
     wait([future])
 
 
-_timers: list[threading.Thread] = []
-
-
-def _later(call) -> None:
-    def sleep_and_call():
-        time.sleep(HOLD_S)
-        call()
-
-    _timers.append(threading.Thread(target=sleep_and_call))
-    _timers[-1].start()
-
-
 WAITS = {
-    wait_for_event: "Event.wait",
-    wait_for_condition: "Condition.wait",
-    wait_for_condition_for: "Condition.wait_for",
-    wait_for_semaphore: "Semaphore.acquire",
-    wait_for_barrier: "Barrier.wait",
-    wait_to_get: "Queue.get",
-    wait_to_put: "Queue.put",
-    wait_for_tasks: "Queue.join",
-    wait_for_thread: "Thread.join",
-    wait_for_result: "Future.result",
-    wait_for_futures: "Event.wait",
+    wait_for_event: ("Event.wait", threading.Event, lambda event: event.set()),
+    wait_for_condition: ("Condition.wait", threading.Condition, notify),
+    wait_for_condition_for: ("Condition.wait_for", threading.Condition, notify),
+    wait_for_semaphore: ("Semaphore.acquire", taken_semaphore, lambda each: each.release()),
+    wait_for_barrier: ("Barrier.wait", lambda: threading.Barrier(2), lambda each: each.wait()),
+    wait_to_get: ("Queue.get", queue.Queue, lambda items: items.put(1)),
+    wait_to_put: ("Queue.put", full_queue, lambda items: items.get()),
+    wait_for_tasks: (
+        "Queue.join",
+        lambda: with_an_item(queue.LifoQueue()),
+        lambda items: items.task_done(),
+    ),
+    wait_for_thread: ("Thread.join", GatedThread, lambda thread: thread.gate.release()),
+    wait_for_result: ("Future.result", Future, lambda future: future.set_result(1)),
+    wait_for_futures: ("Event.wait", Future, lambda future: future.set_result(1)),
 }
+"""By the function that waits: the leaf, what makes the primitive, what ends the wait."""
 
 
 @pytest.mark.parametrize("wait_in", WAITS, ids=lambda each: each.__name__)
-def test_one_wait_is_one_contention_of_the_outermost_primitive(wait_in):
+def test_one_wait_is_one_contention_of_the_outermost_primitive(wait_in, clock):
     """Whatever it uses inside, the leaf is the method that was called, and it counts once."""
+    leaf, make, wake = WAITS[wait_in]
+    primitive = make()
+    waiter = threading.Thread(target=wait_in, args=(primitive,))
     with recording() as seen:
-        began_ns = time.monotonic_ns()
-        wait_in()
-        took_ns = time.monotonic_ns() - began_ns
-        while _timers:
-            _timers.pop().join()
-    waits = [
-        each
-        for each in seen.samples("block")
-        if is_in(wait_in.__name__, each) and not is_in("start", each)
-    ]
-    (sample,) = waits
-    count, delay_ns = sample.values
-    assert count == 1
-    assert 0.5 * HOLD_S * 1e9 < delay_ns <= took_ns
-    assert names(sample)[0] == WAITS[wait_in]
+        waiter.start()
+        clock.wait_for_reading(waiter)
+        clock.advance(HOLD_NS)
+        wake(primitive)
+        waiter.join()
+    (sample,) = [each for each in seen.samples("block") if is_in(wait_in.__name__, each)]
+    assert sample.values == (1, HOLD_NS)
     between = ["_base.wait"] if wait_in is wait_for_futures else []
-    assert names(sample)[1 : len(between) + 2] == [
-        *between,
-        f"test_threading_waits.{wait_in.__name__}",
-    ]
+    stack = [leaf, *between, f"test_threading_waits.{wait_in.__name__}"]
+    assert names(sample)[: len(stack)] == stack
 
 
-def test_threads_queueing_on_a_semaphore():
-    """One contention each, as long as their own clocks say; who releases is charged with it."""
-    waited_ns: list[int] = []
+def test_threads_queueing_on_a_semaphore(clock):
+    """One contention each, all of the time; the release by its holder is charged with it."""
 
     def contend_g() -> None:
-        began_ns = time.monotonic_ns()
         with semaphore:
-            waited_ns.append(time.monotonic_ns() - began_ns)
+            pass
 
     def hold_h() -> None:
         with semaphore:
             for thread in threads:
                 thread.start()
             until(lambda: len(semaphore._cond._waiters) == 4)
-            time.sleep(0.2)
+            clock.advance(HOLD_NS)
 
-    semaphore = threading.Semaphore(1)  # before it is switched on
+    semaphore = threading.Semaphore(1)  # made before it is switched on
     threads = [threading.Thread(target=contend_g) for _ in range(4)]
     with recording() as seen:
         hold_h()
         for thread in threads:
             thread.join()
-    count, delay_ns = seen.of("block", "contend_g")
-    assert count == 4
-    assert delay_ns == pytest.approx(sum(waited_ns), rel=0.05)
-    holder = [each for each in seen.samples("mutex") if is_in("hold_h", each)]
-    assert [each.values[0] for each in holder] == [1]
-    assert names(holder[0])[0] == "Semaphore.release"
-    # The first release ends nearly all of the waiting there is.
-    assert 0.7 * delay_ns < holder[0].values[1] <= delay_ns
+    assert seen.of("block", "contend_g") == (4, 4 * HOLD_NS)
+    (holder,) = [each for each in seen.samples("mutex") if is_in("hold_h", each)]
+    assert holder.values == (1, 4 * HOLD_NS)
+    assert names(holder)[0] == "Semaphore.release"
+
+
+def test_a_release_is_charged_with_no_more_than_was_waited(clock):
+    """Both profiles count from the same reading of the clock, whatever comes between two."""
+    semaphore = threading.Semaphore(0)
+    threads = [threading.Thread(target=wait_for_semaphore, args=(semaphore,)) for _ in range(3)]
+
+    def release_h() -> None:
+        for _ in threads:
+            semaphore.release()
+
+    with recording() as seen:
+        clock.tick_ns = HOLD_NS
+        for thread in threads:
+            thread.start()
+        until(lambda: len(semaphore._cond._waiters) == 3)
+        clock.tick_ns = 0
+        release_h()
+        for thread in threads:
+            thread.join()
+    assert seen.of("mutex", "release_h")[1] == seen.of("block", "wait_for_semaphore")[1] > 0
+
+
+def test_waits_are_measured_in_real_time():
+    """At least as long as another thread saw it wait, at most as long as its call took."""
+    event, took_ns = threading.Event(), []
+
+    def wait_in_time() -> None:
+        began_ns = time.monotonic_ns()
+        event.wait()
+        took_ns.append(time.monotonic_ns() - began_ns)
+
+    waiter = threading.Thread(target=wait_in_time)
+    with recording() as seen:
+        waiter.start()
+        until(lambda: event._cond._waiters)
+        seen_ns = time.monotonic_ns()
+        time.sleep(0.01)
+        seen_ns = time.monotonic_ns() - seen_ns
+        event.set()
+        waiter.join()
+    count, delay_ns = seen.of("block", "wait_in_time")
+    assert count == 1
+    assert seen_ns <= delay_ns <= took_ns[0]
 
 
 def test_what_need_not_wait_is_not_recorded():
-    """Nor what must not wait, nor sleep, nor waiting for a client that reads."""
+    """Nor what must not wait, nor sleep."""
     semaphore, items, event = threading.Semaphore(2), queue.Queue(), threading.Event()
     with recording() as seen:
         event.set()
@@ -190,52 +217,49 @@ def test_what_need_not_wait_is_not_recorded():
             assert not semaphore.acquire(blocking=False)
         with pytest.raises(queue.Empty):
             items.get_nowait()
-        time.sleep(HOLD_S)
+        time.sleep(0.001)
     assert seen.samples("block") == ()
     assert seen.samples("mutex") == ()
 
 
 def test_timeouts_count_with_what_was_waited():
-    """Giving up after 30 ms is a contention of 30 ms; errors are the same ones."""
+    """Giving up after 5 ms is a contention of at least that; errors are the same ones."""
     with recording() as seen:
-        assert not threading.Event().wait(HOLD_S)
+        assert not threading.Event().wait(0.005)
         with pytest.raises(queue.Empty):
-            queue.Queue().get(timeout=HOLD_S)
+            queue.Queue().get(timeout=0.005)
         with pytest.raises(RuntimeError, match="un-acquired"):
             threading.Condition().wait()
         with pytest.raises(RuntimeError, match="cannot join current thread"):
             threading.current_thread().join()
     count, delay_ns = seen.of("block", "test_timeouts_count_with_what_was_waited")
     assert count == 2
-    assert delay_ns >= 2 * HOLD_S * 1e9
+    assert delay_ns >= 2 * 5_000_000
 
 
-def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name):
-    """From submit to start, at the stack that submitted; workers with nothing to do do not show."""
+def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name, clock):
+    """From submit to start, with the stack that submitted; idle workers do not show."""
+    gate = threading.Lock()  # waits that no profile sees
 
     def work() -> None:
-        while not done:
-            time.sleep(0.001)  # which is no contention, as waiting for an event would be
+        with gate:
+            pass
 
     async def submit_i() -> None:
         await asyncio.get_running_loop().run_in_executor(executor, work)
 
     async def main() -> None:
-        waiting = [asyncio.create_task(submit_i()) for _ in range(6)]
-        await asyncio.sleep(0)
-        await asyncio.sleep(HOLD_S)
-        done.append(True)
+        with gate:
+            waiting = [asyncio.create_task(submit_i()) for _ in range(6)]
+            await asyncio.sleep(0)
+            clock.advance(HOLD_NS)
         await asyncio.gather(*waiting)
 
     executor = ThreadPoolExecutor(2)
-    done: list[bool] = []
     with recording() as seen, executor:
         run(loop_name, main())
-        time.sleep(HOLD_S)
     worker = "<waiting for a worker thread>"
-    count, delay_ns = seen.of("block", worker)
-    assert count == 4
-    assert delay_ns >= 4 * 0.95 * HOLD_S * 1e9
+    assert seen.of("block", worker) == (4, 4 * HOLD_NS)
     stack = seen.stack("block", worker)
     assert stack[1] == "ThreadPoolExecutor.submit"
     assert stack[-1].endswith("submit_i")
@@ -258,7 +282,7 @@ def test_waits_in_a_task_end_with_the_task(loop_name):
     """A thread's primitive on the loop: the task's stack, without the event loop's frames."""
 
     async def block_the_loop() -> None:
-        threading.Event().wait(HOLD_S)
+        threading.Event().wait(0.001)
 
     with recording() as seen:
         run(loop_name, block_the_loop())
@@ -266,11 +290,22 @@ def test_waits_in_a_task_end_with_the_task(loop_name):
 
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
-    """The same rule as for tasks; with nobody waiting there is nothing to charge."""
-    waiters = ThreadQueue()
+    """The same rule as for tasks; with no waiter there is nothing to charge."""
+    waiters = ThreadWaiters()
     assert waiters.release(50) is None
     waiters.enter(100)
     assert waiters.release(1000) == 900
     assert waiters.release(1500) == 500
     assert waiters.leave()
     assert waiters.release(2000) is None
+
+
+def test_threads_that_interrupt_one_another_charge_nothing_twice():
+    """A wait or release after a releasing thread has read the clock counts from there on."""
+    waiters = ThreadWaiters()
+    waiters.enter(1000)
+    assert waiters.release(900) == 0
+    assert waiters.release(1500) == 500
+    assert waiters.release(1200) == 0
+    assert waiters.release(1600) == 100
+    assert waiters.leave()

@@ -18,7 +18,7 @@ import uvloop
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD, Wait, Waits
 from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.tasks import waits_for
-from tests.collectors.contention.test_collector import recording
+from tests.collectors.contention.recorded import recording
 from tests.programs import run_program
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}

@@ -1,0 +1,85 @@
+"""Attributes of other modules and classes, replaced while contention is recorded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+from asgi_pprof.collectors.contention.recording import Recording
+from asgi_pprof.runtime.chains import wrappers
+
+Wrap = Callable[[Recording, Callable[..., Any]], Callable[..., Any]]
+"""Returns a wrapper of an original for one recording, or the original to leave it in place."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """
+    An attribute to replace.
+
+    Args:
+        owner: The class or module.
+        name: The attribute. If the class inherits it, it is added, and later deleted.
+        wrap: Makes the wrapper.
+    """
+
+    owner: Any
+    name: str
+    wrap: Wrap
+
+
+@dataclass(frozen=True, slots=True)
+class _Patch:
+    owner: Any
+    name: str
+    original: Any
+    ours: Any
+    inherited: bool
+
+
+class PatchGroup:
+    """Attributes that are replaced and put back together."""
+
+    def __init__(self) -> None:
+        self._patches: list[_Patch] = []
+
+    def install(self, recording: Recording, *targets: Callable[[], list[Target]]) -> None:
+        """Replace the targets that exist, unless this is done already; pair with `remove`."""
+        if self._patches:
+            return
+        for target in [each for listed in targets for each in listed()]:
+            original = getattr(target.owner, target.name, None)
+            if original is None:
+                continue  # another version of that library
+            ours = target.wrap(recording, original)
+            if ours is original:
+                continue
+            wrappers.add(ours)
+            inherited = target.name not in vars(target.owner)
+            # Listed before it is replaced, so that `remove` finds it whatever happens in between.
+            self._patches.append(_Patch(target.owner, target.name, original, ours, inherited))
+            setattr(target.owner, target.name, ours)
+
+    def remove(self) -> None:
+        """
+        Put back the originals.
+
+        If another library has wrapped our wrapper meanwhile, it stays in place
+        and only delegates.
+        """
+        while self._patches:
+            patch = self._patches.pop()
+            if vars(patch.owner).get(patch.name) is not patch.ours:
+                continue
+            if patch.inherited:
+                delattr(patch.owner, patch.name)
+            else:
+                setattr(patch.owner, patch.name, patch.original)
+
+
+def code_of(function: object) -> CodeType | None:
+    """Return a function's code; None for what is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, CodeType) else None

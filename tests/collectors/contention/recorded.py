@@ -1,0 +1,167 @@
+"""What the block and mutex profiles have recorded, and a clock that tests move."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator
+
+import pytest
+import uvloop
+
+from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
+from asgi_pprof.collectors.contention.collector import (
+    ContentionCollector,
+    ContentionSwitch,
+    set_block_profile_rate,
+    set_mutex_profile_fraction,
+)
+from asgi_pprof.merge import subtract
+from asgi_pprof.profile import Profile, Sample, check_valid
+from tests.servers import until
+
+KINDS = ("block", "mutex")
+HOLD_NS = 20_000_000
+
+
+def take(kind: str) -> Profile:
+    """Take one of the profiles as it is now."""
+    snapshot = ContentionCollector(kind).snapshot()
+    with pytest.raises(StopIteration) as done:  # it waits for nothing, so no loop is needed
+        snapshot.send(None)
+    profile = done.value.value()
+    check_valid(profile)
+    return profile
+
+
+class Recorded:
+    """What has been recorded since this was made."""
+
+    def __init__(self) -> None:
+        self._before = {kind: take(kind) for kind in KINDS}
+
+    def samples(self, kind: str) -> tuple[Sample, ...]:
+        return subtract(take(kind), self._before[kind]).samples
+
+    def of(self, kind: str, function: str) -> tuple[int, int]:
+        """Return contentions and nanoseconds of all stacks that a function is in."""
+        found = [sample.values for sample in self.samples(kind) if is_in(function, sample)]
+        return sum(count for count, _ in found), sum(delay_ns for _, delay_ns in found)
+
+    def stack(self, kind: str, function: str) -> list[str]:
+        """Return the names in the one stack that a function is in."""
+        (found,) = [names(each) for each in self.samples(kind) if is_in(function, each)]
+        return found
+
+
+def is_in(function: str, sample: Sample) -> bool:
+    return any(name.split(".")[-1] == function or name == function for name in names(sample))
+
+
+def names(sample: Sample) -> list[str]:
+    """Return the functions of a stack as class and name, leaf first."""
+    return [short(location.function.name) for location in sample.stack]
+
+
+def short(name: str) -> str:
+    return (
+        name if name.startswith("<") else ".".join(name.rpartition(".<locals>.")[2].split(".")[-2:])
+    )
+
+
+@contextlib.contextmanager
+def recording(block: int = 1, mutex: int = 1) -> Iterator[Recorded]:
+    """Record contention inside of the `with`."""
+    seen = Recorded()
+    set_block_profile_rate(block)
+    set_mutex_profile_fraction(mutex)
+    try:
+        yield seen
+    finally:
+        set_block_profile_rate(0)
+        set_mutex_profile_fraction(0)
+
+
+@contextlib.contextmanager
+def asking(**arguments: object) -> Iterator[None]:
+    """Have a middleware with these arguments inside of the `with`."""
+    switch = ContentionSwitch(**arguments)
+    switch.enable()
+    try:
+        yield
+    finally:
+        switch.disable()
+
+
+def run(loop_name: str, coroutine):
+    """Run a coroutine on that kind of loop."""
+    factory = uvloop.new_event_loop if loop_name == "uvloop" else asyncio.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        return runner.run(coroutine)
+
+
+def patched() -> dict[str, object]:
+    """Return every attribute that recording replaces, as it is now."""
+    targets = [
+        *asyncio_waits.wait_targets(),
+        *asyncio_waits.release_targets(),
+        *threading_waits.wait_targets(),
+        *threading_waits.release_targets(),
+        *lock_classes.targets(),
+    ]
+    return {f"{each.owner}.{each.name}": vars(each.owner).get(each.name) for each in targets}
+
+
+def identical(left: dict[str, object], right: dict[str, object]) -> bool:
+    return left.keys() == right.keys() and all(left[name] is right[name] for name in left)
+
+
+class Clock:
+    """
+    Stands still until a test moves it.
+
+    Args:
+        tick_ns: By how much each reading moves it.
+    """
+
+    def __init__(self, tick_ns: int = 0) -> None:
+        self.now_ns = 1_000_000_000
+        self.tick_ns = tick_ns
+        self.readings = 0
+        self._readers: queue.SimpleQueue[int] = queue.SimpleQueue()  # waits that no profile sees
+
+    def __call__(self) -> int:
+        now_ns = self.now_ns
+        self.now_ns += self.tick_ns
+        self.readings += 1
+        self._readers.put(threading.get_ident())
+        return now_ns
+
+    def advance(self, nanoseconds: int) -> None:
+        self.now_ns += nanoseconds
+
+    def wait_for_reading(self, thread: threading.Thread) -> None:
+        """Wait until that thread has read the clock, as it does when its wait begins."""
+        while self._readers.get(timeout=20) != thread.ident:
+            pass
+
+
+def contend_a(lock: threading.Semaphore) -> None:
+    with lock:
+        pass
+
+
+def contend_once() -> None:
+    """Let one thread wait for another, in `contend_a` and for `hold_b`."""
+    lock = threading.Semaphore()
+    thread = threading.Thread(target=contend_a, args=(lock,))
+    hold_b(lock, thread)
+    thread.join()
+
+
+def hold_b(lock: threading.Semaphore, thread: threading.Thread) -> None:
+    with lock:
+        thread.start()
+        until(lambda: lock._cond._waiters)
