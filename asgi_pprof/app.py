@@ -49,7 +49,7 @@ from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
-from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, stall_watch
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.errors import BadParameter, ClientGone, PprofError
@@ -59,7 +59,7 @@ from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
 from asgi_pprof.paths import Target, locate
 from asgi_pprof.profile import Goroutine, Profile
-from asgi_pprof.recorders import HeapEngine, Recording
+from asgi_pprof.recorders import HeapEngine, UsedRecorders, gc_pauses, stall_watch
 from asgi_pprof.registry import DESCRIPTIONS, NamedProfile, Registry
 from asgi_pprof.responses import (
     error_response,
@@ -69,7 +69,6 @@ from asgi_pprof.responses import (
     response,
     text_response,
 )
-from asgi_pprof.runtime.gc_pauses import gc_pauses
 from asgi_pprof.web import index_page
 
 _LONGEST_WAIT_S = 3600.0  # not every loop takes timers of years
@@ -132,7 +131,7 @@ class PprofApp:
         self._cpu = CpuCollector()
         self._figures = Stats(stall_watch, gc_pauses)
         self._addresses = AddressBook()
-        self._recording = Recording(
+        self._recorders = UsedRecorders(
             heap,
             memory_profile_rate,
             track_tasks,
@@ -150,7 +149,7 @@ class PprofApp:
         }
         self.open()
         # An app that is dropped without a shutdown leaves nothing behind either.
-        weakref.finalize(self, self._recording.off).atexit = False
+        weakref.finalize(self, self._recorders.off).atexit = False
 
     def open(self) -> None:
         """
@@ -159,11 +158,11 @@ class PprofApp:
         On a running loop its tasks and stalls are recorded as well; else from its
         first request on.
         """
-        self._recording.on()
+        self._recorders.on()
 
     def close(self) -> None:
         """Put back everything that `open` and the constructor started; requests still work."""
-        self._recording.off()
+        self._recorders.off()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -181,7 +180,7 @@ class PprofApp:
         Args:
             target: What it asks for, as `locate` found; None if that is nothing of ours.
         """
-        self._recording.resume()
+        self._recorders.resume()
         request = Request({"method": "GET", "query_string": b"", "headers": [], **scope}, receive)
         try:
             self._guard(request.scope)
@@ -235,10 +234,10 @@ class PprofApp:
         params = _params(request)
         seconds, hz = params.cpu_seconds, params.hz
         async with _watched(request) as gone:
-            profile = await self._cpu.collect(seconds, gone, hz)
+            make_profile = await self._cpu.collect(seconds, gone, hz)
             if gone.is_set():
                 raise ClientGone
-        return await profile_response(lambda: profile, "profile")
+        return await profile_response(make_profile, "profile")
 
     async def _named(self, name: str, request: Request) -> Response:
         served = self._registry.lookup(name)

@@ -8,8 +8,8 @@ process. It records while it has users, and puts everything back with the last.
 
 from __future__ import annotations
 
+import _thread
 import os
-import threading
 import weakref
 from typing import Any
 
@@ -18,22 +18,29 @@ class _Process:
     """The lock of all recorders, and the hook that renews it and them in a forked child."""
 
     def __init__(self) -> None:
-        # Reentrant: a finalizer may disable a recorder while one is being enabled.
-        self.lock = threading.RLock()
+        self._lock = _new_lock()
         self.recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
         self._hooks_forks = False
 
-    def hook_forks(self) -> None:
-        """Register the hook, once; it cannot be removed, so nothing does before it is needed."""
+    @property
+    def lock(self) -> _thread.RLock:
+        # The hook cannot be removed, so it is registered only when something is recorded.
         if not self._hooks_forks and hasattr(os, "register_at_fork"):
             self._hooks_forks = True
             os.register_at_fork(after_in_child=self._renew)
+        return self._lock
 
     def _renew(self) -> None:
         # The thread that may have held the lock does not exist in the child.
-        self.lock = threading.RLock()
+        self._lock = _new_lock()
         for recorder in list(self.recorders):
             recorder._renew_after_fork()
+
+
+def _new_lock() -> _thread.RLock:
+    # Reentrant: a finalizer may disable a recorder while one is being enabled. Not
+    # threading's: applications patch those, as we do.
+    return _thread.RLock()
 
 
 _process = _Process()
@@ -53,13 +60,12 @@ class Recorder:
         _process.recorders.add(self)
 
     @property
-    def _lock(self) -> threading.RLock:
+    def _lock(self) -> _thread.RLock:
         return _process.lock
 
     def enable(self, setting: Any = None) -> None:
         """Add a user with this setting; pair with `disable`."""
         with self._lock:
-            _process.hook_forks()
             self._settings.append(setting)
             self._enabled()
 
@@ -69,8 +75,8 @@ class Recorder:
             if setting in self._settings:
                 self._settings.remove(setting)
             else:
-                self._settings.pop()
-            self._disabled()
+                setting = self._settings.pop()
+            self._disabled(setting)
 
     def why_off(self) -> str:
         """Return why nothing is recorded while there are users, "" if there is no such reason."""
@@ -79,7 +85,7 @@ class Recorder:
     def _enabled(self) -> None:
         raise NotImplementedError
 
-    def _disabled(self) -> None:
+    def _disabled(self, setting: Any) -> None:
         raise NotImplementedError
 
     def _renew_after_fork(self) -> None:

@@ -1,11 +1,7 @@
 """
-What is on for as long as a middleware lives, and put back when it goes.
+The recorders of the process, and those that one middleware uses.
 
-Threads' starts are recorded, garbage collections timed and memory sampled;
-with `heap="tracemalloc"` memory is traced instead. On the event loops that
-serve, the makers of tasks are noted and stalls recorded; contention is recorded
-if that was asked for. Each of these counts its users, so two middlewares in one
-process share them.
+Each recorder counts its users, so several middlewares in one process share it.
 """
 
 from __future__ import annotations
@@ -15,87 +11,66 @@ import logging
 import math
 import threading
 import weakref
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, Literal
 
-from asgi_pprof.collectors.contention.collector import ContentionSwitch
-from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
+from asgi_pprof.collectors.contention.collector import Contention, ContentionSettings
+from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
 from asgi_pprof.collectors.heap.sampler import MAX_RATE, HeapSampler
 from asgi_pprof.collectors.heap.tracing import Tracing
-from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, stall_watch
+from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, StallWatch
 from asgi_pprof.collectors.threadcreate import ThreadStarts
 from asgi_pprof.recorder import Recorder
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses
 
 HeapEngine = Literal["tracemalloc"]
 
-heap_sampler = HeapSampler()
-heap_tracing = Tracing()
-thread_starts = ThreadStarts()
-
 logger = logging.getLogger("asgi_pprof")
 
-
-class _Switch(Protocol):
-    def enable(self) -> None: ...
-    def disable(self) -> None: ...
-
-
-class _LoopSwitch(Protocol):
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None: ...
-    def detach(self, loop: asyncio.AbstractEventLoop) -> None: ...
+contention = Contention()
+gc_pauses = GcPauses()
+heap_sampler = HeapSampler()
+heap_tracing = Tracing()
+stall_watch = StallWatch(gc_pauses)
+thread_starts = ThreadStarts()
 
 
-class _StallSwitch:
+def set_block_profile_rate(rate_ns: int) -> None:
     """
-    One middleware's threshold, while it lives: of several the lowest counts.
+    Record waits: on average one for every `rate_ns` nanoseconds spent waiting.
+
+    Waits at least that long are all recorded, shorter ones in proportion, and
+    counts and sums are scaled to be right on average. 1 records everything, 0
+    or less nothing. What has been recorded stays in the profile.
+
+    Waits for `threading.Lock` and `RLock` are recorded only in a process with a
+    middleware that has `wrap_lock_classes=True`: this function replaces neither
+    of them by itself.
+
+    Source: runtime.SetBlockProfileRate.
+    """
+    contention.set_rate("block", rate_ns)
+
+
+def set_mutex_profile_fraction(rate: int) -> int:
+    """
+    Record one in `rate` releases that others waited for, and return the rate before.
+
+    1 records everything, 0 nothing; a negative one changes nothing. As to
+    `threading.Lock` and `RLock`, see `set_block_profile_rate`.
+
+    Source: runtime.SetMutexProfileFraction.
+    """
+    if rate < 0:
+        return contention.rate("mutex")
+    return contention.set_rate("mutex", rate)
+
+
+class UsedRecorders:
+    """
+    The recorders that one middleware uses; `PprofApp` describes the arguments.
 
     Raises:
-        ValueError: The threshold is negative.
-    """
-
-    _thresholds_ms: ClassVar[list[float]] = []
-
-    def __init__(self, threshold_ms: float) -> None:
-        if not 0 <= threshold_ms < math.inf:
-            raise ValueError(f"stall_threshold_ms is 0 or more, not {threshold_ms!r}")
-        self._threshold_ms = threshold_ms
-
-    def enable(self) -> None:
-        self._thresholds_ms.append(self._threshold_ms)
-        self._set()
-
-    def disable(self) -> None:
-        self._thresholds_ms.remove(self._threshold_ms)
-        self._set()
-
-    def _set(self) -> None:
-        none_ms = 0 if self._thresholds_ms else DEFAULT_THRESHOLD_MS
-        stall_watch.set_threshold(min(filter(None, self._thresholds_ms), default=none_ms))
-
-    def attach(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._threshold_ms:
-            stall_watch.attach(loop)
-
-    def detach(self, loop: asyncio.AbstractEventLoop) -> None:
-        if self._threshold_ms:
-            stall_watch.detach(loop)
-
-
-class Recording:
-    """
-    The switches one middleware holds on.
-
-    Args:
-        heap: "tracemalloc" to trace memory all the time, None to sample it.
-        memory_profile_rate: Mean bytes from one sample to the next; 0 to take none.
-        track_tasks: Whether to note who makes tasks, and since when they wait.
-        block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
-        mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
-        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while a rate is set.
-        stall_threshold_ms: From which length on a stall of a loop is recorded; 0 for none.
-
-    Raises:
-        ValueError: `heap` is something else, or a rate or the threshold is negative.
+        ValueError: `heap` is unknown, or a rate or the threshold is negative.
     """
 
     def __init__(
@@ -114,39 +89,45 @@ class Recording:
             raise ValueError(
                 f"memory_profile_rate is bytes a sample, or 0, not {memory_profile_rate!r}"
             )
-        stalls = _StallSwitch(stall_threshold_ms)
+        if min(block_profile_rate, mutex_profile_fraction) < 0:
+            raise ValueError(
+                "block_profile_rate is nanoseconds a sample and mutex_profile_fraction one event"
+                f" in so many, or 0; not {block_profile_rate!r} and {mutex_profile_fraction!r}"
+            )
+        if not 0 <= stall_threshold_ms < math.inf:
+            raise ValueError(f"stall_threshold_ms is 0 or more, not {stall_threshold_ms!r}")
+        rates = ContentionSettings(block_profile_rate, mutex_profile_fraction, wrap_lock_classes)
         self._uses: list[tuple[Recorder, Any]] = [
             (thread_starts, None),
+            (gc_pauses, None),
             (heap_tracing, None) if heap else (heap_sampler, memory_profile_rate),
+            (contention, rates),
+            (stall_watch, stall_threshold_ms),
         ]
-        self._switches: list[_Switch] = [
-            gc_pauses,
-            ContentionSwitch(block_profile_rate, mutex_profile_fraction, wrap_lock_classes),
-            stalls,
+        self._loop_recorders: list[StallWatch | TaskTracking] = [
+            *([stall_watch] if stall_threshold_ms else []),
+            *([task_tracking] if track_tasks else []),
         ]
-        self._loop_switches: list[_LoopSwitch] = [stalls, *([task_tracking] if track_tasks else [])]
         self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
         self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
         self._has_failed = False
 
     def on(self) -> None:
-        """Switch everything on that is not; in a forked process, memory samples begin anew."""
+        """Enable all of them; those that were on go on, in a forked process from the start."""
         with self._lock:
             if not self._on:
                 self._on = True
                 for recorder, setting in self._uses:
                     recorder.enable(setting)
-                for switch in self._switches:
-                    switch.enable()
             self.resume()
 
     def resume(self) -> None:
         """
-        Start what can start only now, if the rest is on.
+        Start what can start only now, while they are enabled.
 
-        That is what belongs to the running loop, and memory samples: in a forked
-        process, or when another tool has stopped them or made them impossible.
+        That is what belongs to the running loop, and the heap sampler: in a forked
+        process, or when another tool has stopped it or made it impossible.
         """
         loop = asyncio._get_running_loop()
         with self._lock:
@@ -157,23 +138,21 @@ class Recording:
             try:
                 if loop not in self._loops:
                     self._loops.add(loop)
-                    for switch in self._loop_switches:
-                        switch.attach(loop)
-            except Exception:  # of a loop of the application's own kind
+                    for recorder in self._loop_recorders:
+                        recorder.attach(loop)
+            except Exception:  # of a loop of the application's own class
                 if not self._has_failed:
                     logger.exception("asgi_pprof cannot watch this kind of loop; logged once")
                 self._has_failed = True
 
     def off(self) -> None:
-        """Put everything back."""
+        """Disable all of them; what no other middleware uses is put back."""
         with self._lock:
             if self._on:
                 self._on = False
                 for recorder, setting in self._uses:
                     recorder.disable(setting)
-                for switch in self._switches:
-                    switch.disable()
                 for loop in list(self._loops):
-                    for loop_switch in self._loop_switches:
-                        loop_switch.detach(loop)
+                    for loop_recorder in self._loop_recorders:
+                        loop_recorder.detach(loop)
                 self._loops.clear()

@@ -24,7 +24,14 @@ from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.text import contention_text, count_text, heap_text
 from asgi_pprof.errors import UnknownProfile
 from asgi_pprof.profile import Goroutine, Profile
-from asgi_pprof.recorders import heap_sampler, heap_tracing, thread_starts
+from asgi_pprof.recorders import (
+    contention,
+    gc_pauses,
+    heap_sampler,
+    heap_tracing,
+    stall_watch,
+    thread_starts,
+)
 
 
 def _as_taken(profile: Profile) -> Profile:
@@ -33,7 +40,8 @@ def _as_taken(profile: Profile) -> Profile:
 
 def _heap_text(name: str, profile: Profile) -> str:
     live_bytes = scale_sampled(profile).total("inuse_space")
-    return heap_text(profile, mem_stats_text(read_mem_stats(live_bytes, heap_sampler.counters())))
+    stats = read_mem_stats(gc_pauses, live_bytes, heap_sampler.counters())
+    return heap_text(profile, mem_stats_text(stats))
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +103,7 @@ class Registry:
                 ),
                 NamedProfile(
                     "block",
-                    ContentionCollector("block"),
+                    ContentionCollector(contention, "block"),
                     "Stack traces that led to blocking on synchronization primitives",
                     contention_text,
                 ),
@@ -124,13 +132,13 @@ class Registry:
                 ),
                 NamedProfile(
                     "mutex",
-                    ContentionCollector("mutex"),
+                    ContentionCollector(contention, "mutex"),
                     "Stack traces of holders of contended mutexes",
                     contention_text,
                 ),
                 NamedProfile(
                     "stall",
-                    StallCollector(),
+                    StallCollector(stall_watch),
                     "Stack traces that held an event loop, and for how long it did not turn",
                     contention_text,
                 ),

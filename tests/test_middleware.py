@@ -20,10 +20,10 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from asgi_pprof import PprofApp, PprofMiddleware, labels, set_mutex_profile_fraction
+from asgi_pprof import PprofApp, PprofMiddleware, labels
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
-from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.labels import current, resolve
+from asgi_pprof.recorders import set_mutex_profile_fraction, stall_watch
 from tests import official
 from tests.servers import ask, serve, until
 from tests.state import process_state

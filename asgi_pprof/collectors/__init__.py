@@ -51,9 +51,11 @@ class AlwaysOn:
 class TimedCollector(Protocol):
     """Records what happens during some seconds."""
 
-    async def collect(self, duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
+    async def collect(
+        self, duration_s: float, stop: asyncio.Event, hz: int
+    ) -> Callable[[], Profile]:
         """
-        Return a profile of the next seconds, or of the time until `stop` is set.
+        Record for some seconds, or until `stop` is set; return a function that gives the profile.
 
         Raises:
             ProfileBusy: A profile of this kind is being recorded already.

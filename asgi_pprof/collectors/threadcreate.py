@@ -56,7 +56,7 @@ class ThreadStarts(Recorder):
         self._wrapper = self._wrap(self._original)
         threading.Thread.start = self._wrapper  # type: ignore[method-assign]
 
-    def _disabled(self) -> None:
+    def _disabled(self, setting: Any) -> None:
         # If another library has wrapped our wrapper meanwhile, it stays in place and
         # only delegates.
         if not self._settings and threading.Thread.start is self._wrapper:

@@ -13,9 +13,10 @@ from __future__ import annotations
 import gc
 import time
 from types import CodeType
-from typing import Protocol
+from typing import Any, Protocol
 
 from asgi_pprof.native.core import native
+from asgi_pprof.recorder import Recorder
 
 _RING = 256  # as Go's PauseNs and PauseEnd
 
@@ -79,34 +80,30 @@ def is_timing(code: CodeType) -> bool:
     return code is PythonTimer.__call__.__code__
 
 
-class GcPauses:
+class GcPauses(Recorder):
     """
-    Times collections while it is enabled. There is one for the process.
+    Times collections while it is enabled.
 
     Args:
         timer: The entry of `gc.callbacks`; None for the C core's, if there is one.
     """
 
     def __init__(self, timer: Timer | None = None) -> None:
-        self._users = 0
+        super().__init__()
         self._cpu_start_ns = 0
         self._timer: Timer = timer or (native.GcTimer() if native else PythonTimer())
         self.forced = 0
 
-    def enable(self) -> None:
-        """Start to time collections; pair with `disable`."""
-        self._users += 1
-        if self._users > 1:
+    def _enabled(self) -> None:
+        if len(self._settings) > 1:
             return
         # The ring's index follows the number of all collections, as in Go.
         self._timer.begin(sum(generation["collections"] for generation in gc.get_stats()))
         self._cpu_start_ns = self._cpu_start_ns or time.process_time_ns()
         gc.callbacks.append(self._timer)
 
-    def disable(self) -> None:
-        """Stop when the last user has called this."""
-        self._users -= 1
-        if self._users == 0 and self._timer in gc.callbacks:
+    def _disabled(self, setting: Any) -> None:
+        if not self._settings and self._timer in gc.callbacks:
             gc.callbacks.remove(self._timer)
             self._timer.begin(self._timer.count)
 
@@ -151,6 +148,3 @@ class GcPauses:
         used_ns = time.process_time_ns() - self._cpu_start_ns
         known = self._cpu_start_ns and used_ns > 0
         return min(self.total_ns / used_ns, 1.0) if known else 0.0
-
-
-gc_pauses = GcPauses()

@@ -17,10 +17,7 @@ from statistics import geometric_mean
 
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.contention.collector import (
-    set_block_profile_rate,
-    set_mutex_profile_fraction,
-)
+from asgi_pprof.recorders import set_block_profile_rate, set_mutex_profile_fraction
 from tests.bench.load import Client, connect, times
 from tests.bench.overhead import Pair
 from tests.bench.report import progress

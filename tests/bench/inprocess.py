@@ -39,7 +39,7 @@ def measure_sample(depth: int, seconds: float) -> SampleCost:
         while not collecting.done():
             _descend(depth)
             await asyncio.sleep(0)
-        return sample_cost(decode(encode(await collecting)))
+        return sample_cost(decode(encode((await collecting)())))
 
     return asyncio.run(profile_ourselves())
 

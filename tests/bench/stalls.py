@@ -13,7 +13,7 @@ from statistics import median
 
 from fastapi import FastAPI
 
-from asgi_pprof.collectors.stall.watch import stall_watch
+from asgi_pprof.recorders import stall_watch
 from tests.bench.report import progress
 from tests.servers import ServerProcess, serve_process
 

@@ -15,10 +15,9 @@ import uvloop
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
-from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.recorders import gc_pauses, stall_watch
 
 BATCH = 1000
 MANY = 100_000

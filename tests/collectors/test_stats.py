@@ -23,11 +23,11 @@ from fastapi import Depends, FastAPI
 
 from asgi_pprof import PprofMiddleware
 from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
-from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import NAMES, Stats
 from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, unique
 from asgi_pprof.native.core import native
-from asgi_pprof.runtime.gc_pauses import PythonTimer, gc_pauses
+from asgi_pprof.recorders import gc_pauses, stall_watch
+from asgi_pprof.runtime.gc_pauses import PythonTimer
 from tests.loops import LOOPS, run
 from tests.servers import PROFILES, ask, serve, until
 

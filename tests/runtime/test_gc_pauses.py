@@ -12,7 +12,8 @@ import time
 import pytest
 
 from asgi_pprof.native.core import native
-from asgi_pprof.runtime.gc_pauses import GcPauses, PythonTimer, gc_pauses, is_timing
+from asgi_pprof.recorders import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses, PythonTimer, is_timing
 
 TIMERS = {"native": native.GcTimer if native else None, "pure": PythonTimer}
 RING = 256

@@ -24,11 +24,10 @@ from asgi_pprof.collectors.contention.collector import Contention
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.stall.collector import StallCollector
-from asgi_pprof.collectors.stall.watch import stall_watch
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.collectors.threads import ThreadCollector
+from asgi_pprof.recorders import gc_pauses, stall_watch
 from asgi_pprof.runtime.frames import capture, current_frames
-from asgi_pprof.runtime.gc_pauses import gc_pauses
 from tests.soak import generated, work
 from tests.soak.checks import Checker
 
@@ -48,7 +47,12 @@ async def profiles(checker: Checker) -> None:
     try:
         with _contention.window("block"), _contention.window("mutex"):
             tasks = TaskCollector()
-            for collector in (ThreadCollector(), tasks, LeakCollector(tasks), StallCollector()):
+            for collector in (
+                ThreadCollector(),
+                tasks,
+                LeakCollector(tasks),
+                StallCollector(stall_watch),
+            ):
                 profile = (await collector.snapshot())()
                 checker.check_stacks(profile.samples, "look")
                 checker.count(looks=1)

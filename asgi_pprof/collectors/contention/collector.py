@@ -27,18 +27,17 @@ runtime.SetBlockProfileRate, runtime.SetMutexProfileFraction.
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
 from asgi_pprof.collectors.contention.patches import PatchGroup
 from asgi_pprof.collectors.contention.recording import Recording, block, mutex
 from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords
 from asgi_pprof.profile import Profile, ValueType
+from asgi_pprof.recorder import Recorder
 from asgi_pprof.stacks import name_totals
 
 Kind = Literal["block", "mutex"]
@@ -49,9 +48,32 @@ WINDOW_RATES: dict[Kind, int] = {"block": 10_000, "mutex": 1}
 _RECORDS: dict[Kind, ContentionRecords] = {"block": block, "mutex": mutex}
 
 
-class Contention:
+class ContentionSettings(NamedTuple):
     """
-    The rates of this process, and what they switch on.
+    What one middleware asks for.
+
+    Args:
+        block: Nanoseconds of waiting a sample; 0 leaves the rate alone.
+        mutex: Releases a sample; 0 leaves the fraction alone.
+        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while
+            a rate is set, no matter how it was set.
+    """
+
+    block: int = 0
+    mutex: int = 0
+    wrap_lock_classes: bool = False
+
+    def rates(self) -> Iterator[tuple[Kind, int]]:
+        """Yield the rates that are asked for."""
+        if self.block:
+            yield "block", self.block
+        if self.mutex:
+            yield "mutex", self.mutex
+
+
+class Contention(Recorder):
+    """
+    The rates of this process, and what they switch on; users have `ContentionSettings`.
 
     Attributes are replaced in three groups, each as long as it is needed:
     methods that wait while either profile is on, methods that release while
@@ -60,15 +82,25 @@ class Contention:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may switch off in the middle of switching on
+        super().__init__()
         self._rates: dict[Kind, int] = {"block": 0, "mutex": 0}
         self._windows: dict[Kind, int] = {"block": 0, "mutex": 0}
-        self._lock_class_users = 0
         self._recording: Recording | None = None
         self._waits, self._releases, self._lock_classes = PatchGroup(), PatchGroup(), PatchGroup()
         self._changes = 0
         self._applying = False
-        self._fork_hook = False
+
+    def _enabled(self) -> None:
+        self._rates.update(self._settings[-1].rates())
+        self._apply()
+
+    def _disabled(self, setting: ContentionSettings) -> None:
+        for kind, rate in setting.rates():
+            # A rate that was set by other means since then stays.
+            if self._rates[kind] == rate:
+                others = [dict(each.rates()).get(kind, 0) for each in self._settings]
+                self._rates[kind] = next(filter(None, reversed(others)), 0)
+        self._apply()
 
     def set_rate(self, kind: Kind, rate: int) -> int:
         """Set a profile's rate, 0 or less for off, and return what it was."""
@@ -80,12 +112,6 @@ class Contention:
     def rate(self, kind: Kind) -> int:
         """Return the rate that was set."""
         return self._rates[kind]
-
-    def count_lock_class_users(self, change: int) -> None:
-        """Count a middleware that asks for `wrap_lock_classes`: 1 as it comes, -1 as it goes."""
-        with self._lock:
-            self._lock_class_users += change
-            self._apply()
 
     @contextmanager
     def window(self, kind: Kind) -> Iterator[None]:
@@ -125,7 +151,8 @@ class Contention:
         for kind, records in _RECORDS.items():
             window_rate = WINDOW_RATES[kind] if self._windows[kind] else 0
             records.rate = self._rates[kind] or window_rate
-        lock_classes_on = bool(self._lock_class_users and any(self._rates.values()))
+        is_asked_for = any(each.wrap_lock_classes for each in self._settings)
+        lock_classes_on = is_asked_for and any(self._rates.values())
         if block.rate or mutex.rate:
             self._on(lock_classes_on)
         else:
@@ -140,7 +167,6 @@ class Contention:
         lock_classes.report_to(self._recording, make_more=lock_classes_on)
 
     def _on(self, lock_classes_on: bool) -> None:
-        self._add_fork_hook()
         recording = self._recording = self._recording or Recording()
         self._waits.install(recording, asyncio_waits.wait_targets, threading_waits.wait_targets)
         if mutex.rate:
@@ -150,108 +176,14 @@ class Contention:
         if lock_classes_on:
             self._lock_classes.install(recording, lock_classes.targets)
 
-    def _add_fork_hook(self) -> None:
-        if not self._fork_hook and hasattr(os, "register_at_fork"):
-            self._fork_hook = True
-            os.register_at_fork(after_in_child=self._reset_in_child)
-
-    def _reset_in_child(self) -> None:
-        # The threads that held the lock or waited do not exist in the child. If one of them was
-        # in the middle of switching, the next switch here completes that.
-        self._lock, self._applying = threading.RLock(), False
+    def _renew_after_fork(self) -> None:
+        # The threads that waited do not exist in the child. If one thread was in the middle of
+        # switching, the next switch here completes that.
+        self._applying = False
         asyncio_waits.reset_in_child()
         threading_waits.reset_in_child()
         for records in _RECORDS.values():
             records.clear()
-
-
-contention = Contention()
-
-
-def set_block_profile_rate(rate_ns: int) -> None:
-    """
-    Record waits: on average one for every `rate_ns` nanoseconds spent waiting.
-
-    Waits at least that long are all recorded, shorter ones in proportion, and
-    counts and sums are scaled to be right on average. 1 records everything, 0
-    or less nothing. What has been recorded stays in the profile.
-
-    Waits for `threading.Lock` and `RLock` are recorded only in a process with a
-    middleware that has `wrap_lock_classes=True`: this function replaces neither
-    of them by itself.
-
-    Source: runtime.SetBlockProfileRate.
-    """
-    contention.set_rate("block", rate_ns)
-
-
-def set_mutex_profile_fraction(rate: int) -> int:
-    """
-    Record one in `rate` releases that others waited for, and return the rate before.
-
-    1 records everything, 0 nothing; a negative one changes nothing. As to
-    `threading.Lock` and `RLock`, see `set_block_profile_rate`.
-
-    Source: runtime.SetMutexProfileFraction.
-    """
-    if rate < 0:
-        return contention.rate("mutex")
-    return contention.set_rate("mutex", rate)
-
-
-class ContentionSwitch:
-    """
-    What one middleware asks for, while it lives.
-
-    Args:
-        block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
-        mutex_profile_fraction: Releases a sample; 0 leaves the fraction alone.
-        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock` while
-            a rate is set, no matter how it was set.
-
-    Raises:
-        ValueError: A rate is negative.
-    """
-
-    def __init__(
-        self,
-        block_profile_rate: int = 0,
-        mutex_profile_fraction: int = 0,
-        wrap_lock_classes: bool = False,
-    ) -> None:
-        self._rates: dict[Kind, int] = {
-            "block": block_profile_rate,
-            "mutex": mutex_profile_fraction,
-        }
-        if min(self._rates.values()) < 0:
-            raise ValueError(
-                "block_profile_rate is nanoseconds a sample and mutex_profile_fraction one event"
-                f" in so many, or 0; not {block_profile_rate!r} and {mutex_profile_fraction!r}"
-            )
-        self._wrap_lock_classes = wrap_lock_classes
-
-    def enable(self) -> None:
-        """Set the rates; pair with `disable`."""
-        _switches.append(self)
-        if self._wrap_lock_classes:
-            contention.count_lock_class_users(1)
-        for kind, rate in self._rates.items():
-            if rate:
-                contention.set_rate(kind, rate)
-
-    def disable(self) -> None:
-        """Set the rates of the middleware that was enabled before, 0 if there is none."""
-        _switches.remove(self)
-        if self._wrap_lock_classes:
-            contention.count_lock_class_users(-1)
-        for kind, rate in self._rates.items():
-            # A rate that was set by other means since then stays.
-            if rate and contention.rate(kind) == rate:
-                others = [each._rates[kind] for each in _switches if each._rates[kind]]
-                contention.set_rate(kind, others[-1] if others else 0)
-
-
-_switches: list[ContentionSwitch] = []
 
 
 class ContentionCollector:
@@ -259,10 +191,12 @@ class ContentionCollector:
     Collects one of the two profiles.
 
     Args:
+        contention: The recorder of both.
         kind: Which one.
     """
 
-    def __init__(self, kind: Kind) -> None:
+    def __init__(self, contention: Contention, kind: Kind) -> None:
+        self._contention = contention
         self._kind = kind
         self._records = _RECORDS[kind]
 
@@ -272,11 +206,11 @@ class ContentionCollector:
 
     def note(self) -> str:
         """Return whether the profile is on, and at which rate."""
-        return contention.describe(self._kind)
+        return self._contention.describe(self._kind)
 
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that holds the profile on."""
-        return contention.window(self._kind)
+        return self._contention.window(self._kind)
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Return contentions/count and delay/nanoseconds by stack, scaled; no labels, as in Go."""
@@ -292,7 +226,7 @@ class ContentionCollector:
         )
 
     def _comments(self) -> Iterator[str]:
-        yield contention.describe(self._kind)
+        yield self._contention.describe(self._kind)
         if self._records.lost:
             yield f"lost: {self._records.lost} events could not be recorded"
         if self._records.overflowed:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from collections.abc import Callable
 
 from asgi_pprof.collectors.cpu import native_engine, signal_engine
 from asgi_pprof.errors import ProfileUnavailable
@@ -30,7 +31,9 @@ class CpuCollector:
             f" (no {native_engine.ENGINE} one: {missing})"
         )
 
-    async def collect(self, duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
+    async def collect(
+        self, duration_s: float, stop: asyncio.Event, hz: int
+    ) -> Callable[[], Profile]:
         """
         Profile the CPU for some seconds of wall time, or until `stop` is set.
 
@@ -43,7 +46,7 @@ class CpuCollector:
             hz: Samples a second of CPU time, in each thread.
 
         Returns:
-            Samples/count and cpu/nanoseconds. `time_ns` is the start.
+            A function that gives samples/count and cpu/nanoseconds. `time_ns` is the start.
 
         Raises:
             ProfileBusy: A CPU profile is being taken, or SIGPROF or its timer
@@ -51,10 +54,12 @@ class CpuCollector:
             ProfileUnavailable: No engine works here.
         """
         if not native_engine.why_not():
-            return await native_engine.collect(duration_s, stop, hz)
+            profile = await native_engine.collect(duration_s, stop, hz)
+            return lambda: profile
         if not signal_engine.is_supported():
             raise ProfileUnavailable(
                 f"CPU profiles need the {native_engine.ENGINE} engine"
                 f" ({native_engine.why_not()}) or SIGPROF"
             )
-        return await signal_engine.collect(duration_s, stop, hz)
+        profile = await signal_engine.collect(duration_s, stop, hz)
+        return lambda: profile

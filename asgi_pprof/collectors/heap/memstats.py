@@ -17,7 +17,7 @@ import tracemalloc
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.proc import proc_status
 
 
@@ -35,11 +35,14 @@ MemStats = Mapping[str, int | float | tuple[int, ...]]
 prints too, and RSS, which is ours; in bytes unless the name says otherwise."""
 
 
-def read_mem_stats(live_bytes: int = 0, counters: AllocationCounters | None = None) -> MemStats:
+def read_mem_stats(
+    gc_pauses: GcPauses, live_bytes: int = 0, counters: AllocationCounters | None = None
+) -> MemStats:
     """
     Return the current numbers; takes some hundred us, on any thread.
 
     Args:
+        gc_pauses: The timer of garbage collections.
         live_bytes: The live bytes of a heap profile.
         counters: Those of the native heap sampler, if it is on.
     """

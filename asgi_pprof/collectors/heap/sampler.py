@@ -70,7 +70,7 @@ class HeapSampler(Recorder):
             self._restarts = 0
             self._start()
 
-    def _disabled(self) -> None:
+    def _disabled(self, setting: Any) -> None:
         if not self._settings and native:
             native.heap_stop()  # also drops the samples
 

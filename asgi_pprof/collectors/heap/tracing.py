@@ -31,7 +31,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from asgi_pprof.collectors.heap.sizes import size_class
 from asgi_pprof.collectors.heap.sources import LineNames
@@ -74,7 +74,7 @@ class Tracing(Recorder):
             self._witness = _Witness()
             self.starts += 1
 
-    def _disabled(self) -> None:
+    def _disabled(self, setting: Any) -> None:
         if not self._settings and self._witness is not None:
             # If the application has stopped and started tracing meanwhile, it is not ours.
             if self._witness.is_traced():

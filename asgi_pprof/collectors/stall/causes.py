@@ -16,7 +16,7 @@ from time import monotonic_ns as _clock_ns  # asyncio's and libuv's own
 from typing import NamedTuple
 
 from asgi_pprof.profile import Location, pseudo_location
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.proc import LoopThread, Usage
 
 NOT_RUNNING = pseudo_location("process not running")
@@ -61,9 +61,13 @@ class ThreadAccount:
     Args:
         native_id: The system's id of the thread.
         open_thread: Opens what the system tells of a thread.
+        gc_pauses: The timer of garbage collections.
     """
 
-    def __init__(self, native_id: int, open_thread: Callable[[int], LoopThread]) -> None:
+    def __init__(
+        self, native_id: int, open_thread: Callable[[int], LoopThread], gc_pauses: GcPauses
+    ) -> None:
+        self._gc_pauses = gc_pauses
         self.native_id = native_id
         self._open_thread = open_thread
         self._thread: LoopThread | None = None
@@ -105,7 +109,7 @@ class ThreadAccount:
     def cause(self, ended_ns: int, delay_ns: int) -> Location | None:
         """Return what stopped the loop for most of a delay; None if its own code, or unknown."""
         half_ns = delay_ns // 2
-        if _collecting_ns(ended_ns - delay_ns, ended_ns) >= half_ns:
+        if self._collecting_ns(ended_ns - delay_ns, ended_ns) >= half_ns:
             return COLLECTING
         used = Usage.since(self._usage_at_start, self._usage())
         if used is None:
@@ -124,12 +128,11 @@ class ThreadAccount:
             self._thread = self._open_thread(self.native_id)
         return self._thread.usage()
 
-
-def _collecting_ns(began_ns: int, ended_ns: int) -> int:
-    """Return for how long garbage was collected between two moments, on any thread."""
-    to_clock_ns = _clock_ns() - time.time_ns()
-    return sum(
-        pause_ns
-        for pause_ns, end_ns in gc_pauses.pauses()
-        if began_ns < end_ns + to_clock_ns <= ended_ns
-    )
+    def _collecting_ns(self, began_ns: int, ended_ns: int) -> int:
+        """Return for how long garbage was collected between two moments, on any thread."""
+        to_clock_ns = _clock_ns() - time.time_ns()
+        return sum(
+            pause_ns
+            for pause_ns, end_ns in self._gc_pauses.pauses()
+            if began_ns < end_ns + to_clock_ns <= ended_ns
+        )

@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from asgi_pprof.collectors.stall.watch import CANNOT, StallWatch, stall_watch
+from asgi_pprof.collectors.stall.watch import CANNOT, StallWatch
 from asgi_pprof.profile import Profile, ValueType
 from asgi_pprof.stacks import StackTotal, name_totals
 
@@ -58,7 +58,7 @@ class StallCollector:
         watch: Where it is recorded.
     """
 
-    def __init__(self, watch: StallWatch = stall_watch) -> None:
+    def __init__(self, watch: StallWatch) -> None:
         self._watch = watch
 
     def count(self) -> int:

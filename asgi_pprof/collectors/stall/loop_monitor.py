@@ -39,7 +39,7 @@ from asgi_pprof.collectors.stall.causes import (
 from asgi_pprof.collectors.stall.lag import LagFigures, Lateness
 from asgi_pprof.profile import Label, Location
 from asgi_pprof.runtime.frames import RawStack, ThreadStack, ThreadStacks, current_frames
-from asgi_pprof.runtime.gc_pauses import is_timing
+from asgi_pprof.runtime.gc_pauses import GcPauses, is_timing
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES, iteration_clock
 from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.runtime.task_labels import fold_default_name, task_labels
@@ -186,6 +186,7 @@ class LoopMonitor:
         on_stall: Called with each stall, on the watch thread.
         wake: Called on the loop's thread at the end of a stall; wakes the watch thread.
         open_thread: Opens what the system tells of a thread.
+        gc_pauses: The timer of garbage collections.
     """
 
     def __init__(
@@ -194,7 +195,8 @@ class LoopMonitor:
         threshold: Threshold,
         on_stall: Callable[[Stall], None],
         wake: Callable[[], None],
-        open_thread: Callable[[int], LoopThread] = LoopThread,
+        open_thread: Callable[[int], LoopThread],
+        gc_pauses: GcPauses,
     ) -> None:
         self.users = 0
         self.is_quiet = False  # it was idle, and has used next to no CPU, since the scan before
@@ -205,7 +207,7 @@ class LoopMonitor:
         self._wake = wake
         self._context = Context()  # a probe must not carry the labels of the request that attaches
         self._clock = iteration_clock(loop)
-        self._account = ThreadAccount(threading.get_native_id(), open_thread)
+        self._account = ThreadAccount(threading.get_native_id(), open_thread, gc_pauses)
         self._lateness = Lateness()
         self._stalls = self._stall_ns = 0
         self.count_from_now()

@@ -7,7 +7,6 @@ import asyncio
 import importlib
 import logging
 import math
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,9 @@ from asgi_pprof.collectors.stall.lag import LagFigures
 from asgi_pprof.collectors.stall.loop_monitor import LoopMonitor, Stall, Threshold
 from asgi_pprof.native.core import native
 from asgi_pprof.profile import pseudo_location
+from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import current_frames
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
 from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.stacks import StackCounter, StackTotal, stack_key
@@ -65,28 +66,33 @@ def _why_not() -> str:
 CANNOT = _why_not()
 
 
-class StallWatch:
+class StallWatch(Recorder):
     """
-    Watches event loops; one for the process. Its methods may be called from any thread.
+    Watches event loops; users have thresholds in milliseconds, of which the lowest above 0 holds.
+
+    Its methods may be called from any thread.
 
     Importing or making it starts nothing: the thread lives while there is a loop to
     watch and a threshold. Garbage collections are told apart while they are timed
     (`runtime.gc_pauses`), which a middleware switches on.
 
     Args:
+        gc_pauses: The timer of garbage collections.
         open_thread: Opens what the system tells of a thread.
     """
 
-    def __init__(self, open_thread: Callable[[int], LoopThread] = LoopThread) -> None:
+    def __init__(
+        self,
+        gc_pauses: GcPauses | None = None,
+        open_thread: Callable[[int], LoopThread] = LoopThread,
+    ) -> None:
+        super().__init__()
+        self._gc_pauses = gc_pauses or GcPauses()
         self._open_thread = open_thread
         self._threshold_ns = int(DEFAULT_THRESHOLD_MS * 1e6)  # as set; a window may need another
         self._begin()
 
     def _begin(self) -> None:
-        self._process = os.getpid()
-        # Reentrant: a finalizer may detach in the middle of anything. Not
-        # threading's: applications patch those, as we do.
-        self._lock = _thread.RLock()
         self._windows = 0
         self._threshold = Threshold(self._threshold_ns)
         self._monitors: dict[int, LoopMonitor] = {}  # by the id of the loop, not kept alive
@@ -97,25 +103,37 @@ class StallWatch:
         self._wakeup.acquire()
         self._counter = StackCounter(FURTHER, _MAX_STACKS)
 
-    def _begin_after_fork(self) -> None:
-        # A forked process has neither the thread nor the loops, and a lock that
-        # may be taken for ever. (A hook for forks could not be taken out again.)
-        if self._process == os.getpid():
-            return
-        self._begin()  # descriptors stay open: by now their numbers may be somebody else's
+    def _renew_after_fork(self) -> None:
+        # A forked process has neither the thread nor the loops. Descriptors stay open: by now
+        # their numbers may be somebody else's.
+        self._begin()
+
+    def _enabled(self) -> None:
+        self._set_lowest_threshold()
+
+    def _disabled(self, setting: float) -> None:
+        self._set_lowest_threshold()
+
+    def _set_lowest_threshold(self) -> None:
+        default_ms = 0 if self._settings else DEFAULT_THRESHOLD_MS
+        self.set_threshold(min(filter(None, self._settings), default=default_ms))
 
     def attach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Watch a loop; pair with `detach`. Call it on the loop's thread, while the loop runs."""
         if CANNOT:
             return
-        self._begin_after_fork()
         with self._lock:
             monitor = self._monitor(loop)
             if monitor is None:
                 if id(loop) in self._monitors:  # of a closed loop that had the same id
                     self._dropped.append(self._monitors[id(loop)])
                 monitor = LoopMonitor(
-                    loop, self._threshold, self._add, self._wake, self._open_thread
+                    loop,
+                    self._threshold,
+                    self._add,
+                    self._wake,
+                    self._open_thread,
+                    self._gc_pauses,
                 )
                 self._monitors[id(loop)] = monitor
             monitor.users += 1
@@ -123,7 +141,6 @@ class StallWatch:
 
     def detach(self, loop: asyncio.AbstractEventLoop) -> None:
         """Stop watching a loop once nobody needs it watched; ignored if it is not watched."""
-        self._begin_after_fork()
         with self._lock:
             monitor = self._monitor(loop)
             if monitor is None:
@@ -146,7 +163,6 @@ class StallWatch:
         """
         if not 0 <= threshold_ms < math.inf:
             raise ValueError(f"a threshold is 0 or more milliseconds, not {threshold_ms!r}")
-        self._begin_after_fork()
         with self._lock:
             self._threshold_ns = int(threshold_ms * 1e6)
             self._apply_threshold()
@@ -176,7 +192,6 @@ class StallWatch:
     def window(self) -> Iterator[None]:
         """Watch the running loop meanwhile, from 100 ms if no threshold is set."""
         loop = asyncio.get_running_loop()
-        self._begin_after_fork()
         with self._lock:
             self._windows += 1
             self._apply_threshold()
@@ -196,7 +211,6 @@ class StallWatch:
 
     def totals(self) -> list[StackTotal]:
         """Return stalls and nanoseconds by stack, labels and cause, as counted in this process."""
-        self._begin_after_fork()
         return self._counter.totals()
 
     def count(self) -> int:
@@ -205,13 +219,11 @@ class StallWatch:
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
         """Return the watched loops."""
-        self._begin_after_fork()
         monitors = list(self._monitors.values())
         return [loop for monitor in monitors if (loop := monitor.loop()) is not None]
 
     def lag(self, loop: asyncio.AbstractEventLoop) -> LagFigures | None:
         """Return how late a loop's callbacks were in the last minute; None if it is not watched."""
-        self._begin_after_fork()
         monitor = self._monitor(loop)
         return None if monitor is None else monitor.lag()
 
@@ -277,9 +289,6 @@ class StallWatch:
         for monitor in self._dropped:
             monitor.close()
         self._dropped.clear()
-
-
-stall_watch = StallWatch()
 
 
 class _Scanner:

@@ -12,14 +12,10 @@ import pytest
 import uvloop
 
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
-from asgi_pprof.collectors.contention.collector import (
-    ContentionCollector,
-    ContentionSwitch,
-    set_block_profile_rate,
-    set_mutex_profile_fraction,
-)
+from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
 from asgi_pprof.merge import subtract
 from asgi_pprof.profile import Profile, Sample, check_valid
+from asgi_pprof.recorders import contention, set_block_profile_rate, set_mutex_profile_fraction
 from tests.servers import until
 
 KINDS = ("block", "mutex")
@@ -28,7 +24,7 @@ HOLD_NS = 20_000_000
 
 def take(kind: str) -> Profile:
     """Take one of the profiles as it is now."""
-    snapshot = ContentionCollector(kind).snapshot()
+    snapshot = ContentionCollector(contention, kind).snapshot()
     with pytest.raises(StopIteration) as done:  # it waits for nothing, so no loop is needed
         snapshot.send(None)
     profile = done.value.value()
@@ -87,12 +83,12 @@ def recording(block: int = 1, mutex: int = 1) -> Iterator[Recorded]:
 @contextlib.contextmanager
 def asking(**arguments: object) -> Iterator[None]:
     """Have a middleware with these arguments inside of the `with`."""
-    switch = ContentionSwitch(**arguments)
-    switch.enable()
+    settings = ContentionSettings(**arguments)
+    contention.enable(settings)
     try:
         yield
     finally:
-        switch.disable()
+        contention.disable(settings)
 
 
 def run(loop_name: str, coroutine):

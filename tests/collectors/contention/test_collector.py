@@ -15,20 +15,16 @@ from dataclasses import replace
 
 import pytest
 
+from asgi_pprof import PprofApp
 from asgi_pprof.collectors.contention import threading_waits
-from asgi_pprof.collectors.contention.collector import (
-    ContentionCollector,
-    ContentionSwitch,
-    contention,
-    set_block_profile_rate,
-    set_mutex_profile_fraction,
-)
+from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
 from asgi_pprof.collectors.contention.lock_classes import RecordedLock
 from asgi_pprof.collectors.contention.recording import block, mutex
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.encoders.text import contention_text
+from asgi_pprof.recorders import contention, set_block_profile_rate, set_mutex_profile_fraction
 from tests.collectors.contention.recorded import (
     KINDS,
     Recorded,
@@ -60,7 +56,7 @@ def test_off_by_default_and_says_so(kind):
     ]
     assert (tuple(profile.period_type), profile.period) == (("contentions", "count"), 1)
     assert profile.comments[0].startswith("off: ")
-    assert ContentionCollector(kind).note().startswith("off: ")
+    assert ContentionCollector(contention, kind).note().startswith("off: ")
 
 
 def test_rates_have_gos_meanings():
@@ -90,7 +86,7 @@ def test_on_and_off_many_times_leaves_identical_objects():
     """Every attribute is the original itself afterwards, and was another meanwhile."""
     before = patched()
     for _ in range(200):
-        with asking(block_profile_rate=1, mutex_profile_fraction=1, wrap_lock_classes=True):
+        with asking(block=1, mutex=1, wrap_lock_classes=True):
             during = patched()
         assert identical(patched(), before)
     assert [name for name in before if during[name] is before[name]] == []
@@ -151,7 +147,7 @@ def test_a_wrapper_around_ours_stays_and_ours_delegates(monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_switches_on_what_is_off(kind):
     """Inside it is recorded, at 10,000 ns or one in one, and a comment says so; then it is off."""
-    collector, seen, before = ContentionCollector(kind), Recorded(), patched()
+    collector, seen, before = ContentionCollector(contention, kind), Recorded(), patched()
     with asking(wrap_lock_classes=True), collector.window(), collector.window():
         with collector.window():
             pass
@@ -166,8 +162,8 @@ def test_a_window_switches_on_what_is_off(kind):
 
 def test_a_window_keeps_the_rate_that_is_set():
     """A window of one profile changes neither its own rate nor the other one's."""
-    with recording(block=77, mutex=0), ContentionCollector("block").window():
-        with ContentionCollector("mutex").window():
+    with recording(block=77, mutex=0), ContentionCollector(contention, "block").window():
+        with ContentionCollector(contention, "mutex").window():
             assert take("block").comments[0].startswith("on: a sample in 77 ns")
             assert "this request only" not in take("block").comments[0]
             assert "this request only" in take("mutex").comments[0]
@@ -182,7 +178,7 @@ def test_waits_of_a_profile_survive_a_window_of_the_other():
         thread = threading.Thread(target=contend_a, args=(lock,))
         thread.start()
         until(lambda: lock._cond._waiters)
-        with ContentionCollector("mutex").window():
+        with ContentionCollector(contention, "mutex").window():
             pass
         lock.release()
         thread.join()
@@ -191,18 +187,18 @@ def test_waits_of_a_profile_survive_a_window_of_the_other():
 
 def test_middlewares_share_the_rates():
     """The last one's rate holds; when it goes the one before has its own again."""
-    first, second = ContentionSwitch(100, 0), ContentionSwitch(200, 3)
-    first.enable()
-    second.enable()
+    first, second = ContentionSettings(100, 0), ContentionSettings(200, 3)
+    contention.enable(first)
+    contention.enable(second)
     assert (contention.rate("block"), contention.rate("mutex")) == (200, 3)
-    second.disable()
+    contention.disable(second)
     assert (contention.rate("block"), contention.rate("mutex")) == (100, 0)
     set_block_profile_rate(5)
-    first.disable()
+    contention.disable(first)
     assert contention.rate("block") == 5
     set_block_profile_rate(0)
     with pytest.raises(ValueError, match="block_profile_rate"):
-        ContentionSwitch(-1, 0)
+        PprofApp(block_profile_rate=-1)
 
 
 def test_switching_while_everything_is_in_use():

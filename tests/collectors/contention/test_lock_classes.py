@@ -11,9 +11,10 @@ import threading
 
 import pytest
 
-from asgi_pprof import PprofApp, PprofMiddleware, set_block_profile_rate
+from asgi_pprof import PprofApp, PprofMiddleware
 from asgi_pprof.collectors.contention.collector import ContentionCollector
 from asgi_pprof.collectors.contention.lock_classes import RecordedLock, RecordedRLock
+from asgi_pprof.recorders import contention, set_block_profile_rate
 from tests.collectors.contention.recorded import HOLD_NS, asking, is_in, names, recording
 from tests.servers import until
 
@@ -49,9 +50,9 @@ def test_setting_rates_alone_replaces_nothing(kind):
         assert not replaced()
         assert type(make(kind)) in (_thread.LockType, _thread.RLock)
         assert threading.Condition.wait is not waits
-    with ContentionCollector("block").window():
+    with ContentionCollector(contention, "block").window():
         assert not replaced()
-    with asking(block_profile_rate=1, mutex_profile_fraction=1):
+    with asking(block=1, mutex=1):
         assert not replaced()
         assert threading.Condition.wait is not waits
 
@@ -78,29 +79,29 @@ def test_both_names_are_replaced_while_an_app_that_asks_is_open(make_app, rates)
 def test_asking_without_a_rate_replaces_nothing_until_a_rate_is_set(wrapping):
     """It does not matter how the rate is set; a window has none."""
     assert not replaced()
-    with ContentionCollector("mutex").window():
+    with ContentionCollector(contention, "mutex").window():
         assert not replaced()
     set_block_profile_rate(1)
     assert replaced()
     set_block_profile_rate(0)
     assert not replaced()
-    with asking(mutex_profile_fraction=5):
+    with asking(mutex=5):
         assert replaced()
     assert not replaced()
 
 
 def test_of_several_middlewares_one_that_asks_is_enough():
     """Until the last that asks is gone, or the last rate."""
-    with asking(block_profile_rate=1):
+    with asking(block=1):
         assert not replaced()
         with asking(wrap_lock_classes=True):
             assert replaced()
-            with asking(block_profile_rate=2, wrap_lock_classes=True):
+            with asking(block=2, wrap_lock_classes=True):
                 assert replaced()
             assert replaced()
         assert not replaced()
     with asking(wrap_lock_classes=True), asking(wrap_lock_classes=True):
-        with asking(block_profile_rate=1):
+        with asking(block=1):
             assert replaced()
         assert not replaced()
 
@@ -232,7 +233,7 @@ def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(ki
         factory = getattr(threading, kind)
     assert type(make(kind)) is type(before)
     assert type(factory()) is type(before)  # through a name that was kept
-    with ContentionCollector("block").window():
+    with ContentionCollector(contention, "block").window():
         assert type(factory()) is type(before)
     with lock:
         pass

@@ -23,7 +23,7 @@ class NoProcessVm:
 
 
 def collect(hz=100):
-    profile = asyncio.run(CpuCollector().collect(0.01, asyncio.Event(), hz))
+    profile = asyncio.run(CpuCollector().collect(0.01, asyncio.Event(), hz))()
     check_valid(profile)
     return profile
 

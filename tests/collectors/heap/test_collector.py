@@ -11,7 +11,7 @@ from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.profile import check_valid
-from asgi_pprof.recorders import Recording, heap_sampler, heap_tracing
+from asgi_pprof.recorders import UsedRecorders, heap_sampler, heap_tracing
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 
@@ -97,12 +97,12 @@ def test_a_window_does_not_trace_where_something_samples(collector):
 def test_only_tracemalloc_can_be_asked_for(engine):
     """The message repeats the value."""
     with pytest.raises(ValueError, match=f'heap is None or "tracemalloc", not {engine!r}'):
-        Recording(engine, 1)
+        UsedRecorders(engine, 1)
 
 
 def test_tracemalloc_that_is_asked_for_is_used_though_sampling_could_be():
     """Tracing is on all the time, and the sampler never."""
-    switches = Recording("tracemalloc", 1)
+    switches = UsedRecorders("tracemalloc", 1)
     switches.on()
     try:
         assert HeapCollector(heap_sampler, heap_tracing, Peaks()).note() == "engine: tracemalloc"

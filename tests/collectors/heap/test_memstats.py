@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from asgi_pprof.collectors.heap import memstats
 from asgi_pprof.collectors.heap.memstats import AllocationCounters, mem_stats_text, read_mem_stats
 from asgi_pprof.runtime.gc_pauses import GcPauses
 
@@ -31,7 +30,7 @@ def trailer(text):
 
 def values(**changes):
     """Return fields with different numbers, so that none can be mistaken for another."""
-    numbers = {name: 1_000 + index for index, name in enumerate(read_mem_stats())}
+    numbers = {name: 1_000 + index for index, name in enumerate(read_mem_stats(GcPauses()))}
     numbers |= {"PauseNs": tuple(range(256)), "PauseEnd": tuple(range(256, 512)), "BySize": ()}
     return {**numbers, "GCCPUFraction": 0.25, "DebugGC": False, **changes}
 
@@ -39,23 +38,13 @@ def values(**changes):
 @pytest.fixture(autouse=True, scope="module")
 def ctypes_in_use():
     """Read once before descriptors are counted: some builds of libffi keep one open."""
-    read_mem_stats()
+    read_mem_stats(GcPauses())
 
 
 @pytest.fixture
-def pauses():
+def collected():
     """Return a GcPauses that is switched on."""
     timed = GcPauses()
-    timed.enable()
-    yield timed
-    timed.disable()
-
-
-@pytest.fixture
-def collected(monkeypatch):
-    """Return the new GcPauses that `read_mem_stats` reads, switched on."""
-    timed = GcPauses()
-    monkeypatch.setattr(memstats, "gc_pauses", timed)
     timed.enable()
     yield timed
     timed.disable()
@@ -64,7 +53,7 @@ def collected(monkeypatch):
 class TestFields:
     def test_every_field_of_gos_struct_is_there_in_gos_order(self):
         """Further fields are DebugGC and MaxRSS, which Go prints, and RSS, which is ours."""
-        assert list(read_mem_stats()) == [*GO_FIELDS, "DebugGC", "MaxRSS", "RSS"]
+        assert list(read_mem_stats(GcPauses())) == [*GO_FIELDS, "DebugGC", "MaxRSS", "RSS"]
 
     def test_every_field_is_printed_once(self):
         """Six of them are printed as pairs, as in Go."""
@@ -113,7 +102,7 @@ class TestFields:
 
     def test_every_line_is_a_comment_to_parsers(self):
         """The text ends with a newline."""
-        text = mem_stats_text(read_mem_stats())
+        text = mem_stats_text(read_mem_stats(GcPauses()))
         assert text.endswith("\n")
         assert all(line.startswith("# ") for line in text.splitlines())
 
@@ -121,24 +110,24 @@ class TestFields:
 class TestReading:
     def test_rings_have_256_places(self):
         """They have 256 elements even before the first pause, as in Go."""
-        stats = read_mem_stats()
+        stats = read_mem_stats(GcPauses())
         assert (len(stats["PauseNs"]), len(stats["PauseEnd"])) == (256, 256)
 
     def test_no_number_is_negative(self):
         """This holds on all platforms."""
-        stats = read_mem_stats()
+        stats = read_mem_stats(GcPauses())
         assert all(number >= 0 for number in stats.values() if not isinstance(number, tuple))
 
     def test_the_heap_has_objects(self):
         """HeapObjects grows with each new list."""
-        before = read_mem_stats()["HeapObjects"]
+        before = read_mem_stats(GcPauses())["HeapObjects"]
         hold_lists = [[number] for number in range(100_000)]
-        assert read_mem_stats()["HeapObjects"] >= before + len(hold_lists)
+        assert read_mem_stats(GcPauses())["HeapObjects"] >= before + len(hold_lists)
 
     @pytest.mark.skipif(sys.platform != "linux", reason="/proc and mallinfo2 are Linux's")
     def test_linux_knows_the_sizes_of_the_process(self):
         """Sizes are in bytes, not in kB, and consistent."""
-        stats = read_mem_stats()
+        stats = read_mem_stats(GcPauses())
         assert 2**20 < stats["RSS"] < 2**40
         assert stats["MaxRSS"] >= stats["RSS"] * 0.9
         assert stats["Sys"] > stats["StackSys"] > 0
@@ -146,27 +135,29 @@ class TestReading:
 
     def test_allocations_are_those_that_were_counted(self):
         """They come from the heap profile and the sampler's counters, and are 0 without those."""
-        assert read_mem_stats()["HeapAlloc"] == read_mem_stats()["Mallocs"] == 0
-        stats = read_mem_stats(2**20, AllocationCounters(mallocs=5, frees=3, total_bytes=2**21))
+        assert read_mem_stats(GcPauses())["HeapAlloc"] == read_mem_stats(GcPauses())["Mallocs"] == 0
+        stats = read_mem_stats(
+            GcPauses(), 2**20, AllocationCounters(mallocs=5, frees=3, total_bytes=2**21)
+        )
         assert stats["Alloc"] == stats["HeapAlloc"] == 2**20
         assert (stats["Mallocs"], stats["Frees"], stats["TotalAlloc"]) == (5, 3, 2**21)
 
     def test_tables_of_tracemalloc_are_known_while_it_traces(self):
         """BuckHashSys is Go's name for the profiler's own tables."""
-        assert read_mem_stats()["BuckHashSys"] == 0
+        assert read_mem_stats(GcPauses())["BuckHashSys"] == 0
         tracemalloc.start()
         try:
-            stats = read_mem_stats()
+            stats = read_mem_stats(GcPauses())
         finally:
             tracemalloc.stop()
         assert stats["BuckHashSys"] > 0
 
     def test_debug_flags_of_the_collector_are_told(self):
         """DebugGC is true while any flag is set."""
-        assert read_mem_stats()["DebugGC"] is False
+        assert read_mem_stats(GcPauses())["DebugGC"] is False
         gc.set_debug(gc.DEBUG_UNCOLLECTABLE)
         try:
-            assert read_mem_stats()["DebugGC"] is True
+            assert read_mem_stats(GcPauses())["DebugGC"] is True
         finally:
             gc.set_debug(0)
 
@@ -180,7 +171,7 @@ class TestPauses:
             try:
                 before = collected.total_ns
                 gc.collect(generation)
-                stats = read_mem_stats()
+                stats = read_mem_stats(collected)
             finally:
                 gc.enable()
             latest = (stats["NumGC"] + 255) % 256
@@ -193,7 +184,7 @@ class TestPauses:
         try:
             for _ in range(300):
                 gc.collect(0)
-            stats = read_mem_stats()
+            stats = read_mem_stats(collected)
         finally:
             gc.enable()
         latest = (stats["NumGC"] + 255) % 256
@@ -205,27 +196,27 @@ class TestPauses:
         """It is in nanoseconds since 1970, UTC."""
         start = time.time_ns()
         gc.collect()
-        assert start <= read_mem_stats()["LastGC"] <= time.time_ns()
+        assert start <= read_mem_stats(collected)["LastGC"] <= time.time_ns()
 
-    def test_a_pause_is_no_longer_than_the_collection(self, pauses):
+    def test_a_pause_is_no_longer_than_the_collection(self, collected):
         """The total grows by less than the time around the collection."""
-        start, before = time.perf_counter_ns(), pauses.total_ns
+        start, before = time.perf_counter_ns(), collected.total_ns
         gc.collect()
-        assert 0 < pauses.total_ns - before < time.perf_counter_ns() - start
+        assert 0 < collected.total_ns - before < time.perf_counter_ns() - start
 
     def test_all_collections_are_counted_also_those_before(self, collected):
         """NumGC is the interpreter's own count."""
-        before = read_mem_stats()["NumGC"]
+        before = read_mem_stats(collected)["NumGC"]
         gc.collect()
         gc.collect()
-        assert read_mem_stats()["NumGC"] >= before + 2
+        assert read_mem_stats(collected)["NumGC"] >= before + 2
 
     def test_collections_that_were_asked_for_are_counted_apart(self, collected):
         """`?gc=1` counts, gc.collect() elsewhere does not."""
         gc.collect()
-        assert read_mem_stats()["NumForcedGC"] == 0
+        assert read_mem_stats(collected)["NumForcedGC"] == 0
         collected.collect()
-        stats = read_mem_stats()
+        stats = read_mem_stats(collected)
         assert stats["NumForcedGC"] == 1
         assert stats["PauseTotalNs"] > 0
 
@@ -233,13 +224,13 @@ class TestPauses:
         """It is 0 before the first pause, then above 0."""
         assert GcPauses().cpu_fraction() == 0.0
         gc.collect()
-        assert read_mem_stats()["GCCPUFraction"] > 0.0
+        assert read_mem_stats(collected)["GCCPUFraction"] > 0.0
 
     def test_the_share_of_cpu_time_is_never_above_1(self, collected, monkeypatch):
         """It stays below even if the machine was suspended for a month during a collection."""
         month_ns = 30 * 86_400 * 10**9
         monkeypatch.setattr(GcPauses, "total_ns", property(lambda self: month_ns))
-        assert read_mem_stats()["GCCPUFraction"] <= 1.0
+        assert read_mem_stats(collected)["GCCPUFraction"] <= 1.0
 
 
 class TestElsewhere:
@@ -247,6 +238,6 @@ class TestElsewhere:
         """On macOS, Windows and musl unknown numbers are 0, and no error is raised."""
         monkeypatch.setattr("asgi_pprof.runtime.proc.Path", lambda path: Path("/nonexistent"))
         monkeypatch.setattr("ctypes.CDLL", lambda name: object())
-        stats = read_mem_stats()
+        stats = read_mem_stats(GcPauses())
         for name in ("Sys", "RSS", "HeapSys", "HeapInuse", "StackSys"):
             assert stats[name] == 0

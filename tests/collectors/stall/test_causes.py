@@ -17,7 +17,8 @@ from asgi_pprof.collectors.stall.causes import (
     ThreadAccount,
     Wakeup,
 )
-from asgi_pprof.runtime.gc_pauses import gc_pauses
+from asgi_pprof.recorders import gc_pauses
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from tests.collectors.stall.watched import (
     all_stalls,
     cpu_ns,
@@ -70,14 +71,16 @@ def after(cpu_ms: int, waited_ms: int, runs: int) -> FakeThread:
     ],
 )
 def test_the_cause_of_a_second(thread, late_ms, for_gil_ms, cause):
-    account = ThreadAccount(1, lambda native_id: thread)
+    account = ThreadAccount(1, lambda native_id: thread, GcPauses())
     account.restart()
     account.add(Wakeup(late_ms * MS, 0, for_gil_ms * MS))
     assert account.cause(ended_ns=10**15, delay_ns=1000 * MS) == cause
 
 
 def test_what_was_before_a_restart_is_no_cause():
-    account = ThreadAccount(1, lambda native_id: FakeThread(b"1 1 1", b"2 1 1", b"2 1 1"))
+    account = ThreadAccount(
+        1, lambda native_id: FakeThread(b"1 1 1", b"2 1 1", b"2 1 1"), GcPauses()
+    )
     assert account.restart() is None
     account.add(Wakeup(950 * MS, 0, 0))
     assert account.restart() == 1
@@ -91,7 +94,7 @@ def test_a_thread_is_opened_again_after_close():
         opened.append(native_id)
         return FakeThread(b"1 1 1")
 
-    account = ThreadAccount(1, open_thread)
+    account = ThreadAccount(1, open_thread, GcPauses())
     assert opened == []
     account.restart()
     account.follow(2)

@@ -24,6 +24,7 @@ from asgi_pprof.collectors.stall.loop_monitor import (
     Threshold,
 )
 from asgi_pprof.collectors.stall.watch import StallWatch
+from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.proc import LoopThread
 from tests.collectors.stall.watched import (
     FACTORIES,
@@ -124,6 +125,7 @@ class Monitored:
             self.stalls.append,
             lambda: None,
             lambda native_id: LoopThread(native_id, directory="/nowhere"),
+            GcPauses(),
         )
         self.monitor._clock = self.loop
 

@@ -117,7 +117,7 @@ def test_a_process_ends_with_loops_that_still_run(loop_name):
     run_program(
         """
         import asyncio, sys, threading, time, uvloop
-        from asgi_pprof.collectors.stall.watch import stall_watch as watch
+        from asgi_pprof.recorders import stall_watch as watch
 
         async def work():
             watch.attach(asyncio.get_running_loop())
@@ -225,7 +225,7 @@ def test_a_forked_process_begins_anew():
     printed = run_program(
         """
         import asyncio, os, sys, time
-        from asgi_pprof.collectors.stall.watch import stall_watch as watch
+        from asgi_pprof.recorders import stall_watch as watch
 
         async def hold():
             watch.attach(asyncio.get_running_loop())
@@ -263,7 +263,7 @@ def test_a_child_that_has_closed_everything_can_watch():
     run_program(
         """
         import asyncio, os, socket
-        from asgi_pprof.collectors.stall.watch import stall_watch as watch
+        from asgi_pprof.recorders import stall_watch as watch
 
         async def watched(taken=()):
             loop = asyncio.get_running_loop()

@@ -15,6 +15,7 @@ from asgi_pprof.collectors.stall.collector import StallCollector
 from asgi_pprof.collectors.stall.loop_monitor import State
 from asgi_pprof.collectors.stall.watch import StallWatch
 from asgi_pprof.profile import check_valid
+from asgi_pprof.recorders import gc_pauses
 from asgi_pprof.runtime.proc import LoopThread
 from tests.servers import until
 
@@ -58,7 +59,7 @@ def long_document(seconds: float = 0.3) -> str:
 
 def run(function, loop_name="asyncio", threshold_ms=SHORT_MS, open_thread=LoopThread):
     """Run a coroutine function on a watched loop, with the watch as its argument."""
-    watch = StallWatch(open_thread)
+    watch = StallWatch(gc_pauses, open_thread)
     watch.set_threshold(threshold_ms)
 
     async def main():
