@@ -89,18 +89,16 @@ def awaitables(awaitable: object, *, runs_code: bool = False) -> Iterator[object
     for _ in range(_MAX_CHAIN):
         if runs_code:
             awaitable = unwrapped(awaitable)
-        if _is_driver(awaitable):
-            driven = _driven(awaitable, runs_code)
-            if driven is not None:
-                awaitable = driven
-                continue
-        yield awaitable
         if is_generator(awaitable):
+            yield awaitable
             awaitable = awaited(awaitable)
-        elif runs_code and _is_cython_coroutine(awaitable):
-            awaitable = _awaited_by_cython(awaitable)
+        elif (driven := _driven(awaitable, runs_code)) is not None:
+            awaitable = driven
         else:
-            return
+            yield awaitable
+            if not (runs_code and _is_cython_coroutine(awaitable)):
+                return
+            awaitable = _awaited_by_cython(awaitable)
 
 
 _DRIVERS = {
@@ -114,11 +112,13 @@ _DRIVERS = {
 
 
 def _is_driver(awaitable: object) -> bool:
-    return not is_generator(awaitable) and type_info.name(type(awaitable)) in _DRIVERS
+    return type_info.name(type(awaitable)) in _DRIVERS
 
 
-def _driven(driver: object, runs_code: bool) -> object | None:
-    for referent in gc.get_referents(driver):
+def _driven(awaitable: object, runs_code: bool) -> object | None:
+    if not _is_driver(awaitable):
+        return None
+    for referent in gc.get_referents(awaitable):
         each = unwrapped(referent) if runs_code else referent
         if is_generator(each) or _is_driver(each) or runs_code and _is_cython_coroutine(each):
             return each
@@ -126,7 +126,7 @@ def _driven(driver: object, runs_code: bool) -> object | None:
 
 
 def _is_cython_coroutine(awaitable: object) -> bool:
-    return hasattr(type(awaitable), "cr_await") and not is_generator(awaitable)
+    return hasattr(type(awaitable), "cr_await")  # as CPython's, which are told apart before
 
 
 def _cython_frame(coroutine: Any) -> tuple[CodeType, int] | None:

@@ -25,7 +25,7 @@ _NEVER_S = 3600.0
 
 
 class Creation(NamedTuple):
-    """Microseconds to make a task and let it end, without tracking and with it."""
+    """Microseconds to create a task and run it to its end, without tracking and with it."""
 
     plain_us: float
     tracked_us: float
@@ -50,7 +50,7 @@ class Reading(NamedTuple):
 
 
 def measure_creation(loop: str, rounds: int) -> Creation:
-    """Make tasks in turns with and without tracking, and return the medians."""
+    """Create tasks alternately without tracking and with it, and return the medians."""
 
     async def nothing() -> None:
         pass
@@ -143,7 +143,7 @@ async def _dump(collector: TaskCollector) -> None:
 
 
 async def _measure(what: str, read: Callable[[], Awaitable[None]]) -> Reading:
-    await read()  # what is made once, such as notes and frames
+    await read()  # for what is made only once, such as records and frames
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ticker = asyncio.create_task(_longest_gap())
     await asyncio.sleep(0)

@@ -36,16 +36,18 @@ def future_of(task: Task) -> Any:
 
     Unlike `tasks.waits_for` it asks neither the task nor the future for anything.
     """
-    if not type_info.is_subclass(type(task), TASKS) or is_done(task):
+    if not type_info.is_subclass(type(task), TASKS) or _state(task) != "PENDING":
         return None
     return object.__getattribute__(task, "_fut_waiter")
 
 
 def is_done(future: Any) -> bool:
     """Return whether a future or task of asyncio's is done; False for any other object."""
-    if not type_info.is_subclass(type(future), FUTURES):
-        return False
-    return bool(object.__getattribute__(future, "_state") != "PENDING")
+    return type_info.is_subclass(type(future), FUTURES) and _state(future) != "PENDING"
+
+
+def _state(future: Any) -> Any:
+    return object.__getattribute__(future, "_state")
 
 
 def is_main(task: Task) -> bool:

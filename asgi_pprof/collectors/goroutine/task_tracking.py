@@ -223,7 +223,7 @@ class _RecordingFactory:
             pass  # a factory may return anything, and this is no task
         except Exception:
             self.is_on = False  # from now on ours only delegates
-            logger.exception("asgi_pprof failed to note a task, and stops to")
+            logger.exception("asgi_pprof failed to record a task, and stops recording")
 
 
 _current_task = asyncio.current_task
