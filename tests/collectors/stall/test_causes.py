@@ -229,7 +229,7 @@ def test_a_sleep_beside_busy_threads_is_not_waiting_for_the_gil():
         thread = threading.Thread(target=burn)
         thread.start()
         await idle(watch)
-        hold_by_sleeping(0.3)
+        hold_by_sleeping()
         stop.set()
         thread.join()
         return await stalls_of(watch, "hold_by_sleeping")

@@ -329,7 +329,7 @@ def test_a_loop_that_was_moved_to_another_thread_is_still_watched(loop_name):
 
     async def blocked():
         await idle(watch)
-        hold_by_sleeping(0.3)
+        hold_by_sleeping()
         found.extend(await stalls_of(watch, "hold_by_sleeping"))
 
     try:
@@ -361,10 +361,14 @@ def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
                 await asyncio.sleep(0)
         watch.set_threshold(SHORT_MS)
         start_ns = time.monotonic_ns()
-        hold_by_sleeping(0.3)
-        (stall,) = await stalls_of(watch, "hold_by_sleeping")
+        found = []
+        while not found:
+            # A scan that is late on a busy machine counts a stall without its stack.
+            hold_by_sleeping()
+            await idle(watch)
+            found = of(await all_stalls(watch), "hold_by_sleeping")
         watch.detach(loop)
-        return stall["delay_ns"], time.monotonic_ns() - start_ns
+        return found[0]["delay_ns"], time.monotonic_ns() - start_ns
 
     try:
         delay_ns, passed_ns = loop.run_until_complete(work())
@@ -381,7 +385,7 @@ def test_loops_without_epoll_and_in_debug_mode_are_watched():
     async def blocked():
         watch.attach(asyncio.get_running_loop())
         await asyncio.sleep(0.2)
-        hold_by_sleeping(0.3)
+        hold_by_sleeping()
         found = await counted(watch, "hold_by_sleeping")
         watch.detach(asyncio.get_running_loop())
         return found

@@ -21,7 +21,7 @@ from tests.servers import until
 
 FACTORIES = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
-HOLD_S = 0.15
+HOLD_S = 0.3
 SHORT_MS = 40
 """A threshold at which a scan falls into each `HOLD_S`, also while the loop is quiet."""
 
@@ -49,10 +49,10 @@ def cpu_ns(function, *arguments) -> int:
 
 
 @functools.cache
-def long_document(seconds: float = 0.3) -> str:
-    """Return a document that takes this long to parse or more, in one call that keeps the GIL."""
+def long_document() -> str:
+    """Return a document that takes `HOLD_S` or more to parse, in one call that keeps the GIL."""
     numbers = "1"
-    while cpu_ns(hold_by_parsing, f"[{numbers}]") < seconds * 1e9:
+    while cpu_ns(hold_by_parsing, f"[{numbers}]") < HOLD_S * 1e9:
         numbers = f"{numbers},{numbers}"
     return f"[{numbers}]"
 
