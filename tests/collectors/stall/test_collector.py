@@ -131,7 +131,7 @@ def hold_once(server, how: str) -> Held:
 
 
 @pytest.mark.server
-@pytest.mark.slow
+@pytest.mark.timing
 def test_blocking_endpoints_are_found_with_line_duration_and_labels(loop_name):
     """A sleep, a parse, a slow pattern and plain code: right to 20 ms of the handler's clock."""
     with serve_process("tests.collectors.stall.test_collector:app", loop_name) as server:
