@@ -201,7 +201,7 @@ def set_mutex_profile_fraction(rate: int) -> int:
 
 class ContentionSwitch:
     """
-    What one middleware asks for, while it lives.
+    The rates and options of one middleware, which hold while it is open.
 
     Args:
         block_profile_rate: Nanoseconds of waiting a sample; 0 leaves the rate alone.
