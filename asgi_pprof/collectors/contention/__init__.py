@@ -1,1 +1,1 @@
-"""block and mutex: waits for locks, queues and threads, and who caused them."""
+"""block and mutex: waits for locks, queues and threads, and the releases that end them."""

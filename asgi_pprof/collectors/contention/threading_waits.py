@@ -25,7 +25,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asgi_pprof.collectors.contention.patches import Target, code_of
+from asgi_pprof.collectors.contention.patches import Target, Wrap, code_of
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.records import ContendedStack
 from asgi_pprof.collectors.contention.stack_rules import WORKER, rules
@@ -94,65 +94,40 @@ def reset_in_child() -> None:
     _waiters.clear()
 
 
-def wrap_wait(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Condition.wait`."""
-    leaf = code_of(original)
+def wrap_wait(is_condition: bool) -> Wrap:
+    """Return what wraps `Condition.wait`, or else `Thread.join`."""
 
-    @functools.wraps(original)
-    def wait(self: Any, timeout: float | None = None) -> Any:
-        if (
-            not recording.on
-            or this_thread.blocked
-            or (timeout is not None and timeout <= 0)
-            or rules.waits_for_work(sys._getframe())
-        ):
-            return original(self, timeout)
-        began_ns = clock()
-        waiters = _waiters_of(id(self), began_ns) if mutex.rate else None
-        this_thread.blocked = waited = True
-        try:
-            return original(self, timeout)
-        except RuntimeError:
-            waited = False  # its lock is not held
-            raise
-        finally:
-            now_ns = clock()
-            this_thread.blocked = False
-            if waiters is not None and waiters.leave():
-                _waiters.pop(id(self), None)
-            if waited:
-                recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
+    def wrap(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
+        leaf = code_of(original)
 
-    return wait
+        @functools.wraps(original)
+        def wait(self: Any, timeout: float | None = None) -> Any:
+            if (
+                not recording.on
+                or this_thread.blocked
+                or (timeout is not None and timeout <= 0)
+                or (rules.waits_for_work(sys._getframe()) if is_condition else _has_ended(self))
+            ):
+                return original(self, timeout)
+            began_ns = clock()
+            waiters = _waiters_of(id(self), began_ns) if is_condition and mutex.rate else None
+            this_thread.blocked = waited = True
+            try:
+                return original(self, timeout)
+            except RuntimeError:
+                waited = False  # the lock is not held, or the thread cannot be joined
+                raise
+            finally:
+                now_ns = clock()
+                this_thread.blocked = False
+                if waiters is not None and waiters.leave():
+                    _waiters.pop(id(self), None)
+                if waited:
+                    recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
 
+        return wait
 
-def wrap_join(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `Thread.join`."""
-    leaf = code_of(original)
-
-    @functools.wraps(original)
-    def join(self: Any, timeout: float | None = None) -> Any:
-        if (
-            not recording.on
-            or this_thread.blocked
-            or (timeout is not None and timeout <= 0)
-            or _has_ended(self)
-        ):
-            return original(self, timeout)
-        this_thread.blocked = waited = True
-        began_ns = clock()
-        try:
-            return original(self, timeout)
-        except RuntimeError:
-            waited = False  # that thread cannot be waited for
-            raise
-        finally:
-            now_ns = clock()
-            this_thread.blocked = False
-            if waited:
-                recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
-
-    return join
+    return wrap
 
 
 def wrap_submit(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -238,8 +213,8 @@ def wait_targets() -> list[Target]:
         )
     )
     return [
-        Target(threading.Condition, "wait", wrap_wait),
-        Target(threading.Thread, "join", wrap_join),
+        Target(threading.Condition, "wait", wrap_wait(is_condition=True)),
+        Target(threading.Thread, "join", wrap_wait(is_condition=False)),
         # Looked up here: its module is imported at the first use, and registers exit handlers.
         Target(concurrent.futures.ThreadPoolExecutor, "submit", wrap_submit),
         Target(concurrent.futures.Future, "set_running_or_notify_cancel", wrap_start),

@@ -1,4 +1,4 @@
-"""block and mutex as profiles: rates, windows, what stays and what is put back."""
+"""block and mutex as profiles: rates, windows, and that everything is put back."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_off_by_default_and_says_so(kind):
 
 
 def test_rates_have_gos_meanings():
-    """The fraction's setter returns the last one and reads with a negative; 0 and less is off."""
+    """Setting a fraction returns the last one, a negative only reads it; a rate below 1 is off."""
     assert set_mutex_profile_fraction(5) == 0
     assert set_mutex_profile_fraction(-1) == 5
     assert set_mutex_profile_fraction(-1) == 5
@@ -93,7 +93,7 @@ def test_on_and_off_many_times_leaves_identical_objects():
 
 
 def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name):
-    """The wrappers' frames are in none: not awaited, not called, not in a worker."""
+    """No stack shows frames of our wrappers: of a task, of a thread, of a worker thread."""
 
     async def stacks() -> dict[str, list[str]]:
         lock, gate = asyncio.Lock(), threading.Event()

@@ -267,7 +267,7 @@ def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name, clock):
 
 
 def test_a_cancelled_work_item_leaves_nothing():
-    """What is never started is never charged, and its future is as any other."""
+    """A work item that never starts is not charged, and its future is like any other."""
     with recording() as seen, ThreadPoolExecutor(1) as executor:
         gate = threading.Event()
         executor.submit(gate.wait)
