@@ -90,26 +90,14 @@ class PprofApp:
 
     By default only direct requests from this machine are answered.
 
+    The other arguments are described at `PprofMiddleware`.
+
     Args:
-        heap: "tracemalloc" to trace every allocation from now on (slow: see
-            docs/profiles.md), None to sample them.
-        memory_profile_rate: Mean bytes from one sample to the next, as Go's
-            MemProfileRate; 1 takes every allocation, 0 none.
-        track_tasks: Whether to note who makes tasks, through the loop's task
-            factory, and since when they wait.
-        block_profile_rate: Record waits for locks, queues and threads, on average
-            one for every so many nanoseconds of waiting, as Go's
-            SetBlockProfileRate; 0 leaves that to `set_block_profile_rate`.
-        mutex_profile_fraction: Record one in so many releases of locks that
-            others waited for, as Go's SetMutexProfileFraction; 0 leaves that
-            to `set_mutex_profile_fraction`.
-        wrap_lock_classes: Whether to replace `threading.Lock` and `RLock`, while a
-            rate is set, by classes that record the waits for them too: see
-            docs/profiles.md for what they change.
-        stall_threshold_ms: Record what held an event loop for at least so many
-            milliseconds, while it was held; 0 to watch no loop.
-        prefix: What comes before the names in the path; "" when mounted.
-        guard: Who may come in.
+        prefix: The part of the path before the names; "" when mounted.
+        guard: Raises AccessDenied for requests that are not to be answered.
+
+    Raises:
+        ValueError: `heap` is unknown, or a rate or the threshold is negative.
     """
 
     def __init__(

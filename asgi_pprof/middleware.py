@@ -1,8 +1,8 @@
 """
-PprofMiddleware: is the path ours? Then answer it, else pass the scope on.
+PprofMiddleware answers requests for profiles, and forwards all others to the application.
 
-Any other HTTP request pays one substring test on its path and its labels (an
-object and two contextvar calls); websocket and lifespan scopes pay nothing.
+A forwarded HTTP request costs one substring test on its path and its labels (an
+object and two contextvar calls); websocket and lifespan scopes cost nothing.
 """
 
 from __future__ import annotations
@@ -38,24 +38,24 @@ class PprofMiddleware:
 
     Args:
         app: The application.
-        prefix: Where the profiles are, below the root path.
+        prefix: The path of the profiles, below the root path.
         heap: "tracemalloc" to trace every allocation from now on (slow: see
             docs/profiles.md), None to sample them.
         memory_profile_rate: Mean bytes from one sample to the next, as Go's
-            MemProfileRate; 1 takes every allocation, 0 none.
-        track_tasks: Whether to note who makes tasks, through the loop's task
-            factory, and since when they wait: about 1 us a task.
+            MemProfileRate; 1 samples every allocation, 0 none.
+        track_tasks: Whether to record who creates tasks, through the loop's task
+            factory, and since when tasks wait: about 1 us a task.
         block_profile_rate: Record waits for locks, queues and threads, on average
             one for every so many nanoseconds of waiting, as Go's
-            SetBlockProfileRate; 0 leaves that to `set_block_profile_rate`.
+            SetBlockProfileRate; 0 leaves the rate alone.
         mutex_profile_fraction: Record one in so many releases of locks that
-            others waited for, as Go's SetMutexProfileFraction; 0 leaves that
-            to `set_mutex_profile_fraction`.
+            others waited for, as Go's SetMutexProfileFraction; 0 leaves the
+            fraction alone.
         wrap_lock_classes: Whether to replace `threading.Lock` and `RLock`, while a
-            rate is set, by classes that record the waits for them too: see
-            docs/profiles.md for what they change.
-        stall_threshold_ms: Record what held an event loop for at least so many
-            milliseconds, while it was held; 0 to watch no loop.
+            rate is set, by classes that record waits for them too:
+            docs/profiles.md says what that changes.
+        stall_threshold_ms: Record what blocked an event loop for at least so many
+            milliseconds; 0 to watch no loop.
 
     Raises:
         ValueError: `prefix` is no absolute path, `heap` is unknown, or a rate or
@@ -79,8 +79,8 @@ class PprofMiddleware:
             raise ValueError(f'prefix is a path such as "/debug/pprof", not {prefix!r}')
         self.app = app
         self._prefix = prefix
-        # What to look for in a path. "" is in every path: without a startup, or
-        # after a shutdown, the next request switches everything on, its loop's too.
+        # A substring of the paths to look at. "" is in every path: without a startup, or
+        # after a shutdown, the next request enables the recorders, for its loop too.
         self._looked_for = ""
         self._pprof = PprofApp(
             heap=heap,
@@ -107,18 +107,18 @@ class PprofMiddleware:
                 try:
                     current.reset(token)
                 except ValueError:
-                    pass  # closed from another context, as a loop ends: nothing to put back
-                # Seldom: a task or a sample that outlives the request.
+                    pass  # the loop ends and closes it in another context: nothing to put back
+                # A task or a sample has outlived the request, which is rare.
                 if getrefcount(request) > _UNSHARED:
                     request.finish()
         elif kind == "lifespan":
-            self._pprof.open()  # a server that forks has built us in its parent
+            self._pprof.open()  # a server that forks has made this object in its parent
             self._looked_for = self._prefix
             try:
                 await self.app(scope, receive, send)
             finally:
-                # The application is shut down, or knows no lifespan and will
-                # get requests all the same.
+                # The application has shut down, or does not support lifespan and gets
+                # requests nevertheless.
                 self._pprof.close()
                 self._looked_for = ""
         else:

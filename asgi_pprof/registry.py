@@ -1,5 +1,5 @@
 """
-What is served under which name: collectors, descriptions, and their order.
+The named profiles, their collectors and descriptions, and their order.
 
 Source: net/http/pprof, profileDescriptions; runtime/pprof, profiles.
 """
@@ -53,9 +53,8 @@ class NamedProfile:
         name: The name in its URL.
         collector: The source of its samples.
         description: For the index page; custom profiles have none.
-        text: Makes the debug=1 text of the name and the samples as taken; Go scales
-            nothing there.
-        estimate: Makes of the samples as taken the numbers they stand for.
+        text: Makes the debug=1 text, given the name and the unscaled samples, as Go does.
+        estimate: Scales the samples to estimates of what they stand for.
         dump: Yields the entries of the debug=2 text, each with its sort key; None
             where debug=2 is the debug=1 text.
         collects_garbage: Whether `gc=1` runs a collection first.
@@ -139,7 +138,7 @@ class Registry:
                 NamedProfile(
                     "stall",
                     StallCollector(stall_watch),
-                    "Stack traces that held an event loop, and for how long it did not turn",
+                    "Stack traces that blocked an event loop, and for how long",
                     contention_text,
                 ),
                 NamedProfile(

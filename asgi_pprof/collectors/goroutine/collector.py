@@ -31,9 +31,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+from asgi_pprof.collectors import AlwaysOn
 from asgi_pprof.collectors.goroutine.waits import Task, Wait, Waits
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import (
@@ -74,7 +75,7 @@ Rank = tuple[int, int]
 """A sort key: what blocks a loop, then the task that asks, then the others by age."""
 
 
-class TaskCollector:
+class TaskCollector(AlwaysOn):
     """
     The asyncio tasks of this process.
 
@@ -96,14 +97,6 @@ class TaskCollector:
         if len(entries) > _COUNT_EXACTLY:
             return len(entries)  # reading the state of each would block the loop
         return sum(1 for _ in alive(entries))
-
-    def note(self) -> str:
-        """Return nothing: it is always on."""
-        return ""
-
-    def window(self) -> AbstractContextManager[None]:
-        """Return a manager that does nothing."""
-        return nullcontext()
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Give goroutine/count: one sample per stack, labels, name and state."""

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, nullcontext
 
+from asgi_pprof.collectors import AlwaysOn
 from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector, profile_of
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
 from asgi_pprof.collectors.goroutine.leaked_tasks import leaked_tasks
@@ -22,7 +22,7 @@ from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import Goroutine, Profile
 
 
-class LeakCollector:
+class LeakCollector(AlwaysOn):
     """
     The leaked tasks among those of the process.
 
@@ -36,14 +36,6 @@ class LeakCollector:
     def count(self) -> int:
         """Return how many the latest search of the process has found, 0 before the first."""
         return leaked_tasks.count()
-
-    def note(self) -> str:
-        """Return nothing: it is always on."""
-        return ""
-
-    def window(self) -> AbstractContextManager[None]:
-        """Return a manager that does nothing."""
-        return nullcontext()
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Search, and give goroutineleak/count: one sample per stack and labels."""

@@ -43,7 +43,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from asgi_pprof.collectors.stall.watch import CANNOT, StallWatch
+from asgi_pprof.collectors.stall.watch import StallWatch
 from asgi_pprof.profile import Profile, ValueType
 from asgi_pprof.stacks import StackTotal, name_totals
 
@@ -52,10 +52,10 @@ OFF = "off: stalls of the event loop are not recorded"
 
 class StallCollector:
     """
-    Gives what held event loops.
+    Collects what blocked event loops.
 
     Args:
-        watch: Where it is recorded.
+        watch: The recorder.
     """
 
     def __init__(self, watch: StallWatch) -> None:
@@ -67,7 +67,7 @@ class StallCollector:
 
     def note(self) -> str:
         """Return why it is off, "" if it is on."""
-        return "" if self._watch.is_on() else CANNOT or OFF
+        return "" if self._watch.is_on() else self._watch.why_off() or OFF
 
     def window(self) -> AbstractContextManager[None]:
         """Return a manager that switches it on for the running loop, if it is off."""

@@ -184,6 +184,10 @@ class StallWatch(Recorder):
         """The threshold that holds now, in milliseconds; 0 if nothing is recorded."""
         return 0 if CANNOT else self._threshold.ns / 1e6
 
+    def why_off(self) -> str:
+        """Return why no loop can be watched here, "" if loops can be."""
+        return CANNOT
+
     def is_on(self) -> bool:
         """Tell whether stalls of watched loops are recorded."""
         return self.threshold_ms > 0
