@@ -10,11 +10,10 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 
 from asgi_pprof.collectors.heap import sampler, tracing
 from asgi_pprof.collectors.heap.sampler import HeapSampler
-from asgi_pprof.collectors.heap.tracing import Peaks, Traces, Tracing
+from asgi_pprof.collectors.heap.tracing import Peaks, Tracing
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile, Sample, ValueType
 
@@ -75,7 +74,7 @@ class HeapCollector:
             heap = await run_in_thread(self._sampler.copy)
             return lambda: self._profile(heap.samples(), time_ns, heap.comments, heap.rate)
         if tracemalloc.is_tracing():
-            traces = await run_in_thread(partial(Traces.copy, self._tracing.starts))
+            traces = await run_in_thread(self._tracing.copy)
             return lambda: self._profile(
                 traces.samples(self._peaks), time_ns, traces.comments(self._peaks)
             )

@@ -66,13 +66,13 @@ class Tracing(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._witness: _Witness | None = None
-        self.starts = 0
+        self._starts = 0
 
     def _enabled(self) -> None:
         if not tracemalloc.is_tracing():
             tracemalloc.start(_TRACED_FRAMES)
             self._witness = _Witness()
-            self.starts += 1
+            self._starts += 1
 
     def _disabled(self, setting: Any) -> None:
         if not self._settings and self._witness is not None:
@@ -98,6 +98,13 @@ class Tracing(Recorder):
         finally:
             self.disable()
 
+    def copy(self) -> Traces:
+        """Return a copy of all traces, on any thread; it is empty if tracing has been stopped."""
+        starts = self._starts  # first: old traces must not count for a later start
+        # Not by take_snapshot(), which would raise in that case.
+        traces = cast("list[_Trace]", _get_traces())
+        return Traces(traces, tracemalloc.get_traceback_limit(), starts)
+
 
 class _Witness:
     """An object whose allocation is traced as long as tracing has not been stopped since."""
@@ -110,18 +117,15 @@ class _Witness:
 
 @dataclass(frozen=True, slots=True)
 class Traces:
-    """A copy of tracemalloc's traces; their stacks are named later, since that allocates."""
+    """
+    A copy of tracemalloc's traces; their stacks are named later, since that allocates.
+
+    `starts` is the number of times that `Tracing` had started tracing.
+    """
 
     traces: list[_Trace]
     limit: int
     starts: int
-
-    @classmethod
-    def copy(cls, starts: int) -> Traces:
-        """Copy all traces, given the number of starts; none if tracing has been stopped."""
-        # Not by take_snapshot(), which would raise in that case.
-        traces = cast("list[_Trace]", _get_traces())
-        return cls(traces, tracemalloc.get_traceback_limit(), starts)
 
     def samples(self, peaks: Peaks) -> tuple[Sample, ...]:
         """Return the samples of a heap profile, with the peaks as its allocations."""
