@@ -254,8 +254,7 @@ def test_a_threshold_of_zero_is_off_until_a_window():
 
 def test_nothing_is_watched_where_that_is_not_safe(monkeypatch):
     """Without a GIL, or in another than the main interpreter; the index says why."""
-    for module in ("watch", "collector"):
-        monkeypatch.setattr(f"asgi_pprof.collectors.stall.{module}.CANNOT", "off: not here")
+    monkeypatch.setattr("asgi_pprof.collectors.stall.watch.CANNOT", "off: not here")
 
     async def watched(watch):
         return watch._is_watching, watch.is_on(), StallCollector(watch).note()
