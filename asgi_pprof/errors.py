@@ -54,7 +54,3 @@ class ClientGone(PprofError):
 
 class IncompatibleProfiles(PprofError):
     """Two profiles with different sample or period types cannot be combined."""
-
-
-class InvalidProfile(PprofError):
-    """A profile breaks the rules of the format, which is always a bug here."""

@@ -7,16 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from asgi_pprof.errors import InvalidProfile
-from asgi_pprof.profile import (
-    Function,
-    Location,
-    Profile,
-    Sample,
-    ValueType,
-    check_valid,
-    pseudo_location,
-)
+from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType, pseudo_location
+from tests.valid import InvalidProfile, check_valid
 
 pytestmark = pytest.mark.once
 

@@ -9,7 +9,7 @@ import pytest
 
 from asgi_pprof import Profile
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.profile import check_valid
+from tests.valid import check_valid
 
 
 @pytest.fixture

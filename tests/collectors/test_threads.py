@@ -11,7 +11,7 @@ import pytest
 import uvloop
 
 from asgi_pprof.collectors.threads import ThreadCollector
-from asgi_pprof.profile import check_valid
+from tests.valid import check_valid
 
 
 def wait_in_here(ready, finish):

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_pprof.encoders.protobuf import encode, encode_uncompressed
-from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType, check_valid
+from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
 from tests import official
 from tests.decode import decode, fields, tables
+from tests.valid import check_valid
 
 pytestmark = pytest.mark.once
 

@@ -14,9 +14,10 @@ import uvloop
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
 from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
 from asgi_pprof.merge import subtract
-from asgi_pprof.profile import Profile, Sample, check_valid
+from asgi_pprof.profile import Profile, Sample
 from asgi_pprof.recorders import contention, set_block_profile_rate, set_mutex_profile_fraction
 from tests.servers import until
+from tests.valid import check_valid
 
 KINDS = ("block", "mutex")
 HOLD_NS = 20_000_000

@@ -11,7 +11,7 @@ from asgi_pprof.collectors.cpu import signal_engine as cpu_signal
 from asgi_pprof.collectors.cpu.collector import CpuCollector
 from asgi_pprof.errors import ProfileUnavailable
 from asgi_pprof.native.core import native, reason
-from asgi_pprof.profile import check_valid
+from tests.valid import check_valid
 
 
 class NoProcessVm:

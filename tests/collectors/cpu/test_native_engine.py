@@ -29,13 +29,13 @@ from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.labels import current
 from asgi_pprof.native.core import native
-from asgi_pprof.profile import check_valid
 from asgi_pprof.request_labels import RequestLabels
 from asgi_pprof.runtime.proc import native_thread_ids
 from tests.decode import decode
 from tests.programs import QUIET, run_program
 from tests.servers import ROOT, until
 from tests.state import clock_timers, process_state
+from tests.valid import check_valid
 
 pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
 

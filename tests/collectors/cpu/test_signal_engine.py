@@ -17,10 +17,10 @@ import uvloop
 from asgi_pprof import labels
 from asgi_pprof.collectors.cpu import signal_engine as cpu_signal
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
-from asgi_pprof.profile import check_valid
 from asgi_pprof.runtime.proc import native_thread_ids
 from asgi_pprof.runtime.thread_clocks import ThreadClocks
 from tests.servers import until
+from tests.valid import check_valid
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

@@ -24,9 +24,9 @@ from asgi_pprof import labels
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD
-from asgi_pprof.profile import check_valid
 from asgi_pprof.runtime.tasks import waits_for
 from tests.programs import run_program
+from tests.valid import check_valid
 
 LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 

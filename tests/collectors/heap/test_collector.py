@@ -10,8 +10,8 @@ import pytest
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.native.core import native, reason
-from asgi_pprof.profile import check_valid
 from asgi_pprof.recorders import UsedRecorders, heap_sampler, heap_tracing
+from tests.valid import check_valid
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 

@@ -21,10 +21,10 @@ from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.labels import current
 from asgi_pprof.merge import subtract
 from asgi_pprof.native.core import native
-from asgi_pprof.profile import check_valid
 from asgi_pprof.recorders import heap_sampler, heap_tracing
 from asgi_pprof.request_labels import RequestLabels
 from tests.programs import QUIET, run_program
+from tests.valid import check_valid
 
 pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
 

@@ -11,8 +11,8 @@ from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import subtract
-from asgi_pprof.profile import check_valid
 from asgi_pprof.recorders import heap_sampler, heap_tracing
+from tests.valid import check_valid
 
 
 def keep_blocks(count, size):

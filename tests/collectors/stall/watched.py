@@ -14,10 +14,10 @@ import uvloop
 from asgi_pprof.collectors.stall.collector import StallCollector
 from asgi_pprof.collectors.stall.loop_monitor import State
 from asgi_pprof.collectors.stall.watch import StallWatch
-from asgi_pprof.profile import check_valid
 from asgi_pprof.recorders import gc_pauses
 from asgi_pprof.runtime.proc import LoopThread
 from tests.servers import until
+from tests.valid import check_valid
 
 FACTORIES = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
