@@ -293,8 +293,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("learn_tasks(task) -> whether asyncio_tasks works now: `task` is an"
                " _asyncio.Task just made in this thread.")},
     {"asyncio_tasks", native_asyncio_tasks, METH_NOARGS,
-     PyDoc_STR("All registered tasks of all threads; None before 3.14, or before"
-               " learn_tasks has succeeded.")},
+     PyDoc_STR("All registered tasks of all threads; None before 3.14, before learn_tasks"
+               " has succeeded, or if a list is not as expected.")},
     {"running_loops", native_running_loops, METH_O,
      PyDoc_STR("running_loops(loop of this thread or None) -> [(thread, loop, task or"
                " None)]; None if thread states are not as expected.")},
