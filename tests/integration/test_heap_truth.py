@@ -41,9 +41,9 @@ def test_mean_at_the_default_rate_is_within_a_tenth(holder):
     """
     The same at the default rate, where one profile's standard error is 8.8 %.
 
-    The mean of 20 samplers started anew has 2.0 %.
+    The mean of 14 samplers started anew has 2.4 %: 10 % is more than four of them.
     """
-    seen = [measure(holder, DEFAULT_RATE) for _ in range(20)]
+    seen = [measure(holder, DEFAULT_RATE) for _ in range(14)]
     ratio = statistics.fmean(each.live / each.held.live for each in seen)
     assert ratio == pytest.approx(1, abs=0.1)
 
