@@ -20,7 +20,7 @@ def run(main: Coroutine[object, object, T], loop_name: str = "asyncio", debug=No
         return runner.run(main)
 
 
-async def iterations(count: int = 10) -> None:
+async def iterations(count: int = 20) -> None:
     """Wait for that many iterations of the running loop."""
     for _ in range(count):
         await asyncio.sleep(0)

@@ -10,16 +10,15 @@ import threading
 import weakref
 
 import pytest
-import uvloop
 
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames, loops, tasks
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.tasks import TaskList, alive
+from tests.loops import LOOPS, run
 from tests.programs import run_program
 from tests.threads import in_a_thread
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 LINKED = sys.version_info >= (3, 14)  # tasks are in lists, not in sets
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
@@ -36,11 +35,6 @@ def core(request, monkeypatch) -> str:
     elif not native:
         pytest.skip("needs the C core")
     return request.param
-
-
-def run(main, loop_name="asyncio"):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
 
 
 def names(task_list=None):

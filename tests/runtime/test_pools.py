@@ -8,7 +8,6 @@ import functools
 import gc
 import os
 import threading
-import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import thread as thread_pool
@@ -17,13 +16,12 @@ from contextvars import copy_context
 import anyio
 import anyio.to_thread
 import pytest
-import uvloop
 
 from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.pools import Pool, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.tasks import waits_for
-
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
+from tests.loops import LOOPS, run
+from tests.servers import until
 
 
 class Job:
@@ -66,15 +64,6 @@ def holding(size, count):
 
 def pools(name="shop"):
     return [each for each in Workers().pools if each.name == name]
-
-
-def until(condition):
-    """Return the first true value."""
-    end = time.monotonic() + 20
-    while not (found := condition()):
-        assert time.monotonic() < end
-        time.sleep(0.002)
-    return found
 
 
 def codes(stack):
@@ -292,11 +281,6 @@ async def awaited(future):
     return await future
 
 
-def run(loop_name, main):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
-
-
 @contextlib.contextmanager
 def ending(*jobs):
     try:
@@ -323,7 +307,7 @@ def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
             await asyncio.gather(*tasks)
         return found, [tasks.index(each) for each in waiting]
 
-    found, waiting = run(loop_name, main())
+    found, waiting = run(main(), loop_name)
     assert found == Pool("shop", 1, 1, count - 1)
     assert waiting == list(range(1, known + 1))
 
@@ -352,7 +336,7 @@ def test_the_order_holds_when_work_has_left_the_queue(loop_name):
             await asyncio.gather(*tasks)
         return [tasks.index(each) for each in waiting]
 
-    assert run(loop_name, main()) == list(range(8, 18))
+    assert run(main(), loop_name) == list(range(8, 18))
 
 
 def test_no_task_is_known_to_wait_for_other_work(loop_name):
@@ -372,7 +356,7 @@ def test_no_task_is_known_to_wait_for_other_work(loop_name):
             await task
         return found
 
-    assert run(loop_name, main()) == [(Pool("shop", 1, 1, 2), [])]
+    assert run(main(), loop_name) == [(Pool("shop", 1, 1, 2), [])]
 
 
 def test_limiters_of_anyios_work_are_known(loop_name):
@@ -392,7 +376,7 @@ def test_limiters_of_anyios_work_are_known(loop_name):
             await asyncio.gather(*tasks)
         return found, [None, (asyncio.get_running_loop(), limiter)]
 
-    found, expected = run(loop_name, main())
+    found, expected = run(main(), loop_name)
     assert sorted(found, key=bool) == expected
 
 
@@ -407,7 +391,7 @@ def test_the_default_limiter_of_a_loop(loop_name):
         from_outside = await anyio.to_thread.run_sync(default_limiter, loop)
         return before, default_limiter(loop) is ours, from_outside is ours
 
-    assert run(loop_name, main()) == (None, True, True)
+    assert run(main(), loop_name) == (None, True, True)
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
@@ -431,7 +415,7 @@ def test_a_limiter_is_a_pool(loop_name, where):
             await asyncio.gather(*tasks)
         return pool, [tasks.index(each) for each in waiting]
 
-    assert run(loop_name, main()) == (Pool("mine", 2, 2, 3), [2, 3, 4])
+    assert run(main(), loop_name) == (Pool("mine", 2, 2, 3), [2, 3, 4])
 
 
 def test_a_limiter_without_a_limit(loop_name):
@@ -440,4 +424,4 @@ def test_a_limiter_without_a_limit(loop_name):
     async def main():
         return limiter_pool("all", anyio.CapacityLimiter(float("inf")))
 
-    assert run(loop_name, main()) == (Pool("all", 0, float("inf"), 0), [])
+    assert run(main(), loop_name) == (Pool("all", 0, float("inf"), 0), [])

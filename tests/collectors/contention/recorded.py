@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import queue
 import threading
 from collections.abc import Iterator
 
 import pytest
-import uvloop
 
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
 from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
@@ -90,13 +88,6 @@ def asking(**arguments: object) -> Iterator[None]:
         yield
     finally:
         contention.disable(settings)
-
-
-def run(loop_name: str, coroutine):
-    """Run a coroutine on that kind of loop."""
-    factory = uvloop.new_event_loop if loop_name == "uvloop" else asyncio.new_event_loop
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(coroutine)
 
 
 def patched() -> dict[str, object]:

@@ -18,7 +18,8 @@ import pytest
 
 from asgi_pprof.collectors.contention import asyncio_waits
 from asgi_pprof.collectors.contention.asyncio_waits import TaskWaiters
-from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording, run
+from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording
+from tests.loops import run
 from tests.servers import leaving_client, serve
 
 
@@ -123,7 +124,7 @@ def test_waits_are_measured_in_real_time(loop_name):
         return seen_ns, await waiter
 
     with recording() as seen:
-        seen_ns, took_ns = run(loop_name, main())
+        seen_ns, took_ns = run(main(), loop_name)
     count, delay_ns = seen.of("block", "wait_in_time")
     assert count == 1
     assert seen_ns <= delay_ns <= took_ns
@@ -279,7 +280,7 @@ def test_one_wait_is_one_contention_of_the_outermost_primitive(case, loop_name, 
         return clock.now_ns - began_ns
 
     with recording() as seen:
-        took_ns = run(loop_name, main())
+        took_ns = run(main(), loop_name)
     assert seen.of("block", wait.__name__) == (1, took_ns)
     stack = [name for name in seen.stack("block", wait.__name__) if "lambda" not in name]
     assert stack == [leaf, f"test_asyncio_waits.{wait.__name__}"]
@@ -359,7 +360,7 @@ def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name
         await task
 
     with recording() as seen:
-        run(loop_name, main())
+        run(main(), loop_name)
     assert [name.split(".")[-1] for name in seen.stack("block", "outer")] == [
         "wait",
         "generate",

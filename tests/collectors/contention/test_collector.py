@@ -36,11 +36,11 @@ from tests.collectors.contention.recorded import (
     names,
     patched,
     recording,
-    run,
     take,
 )
 from tests.decode import decode
 from tests.gotool import flat, go_pprof
+from tests.loops import run
 from tests.servers import until
 
 
@@ -119,10 +119,10 @@ def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name
         beside.join()
         return seen
 
-    usual = run(loop_name, stacks())
+    usual = run(stacks(), loop_name)
     assert len(usual) == 3
     with recording():
-        assert run(loop_name, stacks()) == usual
+        assert run(stacks(), loop_name) == usual
 
 
 def test_a_wrapper_around_ours_stays_and_ours_delegates(monkeypatch):

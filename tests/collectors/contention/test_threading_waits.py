@@ -11,7 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import pytest
 
 from asgi_pprof.collectors.contention.threading_waits import ThreadWaiters
-from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording, run
+from tests.collectors.contention.recorded import HOLD_NS, is_in, names, recording
+from tests.loops import run
 from tests.servers import until
 
 
@@ -257,7 +258,7 @@ def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name, clock):
 
     executor = ThreadPoolExecutor(2)
     with recording() as seen, executor:
-        run(loop_name, main())
+        run(main(), loop_name)
     worker = "<waiting for a worker thread>"
     assert seen.of("block", worker) == (4, 4 * HOLD_NS)
     stack = seen.stack("block", worker)
@@ -285,7 +286,7 @@ def test_waits_in_a_task_end_with_the_task(loop_name):
         threading.Event().wait(0.001)
 
     with recording() as seen:
-        run(loop_name, block_the_loop())
+        run(block_the_loop(), loop_name)
     assert seen.stack("block", "block_the_loop")[-1].endswith("block_the_loop")
 
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from types import CodeType, FunctionType
 
 import pytest
-import uvloop
 
 from asgi_pprof import labels
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -32,6 +31,7 @@ from asgi_pprof.native.core import native
 from asgi_pprof.request_labels import RequestLabels
 from asgi_pprof.runtime.proc import native_thread_ids
 from tests.decode import decode
+from tests.loops import run
 from tests.programs import QUIET, run_program
 from tests.servers import ROOT, until
 from tests.state import clock_timers, process_state
@@ -39,7 +39,6 @@ from tests.valid import check_valid
 
 pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 TIMERS = Path("/proc/self/timers")
 
 can_count_timers = pytest.mark.skipif(not TIMERS.exists(), reason="this kernel lists no timers")
@@ -73,11 +72,6 @@ async def profiled(work, hz=100):
         await result
     stop.set()
     return await profile
-
-
-def run(main, loop_name="asyncio"):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
 
 
 def profile_of(work, hz=100, loop_name="asyncio"):

@@ -12,17 +12,15 @@ import threading
 import time
 
 import pytest
-import uvloop
 
 from asgi_pprof import labels
 from asgi_pprof.collectors.cpu import signal_engine as cpu_signal
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.runtime.proc import native_thread_ids
 from asgi_pprof.runtime.thread_clocks import ThreadClocks
+from tests.loops import run
 from tests.servers import until
 from tests.valid import check_valid
-
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 
 def burn_in_python(seconds):
@@ -45,11 +43,6 @@ async def profiled(work, seconds=0.0):
         await result
     stop.set()
     return await profile
-
-
-def run(main, loop_name="asyncio"):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
 
 
 def cpu_by_function(profile):

@@ -18,22 +18,15 @@ import anyio
 import anyio.from_thread
 import anyio.to_thread
 import pytest
-import uvloop
 
 from asgi_pprof import labels
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD
 from asgi_pprof.runtime.tasks import waits_for
+from tests.loops import LOOPS, iterations, run, until
 from tests.programs import run_program
 from tests.valid import check_valid
-
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
-
-
-def run(main, loop_name="asyncio", debug=None):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name], debug=debug) as runner:
-        return runner.run(main)
 
 
 async def dump_of(collector=None):
@@ -57,25 +50,12 @@ def label(one, key):
     return dict(one.labels).get(key)
 
 
-async def turns(count=10):
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-async def until(condition):
-    """Run the loop until the condition holds."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.002)
-
-
 @contextlib.asynccontextmanager
 async def waiting(**coroutines):
     """Give waiting tasks of these names; afterwards all tasks but the current one are cancelled."""
     tasks = [asyncio.create_task(each, name=name) for name, each in coroutines.items()]
     try:
-        await turns()
+        await iterations()
         yield tasks
     finally:
         others = asyncio.all_tasks() - {asyncio.current_task()}
@@ -644,7 +624,7 @@ def test_a_chain_of_tasks_is_linked(loop_name):
         async with waiting(a=innermost(asyncio.Event())) as (a,):
             b = asyncio.create_task(shields(a), name="b")
             c = asyncio.create_task(awaits(b), name="c")
-            await turns()
+            await iterations()
             found = await tasks_of()
             c.cancel()
             return found
@@ -669,7 +649,7 @@ def test_several_tasks_wait_for_one(loop_name):
     async def main():
         async with waiting(one=innermost(asyncio.Event())) as (one,):
             waiters = [asyncio.create_task(awaits(one), name=f"w{number}") for number in range(3)]
-            await turns()
+            await iterations()
             assert not any(each.done() for each in waiters)
             return await tasks_of()
 
@@ -694,10 +674,10 @@ def test_a_dag_of_tasks_stays_linear():
             asyncio.create_task(gathers(tasks, number, start), name=f"t{number}")
             for number in range(count)
         ]
-        await turns()
+        await iterations()
         start.set()
         await until(lambda: all(map(waits_for, tasks)) and start.is_set())
-        await turns()
+        await iterations()
         dump, profile = await tasks_of(), await profile_of()
         tasks[-1].cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -733,7 +713,7 @@ def test_tasks_that_wait_for_each_other(loop_name):
                 asyncio.create_task(waits(tasks, (number + 1) % 3), name=f"t{number}")
                 for number in range(3)
             ]
-            await turns()
+            await iterations()
             return await tasks_of()
 
     dump = run(main(), loop_name)
@@ -749,7 +729,8 @@ def test_tasks_that_await_each_other():
     """Two tasks that await one another: cancelling them would never end, reading them does."""
     program = """
         import asyncio, os
-        from tests.collectors.goroutine.test_collector import run, tasks_of, turns, label
+        from tests.collectors.goroutine.test_collector import label, tasks_of
+        from tests.loops import iterations, run
 
         async def awaits(tasks, name):
             await tasks[name]
@@ -758,7 +739,7 @@ def test_tasks_that_await_each_other():
             tasks = {}
             tasks["a"] = asyncio.create_task(awaits(tasks, "b"), name="a")
             tasks["b"] = asyncio.create_task(awaits(tasks, "a"), name="b")
-            await turns()
+            await iterations()
             dump = await tasks_of()
             a, b = dump["a"], dump["b"]
             assert (a.state, b.state) == ("Task", "Task")
@@ -960,7 +941,7 @@ def test_work_queued_for_an_executor(loop_name):
                     asyncio.create_task(in_an_executor(job.run, pool), name=f"queued {number}")
                     for number in range(2)
                 ]
-                await turns()
+                await iterations()
                 dump, profile = await tasks_of(), await profile_of()
                 job.end.set()
                 await asyncio.gather(first, *queued)
@@ -983,7 +964,7 @@ def test_work_queued_for_anyios_threads(loop_name):
         async with waiting(first=in_anyios_thread(job.run, limiter)) as (first,):
             await until(job.begun.is_set)
             queued = asyncio.create_task(in_anyios_thread(job.run, limiter), name="queued")
-            await turns()
+            await iterations()
             dump, profile = await tasks_of(), await profile_of()
             job.end.set()
             await asyncio.gather(first, queued)
@@ -1072,7 +1053,7 @@ def test_order_is_by_age_after_the_current_task(loop_name):
             collector = TaskCollector()
             first = await dump_of(collector)
             another = asyncio.create_task(innermost(asyncio.Event()), name="c")
-            await turns()
+            await iterations()
             second = await dump_of(collector)
             assert not another.done()
             return first, second
@@ -1090,7 +1071,7 @@ def test_order_is_by_age_after_the_current_task(loop_name):
 def blocked_in_a_task(job):
     async def serve():
         waits = asyncio.create_task(innermost(asyncio.Event()), name="waits there")
-        await turns()
+        await iterations()
         try:
             job.run()
         finally:
@@ -1103,7 +1084,7 @@ def blocked_in_a_task(job):
 def blocked_in_a_callback(job):
     async def serve():
         waits = asyncio.create_task(innermost(asyncio.Event()), name="waits there")
-        await turns()
+        await iterations()
         asyncio.get_running_loop().call_soon(job.run)
         try:
             await asyncio.Event().wait()

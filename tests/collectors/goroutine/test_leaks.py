@@ -17,25 +17,19 @@ import weakref
 import anyio
 import anyio.to_thread
 import pytest
-import uvloop
 from fastapi import FastAPI
 
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
 from asgi_pprof.collectors.goroutine.references import referents
+from tests.loops import run
 from tests.servers import serve
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 BACKGROUND: set[asyncio.Task] = set()
 HELD: list[object] = []
 BY_NAME: weakref.WeakValueDictionary[str, asyncio.Event] = weakref.WeakValueDictionary()
 CURRENT: contextvars.ContextVar[object] = contextvars.ContextVar("current")
-
-
-def run(main, loop_name="asyncio"):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
 
 
 async def search(tasks=None, **options):

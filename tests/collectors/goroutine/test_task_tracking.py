@@ -14,15 +14,14 @@ import weakref
 
 import anyio
 import pytest
-import uvloop
 
 from asgi_pprof.collectors.goroutine import task_tracking
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking
 from asgi_pprof.runtime.task_records import TaskRecord, record_of
 from asgi_pprof.runtime.tasks import waits_for
+from tests.loops import LOOPS, iterations, run, until
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 MINUTE_NS = 60_000_000_000
 
 # uvloop 0.22 and later pass an argument that factories take from 3.13.3 on.
@@ -32,11 +31,6 @@ EAGER_WORKS = {"asyncio": True, "uvloop": not (3, 13) <= sys.version_info < (3, 
 def skip_unless_eager(loop_name):
     if sys.version_info < (3, 12) or not EAGER_WORKS[loop_name]:
         pytest.skip("there are no eager tasks")
-
-
-def run(main, loop_name="asyncio", debug=None):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name], debug=debug) as runner:
-        return runner.run(main)
 
 
 @contextlib.contextmanager
@@ -54,19 +48,6 @@ def tracked(tracking=None):
 async def dump_of():
     """Return the tasks by name."""
     return {dict(each.labels)["task"]: each async for _, each in TaskCollector().goroutines()}
-
-
-async def turns(count=5):
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-async def until(condition):
-    """Run the loop until the condition holds."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.002)
 
 
 async def end(*tasks):
@@ -174,7 +155,7 @@ def test_who_created_a_task_is_recorded(maker, eager, loop_name):
             asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
         with tracked():
             task = asyncio.create_task(maker(), name="maker")
-            await turns()
+            await iterations()
             dump = await dump_of()
             await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
             assert task.done()
@@ -198,7 +179,7 @@ def test_a_task_created_by_a_callback(loop_name):
     async def main():
         with tracked():
             asyncio.get_running_loop().call_soon(make)
-            await turns()
+            await iterations()
             dump = await dump_of()
             await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
         return dump
@@ -216,7 +197,7 @@ def test_nothing_is_known_of_tasks_created_before_tracking(loop_name):
         with tracked():
             pass
         after = asyncio.create_task(wait(), name="after")
-        await turns()
+        await iterations()
         dump = await dump_of()
         await end(before, after)
         return dump
@@ -233,10 +214,10 @@ def test_a_task_run_from_another_thread(loop_name):
         with tracked():
             loop = asyncio.get_running_loop()
             future = await asyncio.to_thread(asyncio.run_coroutine_threadsafe, named(), loop)
-            await turns()
+            await iterations()
             dump = await dump_of()
             future.cancel()
-            await turns()
+            await iterations()
         return dump
 
     assert run(main(), loop_name)["made"].creator == 0
@@ -266,7 +247,7 @@ def test_the_applications_factory_is_still_called(loop_name):
             made = make()
             with pytest.raises(ZeroDivisionError):
                 asyncio.create_task(refused())
-            await turns()
+            await iterations()
             dump = await dump_of()
         assert loop.get_task_factory() is factory
         await end(made)
@@ -385,14 +366,14 @@ def test_tasks_without_room_have_their_record_elsewhere(loop_name):
         loop.set_task_factory(lambda loop, coro, **kwargs: TaskWithSlots(coro, loop=loop, **kwargs))
         with tracked():
             made = make()
-            await turns()
+            await iterations()
             found = (await dump_of())["made"]
             same = record_of(made) is record_of(made)
             await end(made)
         loop.set_task_factory(None)
         reference = weakref.ref(made)
         del made
-        await turns()
+        await iterations()
         gc.collect()
         return found, same, reference() is None
 
@@ -480,7 +461,7 @@ def test_tasks_created_by_an_eager_task_at_once_name_it(loop_name):
         asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
         with tracked():
             maker = asyncio.create_task(makes(), name="maker")
-            await turns()
+            await iterations()
             dump = await dump_of()
             await end(*(asyncio.all_tasks() - {asyncio.current_task()}))
             assert maker.done()
@@ -575,7 +556,7 @@ def test_a_factory_around_ours_is_left_alone(loop_name):
         tracking.detach(loop)
         assert loop.get_task_factory() is around
         after = asyncio.create_task(wait(), name="after")
-        await turns()
+        await iterations()
         dump = await dump_of()
         await end(inside, after)
         loop.set_task_factory(None)
@@ -631,7 +612,7 @@ def test_detach_from_another_thread(loop_name):
         thread = threading.Thread(target=tracking.detach, args=(loop,))
         thread.start()
         await until(lambda: not thread.is_alive())
-        await turns()
+        await iterations()
         assert loop.get_task_factory() is None
         assert scheduled(loop) == []
 
@@ -687,13 +668,13 @@ def test_a_task_is_freed_with_its_record(loop_name):
     async def main():
         with tracked():
             task = make()
-            await turns()
+            await iterations()
             await end(task)
             reference = weakref.ref(task)
             gc.disable()
             try:
                 del task
-                await turns()
+                await iterations()
                 return reference() is None
             finally:
                 gc.enable()
@@ -783,7 +764,7 @@ def test_minutes_are_counted_from_a_scan(loop_name):
             await scans(clock)
             before = await dump_of()
         moves.set()
-        await turns()
+        await iterations()
         after = await dump_of()
         await end(*tasks)
         return before, after
@@ -807,7 +788,7 @@ def test_a_scan_notices_a_new_wait(loop_name):
             task = asyncio.create_task(move_on(), name="moves on")
             await scans(clock)
             moves.set()
-            await turns()
+            await iterations()
             clock.behind_ns = 2 * MINUTE_NS
             await scans(clock)
             dump = await dump_of()
@@ -822,7 +803,7 @@ def test_a_dump_is_a_scan_as_well(loop_name):
 
     async def main():
         task = asyncio.create_task(wait(), name="waits")
-        await turns()
+        await iterations()
         await dump_of()
         since = record_of(task).since_ns
         found = (await dump_of())["waits"]
@@ -860,7 +841,7 @@ def test_scans_end_between_two_slices(loop_name, monkeypatch):
             while not clock.asked:  # noqa: ASYNC110 (an iteration, and so a slice, at a time)
                 await asyncio.sleep(0)
         asked = clock.asked
-        await turns(100)
+        await iterations(100)
         await end(*tasks)
         return asked, clock.asked
 
@@ -894,7 +875,7 @@ def test_very_many_tasks_are_scanned_in_slices():
     async def main():
         clock, event = Clock(), asyncio.Event()
         tasks = [asyncio.create_task(event.wait()) for _ in range(20_000)]
-        await turns(2)
+        await iterations(2)
         with tracked(TaskTracking(interval_s=0.001, clock=clock)):
             await until(lambda: all(record_of(each).waited for each in tasks))
             slices = clock.asked

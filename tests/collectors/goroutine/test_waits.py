@@ -7,44 +7,24 @@ import contextlib
 import socket
 import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import anyio
 import anyio.to_thread
 import pytest
-import uvloop
 
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD, Wait, Waits
 from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.tasks import waits_for
 from tests.collectors.contention.recorded import recording
+from tests.loops import LOOPS, iterations, run, until
 from tests.programs import run_program
 
-LOOPS = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 WRAPS = sys.version_info < (3, 12)  # wait_for runs a coroutine in a task of its own
-
-
-def run(main, loop_name="asyncio"):
-    with asyncio.Runner(loop_factory=LOOPS[loop_name]) as runner:
-        return runner.run(main)
 
 
 def wait_of(task):
     return Waits().wait(waits_for(task), await_chain(task.get_coro()))
-
-
-async def turns(count=20):
-    for _ in range(count):
-        await asyncio.sleep(0)
-
-
-async def until(condition):
-    """Run the loop until the condition holds."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.002)
 
 
 @contextlib.asynccontextmanager
@@ -56,7 +36,7 @@ async def waiting(awaitable):
 
     task = asyncio.create_task(wait(), name="waits")
     try:
-        await turns()
+        await iterations()
         await until(lambda: waits_for(task) is not None)
         yield task
     finally:
@@ -203,7 +183,7 @@ async def anyio_lock():
 
     async with anyio.create_task_group() as group:
         group.start_soon(hold)
-        await turns(3)
+        await iterations(3)
         async with lock:
             pass
 
@@ -332,7 +312,7 @@ def test_a_notified_task_waits_for_the_lock(kind, loop_name):
                 notified = condition.notify(1)
                 if notified is not None:
                     await notified  # anyio 3
-                await turns()
+                await iterations()
                 after = wait_of(task).reason
             await task
         return before, after
