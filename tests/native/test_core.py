@@ -15,7 +15,7 @@ REPORT = """
 from asgi_pprof import labels, PprofApp
 from asgi_pprof.native.core import LabelNode, native, reason
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
-from asgi_pprof.collectors.heap import sampler as heap_native
+from asgi_pprof.recorders import heap_sampler
 from asgi_pprof.labels import current
 with labels(tenant="acme"):
     pass
@@ -24,7 +24,7 @@ assert native is None
 assert LabelNode is object
 print(reason)
 print(cpu_native.why_not())
-print(heap_native.heap_sampler.why_off())
+print(heap_sampler.why_off())
 """
 
 

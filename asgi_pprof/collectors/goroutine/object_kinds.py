@@ -12,6 +12,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from contextvars import Context
 from importlib.machinery import ExtensionFileLoader
+from traceback import FrameSummary, StackSummary
 from types import (
     AsyncGeneratorType,
     CodeType,
@@ -44,6 +45,8 @@ _ATOMS = type_info.addresses(
     *(str, bytes, bytearray, memoryview, int, float, complex, bool, range, slice, object),
     *(type(None), type(Ellipsis), type(NotImplemented), CodeType, weakref.ref),
     *(WrapperDescriptorType, MethodDescriptorType, GetSetDescriptorType),
+    # In debug mode each task has a traceback of some hundred objects that hold only strings.
+    *(FrameSummary, StackSummary),
 )
 _CONTAINERS = type_info.addresses(
     list, tuple, set, frozenset, dict, deque, OrderedDict, defaultdict, MappingProxyType, Context
