@@ -639,7 +639,7 @@ def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
             await settle()
             return await leaked()
 
-    assert run(main(), loop_name) == {"leaked consumer"}
+    assert run(main(), loop_name, debug=False) == {"leaked consumer"}
 
 
 def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
@@ -762,7 +762,7 @@ def test_a_loop_that_keeps_making_tasks_has_only_its_leaks_found(loop_name):
         found |= await search(clock=lambda: next(now) / 4000)
         return {task.get_name() for task in found}
 
-    assert run(main(), loop_name) == {"leaked consumer"}
+    assert run(main(), loop_name, debug=False) == {"leaked consumer"}
 
 
 def suspended_frames(local):
@@ -841,7 +841,7 @@ def test_no_slice_is_long():
         await search(clock=clock)
         return ticks
 
-    ticks = run(main())
+    ticks = run(main(), debug=False)  # which would make each step take longer
     assert iterations > ticks / 10
 
 
