@@ -206,6 +206,7 @@ def test_labels_that_fail_leave_the_stack():
     assert stall["labels"] == {}
 
 
+@pytest.mark.timing
 def test_stalls_in_a_row_add_up():
     """The counts and nanoseconds of one place rise."""
 

@@ -345,6 +345,7 @@ def test_a_loop_that_was_moved_to_another_thread_is_still_watched(loop_name):
     until(lambda: not watch._is_watching)
 
 
+@pytest.mark.timing
 @pytest.mark.parametrize("shift_s", [-1000, 1000])
 def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
     """Tests put clocks of their own into loops: then what is certain without one is counted."""
