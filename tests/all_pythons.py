@@ -10,8 +10,9 @@ with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 One suite follows the other. In each, two tests per processor run side by side,
 since most of them wait; those marked timing follow one by one, because they
 measure time. A test that fails beside others runs once more, alone; the summary
-counts these, and each of them is to be mended. Tests marked once or go run on the default Python alone, those
-marked oldest_and_newest on these two, all of them with the C extension.
+counts these, and each of them is to be mended. Tests marked once or go run on
+the default Python alone, those marked oldest_and_newest on the oldest and the
+newest, all of them with the C extension.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
