@@ -60,6 +60,10 @@ class Recorder:
         _process.recorders.add(self)
 
     @property
+    def _users(self) -> int:
+        return len(self._settings)
+
+    @property
     def _lock(self) -> _thread.RLock:
         return _process.lock
 

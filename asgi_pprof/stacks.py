@@ -19,6 +19,7 @@ from asgi_pprof.runtime.chains import Chain, wrappers
 from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
 from asgi_pprof.runtime.frames import RawStack as RawStack
 from asgi_pprof.runtime.frames import capture as capture
+from asgi_pprof.runtime.frames import current_frames as current_frames
 
 TRUNCATED = pseudo_location("truncated: outer frames not recorded")
 UNKNOWN = pseudo_location("unknown")

@@ -256,7 +256,8 @@ def install(version: str, interpreter: Interpreter, group: str) -> Path:
     python = folder / "bin" / "python"
     if probe(python, version) != Interpreter(python, interpreter.version):
         _call(version, interpreter.path, "-m", "venv", "--clear", folder)
-    pip = (python, "-m", "pip", "install", "--quiet")
+    # Not compiled: most modules of the packages are never imported.
+    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
     _call(version, *pip, "--upgrade", "pip>=25.1")
     _call(version, *pip, "--editable", ".", "--group", group)
     return python

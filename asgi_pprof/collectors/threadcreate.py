@@ -48,7 +48,7 @@ class ThreadStarts(Recorder):
         self._wrapper: Callable[..., None] | None = None
 
     def _enabled(self) -> None:
-        if len(self._settings) > 1:
+        if self._users > 1:
             return
         if not self._before:
             self._before = len(native_thread_ids()) or threading.active_count()

@@ -95,7 +95,7 @@ class GcPauses(Recorder):
         self.forced = 0
 
     def _enabled(self) -> None:
-        if len(self._settings) > 1:
+        if self._users > 1:
             return
         # The ring's index follows the number of all collections, as in Go.
         self._timer.begin(sum(generation["collections"] for generation in gc.get_stats()))

@@ -65,7 +65,7 @@ class HeapSampler(Recorder):
         self._failure = ""
 
     def _enabled(self) -> None:
-        if len(self._settings) == 1:
+        if self._users == 1:
             self._rate = self._settings[0]
             self._restarts = 0
             self._start()
