@@ -189,6 +189,7 @@ def test_waiting_for_the_gil_is_told_apart():
     assert not of(run(waiting, threshold_ms=100), "hold_by_parsing")
 
 
+@pytest.mark.timing
 def test_another_threads_long_call_is_no_stall_of_an_idle_loop(loop_name):
     """It keeps the GIL from the watch thread, but the loop has no use for it."""
     document = long_document()
