@@ -69,6 +69,7 @@ def _address(name: str, filename: str, line: int) -> int:
 Stack = tuple[Location, ...]
 
 
+@lru_cache(maxsize=1024)
 def pseudo_location(name: str) -> Location:
     """Return a location that is not code, named in angle brackets, such as `<unknown>`."""
     return Location(Function(f"<{name}>", "", 0), 0)

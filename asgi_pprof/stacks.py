@@ -109,7 +109,7 @@ def stack_key(stack: RawStack) -> StackKey:
 class StackTotal(NamedTuple):
     """A stack, the location to put in front of its leaf if any, its labels and summed values."""
 
-    stack: RawStack
+    stack: StackKey
     leaf: Location | None
     labels: tuple[Label, ...]
     values: tuple[int, ...]
@@ -117,7 +117,8 @@ class StackTotal(NamedTuple):
     def sample(self, symbols: Symbols) -> Sample:
         """Return the total as a sample."""
         leaf = () if self.leaf is None else (self.leaf,)
-        stack = (*leaf, *symbols.stack(self.stack)) or (UNKNOWN,)
+        raw = tuple(zip(self.stack.codes, self.stack.places[1::2], strict=True))
+        stack = (*leaf, *symbols.stack(raw)) or (UNKNOWN,)
         return Sample(stack, self.values, self.labels)
 
 
@@ -167,14 +168,21 @@ class StackCounter:
         return len(self._totals) + bool(self.overflowed)
 
     def totals(self) -> list[StackTotal]:
-        """Return copies of all totals; values are rounded down."""
-        totals = []
-        for (places, labels, leaf), (stack, values) in list(self._totals.items()):
-            raw = tuple(zip(stack.codes, places[1::2], strict=True))
-            totals.append(StackTotal(raw, leaf, labels, tuple(map(int, values))))
+        """Return copies of all totals, quick enough for a loop; values are rounded down."""
+        # A copy, which no other thread changes: creating the pairs may collect garbage (3.11).
+        totals = [
+            StackTotal(stack, leaf, labels, tuple(map(int, values)))
+            for (_, labels, leaf), (stack, values) in self._totals.copy().items()
+        ]
         if self.overflowed:
-            totals.append(StackTotal((), self._overflow, (), tuple(map(int, self._shared))))
+            shared = tuple(map(int, self._shared))
+            totals.append(StackTotal(StackKey(), self._overflow, (), shared))
         return totals
+
+    def count(self) -> int:
+        """Return the sum of the first values."""
+        shared = self._shared[:1]
+        return int(sum([*shared, *(values[0] for _, values in self._totals.copy().values())]))
 
 
 _CounterKey = tuple[tuple[int, ...], tuple[Label, ...], Location | None]

@@ -513,6 +513,7 @@ def test_a_counter_adds_up_by_stack_labels_and_leaf():
         counter.add(here(), (1, 0.75), labels, leaf)
     assert len(counter) == 4
     assert [total.values for total in counter.totals()] == [(1, 0), (2, 1)] * 2
+    assert counter.count() == 6
     stacks = [sample.stack for sample in name_totals(counter.totals())]
     assert [stack[0] == leaf for stack in stacks] == [False, True] * 2
     assert all(stack[-1].function.name.endswith(".here") for stack in stacks)
@@ -526,7 +527,7 @@ def test_a_counter_is_bounded_and_loses_nothing():
     totals = counter.totals()
     assert [total.values for total in totals] == [(2, 20), (1, 10), (2, 20)]
     assert totals[-1].sample(Symbols()).stack == (pseudo_location("other stacks"),)
-    assert (len(counter), counter.overflowed) == (3, 2)
+    assert (len(counter), counter.overflowed, counter.count()) == (3, 2, 5)
 
 
 def test_a_counter_tells_equal_code_of_different_files_apart():
@@ -544,3 +545,11 @@ def test_a_stack_without_frames_is_unknown():
     counter = StackCounter(pseudo_location("other stacks"))
     counter.add(StackKey(), (1,))
     assert [sample.stack for sample in name_totals(counter.totals())] == [(UNKNOWN,)]
+
+
+def test_totals_are_copied_without_a_copy_of_each_stack():
+    """A loop copies them: of 4,096 stacks of 30 frames that would take tens of milliseconds."""
+    key = here()
+    counter = StackCounter(UNKNOWN)
+    counter.add(key, (1,))
+    assert counter.totals()[0].stack is key

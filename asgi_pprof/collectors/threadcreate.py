@@ -30,7 +30,7 @@ from asgi_pprof.profile import Profile, count_profile
 from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import capture
 from asgi_pprof.runtime.proc import native_thread_ids
-from asgi_pprof.stacks import UNKNOWN, StackCounter, StackTotal, name_totals, stack_key
+from asgi_pprof.stacks import UNKNOWN, StackCounter, StackKey, StackTotal, name_totals, stack_key
 
 
 class ThreadStarts(Recorder):
@@ -92,12 +92,12 @@ class ThreadStarts(Recorder):
 
     def totals(self) -> list[StackTotal]:
         """Return the counts by stack; threads of unknown stack are under the empty one."""
-        unknown = StackTotal((), None, (), (self._before + self._unrecorded,))
+        unknown = StackTotal(StackKey(), None, (), (self._before + self._unrecorded,))
         return [*self._counter.totals(), *([unknown] if unknown.values[0] else [])]
 
     def count(self) -> int:
         """Return the number of threads counted."""
-        return sum(total.values[0] for total in self.totals())
+        return self._before + self._unrecorded + self._counter.count()
 
 
 class ThreadCreateCollector(AlwaysOn):

@@ -219,7 +219,7 @@ class StallWatch(Recorder):
 
     def count(self) -> int:
         """Return how many stalls have been counted in this process."""
-        return sum(total.values[0] for total in self.totals())
+        return self._counter.count()
 
     def loops(self) -> list[asyncio.AbstractEventLoop]:
         """Return the watched loops."""
