@@ -24,6 +24,12 @@ from asgi_pprof.runtime.frames import (
 _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
 
+def code_of(function: object) -> CodeType | None:
+    """Return a function's code; None for what is not written in Python."""
+    code = getattr(function, "__code__", None)
+    return code if isinstance(code, CodeType) else None
+
+
 class WrapperCodes:
     """The code of our wrappers. No stack shows frames that run it."""
 
@@ -32,8 +38,8 @@ class WrapperCodes:
 
     def add(self, function: object) -> None:
         """Add a function's code, if it is written in Python."""
-        code = getattr(function, "__code__", None)
-        if isinstance(code, CodeType):
+        code = code_of(function)
+        if code is not None:
             self.by_id[id(code)] = code
 
 

@@ -24,9 +24,10 @@ from asyncio import locks, queues
 from collections.abc import Callable
 from typing import Any
 
-from asgi_pprof.collectors.contention.patches import Target, Wrap, code_of
+from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.stack_rules import rules
+from asgi_pprof.runtime.chains import code_of
 
 clock = time.monotonic_ns
 

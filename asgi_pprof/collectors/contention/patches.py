@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType
 from typing import Any
 
 from asgi_pprof.collectors.contention.recording import Recording
@@ -77,9 +76,3 @@ class PatchGroup:
                 delattr(patch.owner, patch.name)
             else:
                 setattr(patch.owner, patch.name, patch.original)
-
-
-def code_of(function: object) -> CodeType | None:
-    """Return a function's code; None for what is not written in Python."""
-    code = getattr(function, "__code__", None)
-    return code if isinstance(code, CodeType) else None

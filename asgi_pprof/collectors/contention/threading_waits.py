@@ -25,10 +25,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from asgi_pprof.collectors.contention.patches import Target, Wrap, code_of
+from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.records import ContendedStack
 from asgi_pprof.collectors.contention.stack_rules import WORKER, rules
+from asgi_pprof.runtime.chains import code_of
 
 clock = time.monotonic_ns
 
