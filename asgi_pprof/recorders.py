@@ -67,7 +67,7 @@ def set_mutex_profile_fraction(rate: int) -> int:
 
 class UsedRecorders:
     """
-    The recorders that one middleware uses; `PprofApp` describes the arguments.
+    The recorders that one middleware uses; `PprofMiddleware` describes the arguments.
 
     Raises:
         ValueError: `heap` is unknown, or a rate or the threshold is negative.
