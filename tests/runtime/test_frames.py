@@ -22,6 +22,7 @@ from asgi_pprof.native.core import native
 from asgi_pprof.runtime import frames
 from asgi_pprof.runtime.frames import MAX_DEPTH, frame_local
 from tests.programs import run_program
+from tests.proxy import Proxy
 from tests.threads import in_a_thread
 
 needs_native = pytest.mark.skipif(native is None, reason="needs the C core")
@@ -825,14 +826,6 @@ def test_of_several_readers_the_last_switches_collecting_on_again():
 
 def test_proxies_of_coroutines_are_seen_through():
     """Proxies such as wrapt's claim the class of their object. Other values are returned."""
-
-    class Proxy:
-        def __init__(self, wrapped):
-            self.__wrapped__ = wrapped
-
-        @property
-        def __class__(self):
-            return type(self.__wrapped__)
 
     class Fails:
         def __getattr__(self, name):

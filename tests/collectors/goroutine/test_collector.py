@@ -26,6 +26,7 @@ from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD
 from asgi_pprof.runtime.tasks import waits_for
 from tests.loops import LOOPS, iterations, run, until
 from tests.programs import run_program
+from tests.proxy import Proxy
 from tests.valid import check_valid
 
 
@@ -98,29 +99,6 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
     assert names(sample.stack) == ["asyncio.locks.Event.wait", "innermost", "middle", "outermost"]
     assert dict(sample.labels)["state"] == "Event.wait"
     assert [location.function.filename for location in sample.stack][1:] == [__file__] * 3
-
-
-class Proxy:
-    """Delegates to a coroutine, and pretends to be of its class, as wrapt's ObjectProxy does."""
-
-    def __init__(self, wrapped):
-        self.__wrapped__ = wrapped
-
-    @property
-    def __class__(self):
-        return type(self.__wrapped__)
-
-    def __getattr__(self, name):
-        return getattr(self.__wrapped__, name)
-
-    def __await__(self):
-        return self.__wrapped__.__await__()
-
-    def __next__(self):
-        return self.__wrapped__.send(None)
-
-    def send(self, value):
-        return self.__wrapped__.send(value)
 
 
 @pytest.mark.parametrize("collector", [TaskCollector, lambda: LeakCollector(TaskCollector())])
@@ -769,7 +747,13 @@ def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
             async def look():
                 found.clear()
                 found.update({each.id: each for each in await dump_of()})
-                return [each for each in found.values() if "awaits" in dict(each.labels)]
+                # The other loop may be about to begin its task.
+                return [
+                    each
+                    for each in found.values()
+                    if "awaits" in dict(each.labels)
+                    and found[int(label(each, "awaits"))].state == "Event.wait"
+                ]
 
             end = time.monotonic() + 20
             while not (linked := await look()) and time.monotonic() < end:
