@@ -139,6 +139,7 @@ class Probe:
 
     scheduled_ns: int
     observed: Observation  # the iteration it was scheduled in
+    last_seen_ns: int = 0  # the observed iteration, if it was over when the probe was scheduled
     is_observed_late: bool = False  # after the delay had passed the threshold
     native_id: int = 0
     ident: int = 0
@@ -161,6 +162,10 @@ class Probe:
         since_ns = self.scheduled_ns - _COARSE_NS
         return 0 < self.observed.iteration_ns < iteration_ns and since_ns <= iteration_ns <= now_ns
 
+    def ended_ns(self, next_ns: int) -> int:
+        """Return until when the observed iteration lasted for certain, given the next one."""
+        return min(next_ns, self.last_seen_ns or next_ns)
+
     def span(self) -> tuple[int, int]:
         """
         Return when the delay began and ended, once the probe has run.
@@ -170,7 +175,7 @@ class Probe:
         """
         if self.is_clock_reliable and self.is_later(self.iteration_ns, self.ran_ns):
             # Callbacks that ran before the probe in its own iteration are no part of it.
-            return self.since_ns, self.iteration_ns
+            return self.since_ns, self.ended_ns(self.iteration_ns)
         if self.is_clock_reliable and self.observed.iteration_ns == self.iteration_ns:
             return max(self.scheduled_ns, self.iteration_ns), self.ran_ns
         return self.scheduled_ns, self.ran_ns
@@ -336,11 +341,11 @@ class LoopMonitor:
         return Event.WAITING if is_certain else Event.UNCERTAIN
 
     def _schedule_probe(self, loop: asyncio.AbstractEventLoop, wakeup: Wakeup) -> None:
-        now_ns, observed = _clock_ns(), self._found
-        if observed is None or now_ns - wakeup.now_ns > PUNCTUAL_NS:
-            # After a wait for the GIL the loop may be in another iteration by now.
-            observed = Observation()
-        probe = Probe(now_ns, observed)
+        found, now_ns = self._found, _clock_ns()
+        probe = Probe(now_ns, found or Observation())
+        if found and now_ns - wakeup.now_ns > PUNCTUAL_NS and self._is_over(loop, found):
+            # We have waited for the GIL since the scan, and the loop has gone on.
+            probe.last_seen_ns = wakeup.now_ns
         probe.is_observed_late = self._is_stall(probe, wakeup.now_ns)
         self._found = None
         try:
@@ -350,12 +355,17 @@ class LoopMonitor:
         else:
             self._probe = probe
 
+    def _is_over(self, loop: asyncio.AbstractEventLoop, found: Observation) -> bool:
+        stack = current_frames((self.ident,), locals_of=ITERATION_VARIABLES).get(self.ident)
+        return stack is None or self._clock.start_ns(loop, stack) != found.iteration_ns
+
     def _check_pending(self, probe: Probe, now_ns: int) -> None:
         if self._found is not None:
             # The probed iteration is over; from now on the probe measures the one we found.
-            self._end_delay(probe.observed, probe.since_ns, self._found.iteration_ns)
+            ended_ns = probe.ended_ns(self._found.iteration_ns)
+            self._end_delay(probe.observed, probe.since_ns, ended_ns)
             self._account.restart()
-            probe.observed, probe.is_observed_late = self._found, False
+            probe.observed, probe.last_seen_ns, probe.is_observed_late = self._found, 0, False
         # Only one scan tries to observe it late, whether it could or not.
         probe.is_observed_late |= self._is_stall(probe, now_ns)
 

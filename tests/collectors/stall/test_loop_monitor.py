@@ -200,6 +200,34 @@ def test_each_of_two_long_iterations_counts_before_the_probe_runs(monitored):
     assert delays_ns == [second_ns - first_ns, loop.now_ns - 75 * MS - second_ns]
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_a_stall_counts_though_the_watch_thread_waits_for_the_gil_after_its_scan(
+    monitored, is_over
+):
+    """To the next iteration if it lasts, or until the scan: then the loop has gone on meanwhile."""
+    monitored.become(State.PROBED)
+    loop = monitored.loop
+    loop.run_probe()
+    began_ns = loop.iteration_ns = loop.now_ns + 1 * MS
+
+    def wait_for_gil():
+        loop.now_ns += 7 * MS
+        if is_over:
+            loop.iteration_ns = 0
+        return b""
+
+    monitored.monitor._account._usage = wait_for_gil
+    monitored.scan(after_ms=501)
+    del monitored.monitor._account._usage
+    loop.now_ns += 300 * MS
+    loop.run_probe()
+    loop.iteration_ns = 0
+    monitored.scan()
+    (stall,) = monitored.stalls
+    assert stall.observed.iteration_ns == began_ns
+    assert stall.delay_ns == (500 if is_over else 807) * MS
+
+
 def test_a_loop_that_waits_or_works_a_little_does_not_stall(loop_name):
     """Neither a loop that sleeps nor one that ticks, nor one that is woken all the time."""
 
