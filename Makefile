@@ -16,8 +16,8 @@ install: $(VENV)/.installed ## Make the virtual environment and install everythi
 
 $(VENV)/.installed: pyproject.toml setup.py $(wildcard asgi_pprof/_native/*.[ch])
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --no-compile --upgrade 'pip>=25.1'
-	PYTHONWARNINGS=ignore $(RUN) -m pip install --quiet --no-compile --editable . --group dev
+	$(RUN) -m pip install --quiet --no-compile uv
+	$(VENV)/bin/uv pip install --quiet --python $(RUN) --editable . --group dev
 	touch $@
 
 format: install ## Format the code and sort imports

@@ -22,7 +22,7 @@ Environment variables:
     EXPECT       The versions to test (default: "3.11 3.12 3.13 3.14 3.15").
     GET_PYTHONS  A command that fetches interpreters: it gets a folder and the
                  missing versions, and prints the path of each interpreter.
-                 Default: `uv python install`, uv from PATH or from PyPI.
+                 Default: `uv python install`.
     JOBS         How many tests run side by side (default: two per processor).
 """
 
@@ -33,7 +33,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+UV = Path(sys.prefix) / "bin" / "uv"
+"""`make install` puts it beside the interpreter that runs this."""
 FETCHED = ROOT / ".venv-pythons"
 VERSIONS = "3.11 3.12 3.13 3.14 3.15"
 LAST_LINES = 150
@@ -212,17 +213,12 @@ def fetch(versions: list[str]) -> list[Path]:
     if command:
         fetching = [*shlex.split(command), str(FETCHED / "fetched"), *versions]
     else:
-        uv = shutil.which("uv") or _install_uv()
-        fetching = [uv, "python", "install", "--no-bin", "--install-dir", str(FETCHED), *versions]
+        into = ("--install-dir", str(FETCHED))
+        fetching = [str(UV), "python", "install", "--no-bin", *into, *versions]
     done = subprocess.run(fetching, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         say(f"{shlex.join(fetching)}: exit status {done.returncode}")
     return [Path(line) for line in done.stdout.splitlines()]
-
-
-def _install_uv() -> str:
-    _call("uv", sys.executable, "-m", "pip", "install", "--quiet", "uv")
-    return str(Path(sys.prefix) / "bin" / "uv")
 
 
 def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
@@ -230,13 +226,12 @@ def prepare(interpreters: dict[str, Interpreter]) -> list[Suite]:
     Return the suites to run, everything installed.
 
     Raises:
-        Failed: pip has failed, or the extension does not compile or import.
+        Failed: uv has failed, or the extension does not compile or import.
     """
     default = "{}.{}".format(*sys.version_info)
     if default not in interpreters:
         default = next(iter(interpreters))
     suites = []
-    # Not in parallel: all of them write to the checkout, and pip keeps a processor busy.
     for version, interpreter in interpreters.items():
         say(f"{version}: installing")
         group = "test" if version == default else "test-without-go"
@@ -255,10 +250,8 @@ def install(version: str, interpreter: Interpreter, group: str) -> Path:
     folder = ROOT / f".venv-{version}"
     python = folder / "bin" / "python"
     if probe(python, version) != Interpreter(python, interpreter.version):
-        _call(version, interpreter.path, "-m", "venv", "--clear", folder)
-    # Not compiled: most modules of the packages are never imported.
-    pip = (python, "-m", "pip", "install", "--quiet", "--no-compile")
-    _call(version, *pip, "--upgrade", "pip>=25.1")
+        _call(version, UV, "venv", "--quiet", "--clear", "--python", interpreter.path, folder)
+    pip = (UV, "pip", "install", "--quiet", "--python", python)
     _call(version, *pip, "--editable", ".", "--group", group)
     return python
 
