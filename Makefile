@@ -34,8 +34,8 @@ type: install ## Check types
 # Most tests wait, so that four have room on two processors. Status 5: ARGS selects none here.
 JOBS ?= 4
 test: install ## Run all tests, then one by one those that measure time
-	$(RUN) -m pytest -m "not timing" --dist worksteal --tx "$(JOBS)*popen//python=$(RUN) -X dev" $(ARGS) || test $$? = 5
-	$(RUN) -X dev -m pytest -m timing $(ARGS) || test $$? = 5
+	$(RUN) -m pytest -m "not timing" --dist worksteal --tx "$(JOBS)*popen//python=$(RUN)" $(ARGS) || test $$? = 5
+	$(RUN) -m pytest -m timing $(ARGS) || test $$? = 5
 
 test-all: install ## Run all tests on each CPython; ARGS=--help shows what it needs
 	$(RUN) -m tests.all_pythons $(ARGS)

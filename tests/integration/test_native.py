@@ -77,6 +77,7 @@ def labels_of(route):
 
 
 @needs_native
+@pytest.mark.oldest_and_newest
 def test_cpu_is_charged_under_the_labels_of_its_request(service):
     """Requests of all routes run at once; each route's work has its labels in any thread."""
     for seconds in (3, 9, 27):  # a busy machine needs the longer ones
@@ -101,6 +102,7 @@ def test_cpu_is_charged_under_the_labels_of_its_request(service):
 
 
 @needs_native
+@pytest.mark.oldest_and_newest
 def test_memory_is_charged_under_the_labels_of_its_request(service):
     """The labels stay after the request has ended, and tracemalloc is off."""
     service.visit("/forget")
@@ -256,6 +258,7 @@ def test_rate_0_is_said_on_the_index():
 
 
 @needs_native
+@pytest.mark.oldest_and_newest
 def test_every_block_of_a_service_can_be_sampled(loop_name):
     """At rate 1 the numbers are exact."""
     with serve_process("tests.integration.native_apps:every_block", loop=loop_name) as server:

@@ -34,7 +34,7 @@ def soak(*arguments: str, **variables: str) -> None:
 @pytest.mark.skipif(native is None, reason=f"no native core: {reason}")
 def test_nothing_torn_crashed_or_hanging():
     """Run everything at once for some seconds; `make soak` is the long form."""
-    soak("--seconds", "15")
+    soak("--seconds", "8")
 
 
 WHILE_LOOKED_AT = {

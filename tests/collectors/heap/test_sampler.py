@@ -786,7 +786,13 @@ def test_it_shares_the_process(name):
     "allocator",
     ["malloc", "malloc_debug", "debug", "pymalloc", "pymalloc_debug", "default"],
 )
-@pytest.mark.parametrize("options", [QUIET, ()], ids=["-X dev", ""])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(QUIET, marks=pytest.mark.oldest_and_newest, id="-X dev"),
+        pytest.param((), id=""),
+    ],
+)
 def test_it_goes_with_every_allocator(options, allocator):
     """PYTHONMALLOC may have any value, tracemalloc come and go, and all be on at the exit."""
     names = ("tracemalloc meanwhile", "tracemalloc after, we end first", "exit with all on")
