@@ -22,8 +22,7 @@ With `seconds=N` built-in ones cover the next N seconds instead of all the time
 before. docs/endpoints.md has the whole contract.
 
 Statuses, headers and error texts are Go's. Slow work (naming, encoding,
-compressing) runs on a thread; a profile of some seconds ends as soon as its client
-disconnects.
+compressing) runs on a thread. All work for a client ends as soon as it disconnects.
 
 Source: net/http/pprof/pprof.go.
 """
@@ -36,8 +35,8 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,12 +46,11 @@ from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.address_book import AddressBook
 from asgi_pprof.collectors.cpu.collector import CpuCollector
-from asgi_pprof.collectors.goroutine.collector import Rank
 from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
-from asgi_pprof.errors import BadParameter, ClientGone, PprofError
+from asgi_pprof.errors import BadParameter, PprofError, ProfileUnavailable
 from asgi_pprof.guard import Guard, allow_loopback
 from asgi_pprof.merge import subtract
 from asgi_pprof.offload import run_in_thread
@@ -62,12 +60,14 @@ from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.recorders import HeapEngine, UsedRecorders, gc_pauses, stall_watch
 from asgi_pprof.registry import DESCRIPTIONS, NamedProfile, Registry
 from asgi_pprof.responses import (
+    DumpResponse,
     error_response,
     fit_to_request,
     profile_response,
     redirect_response,
     response,
     text_response,
+    while_connected,
 )
 from asgi_pprof.web import index_page
 
@@ -176,7 +176,7 @@ class PprofApp:
         except PprofError as error:
             reply = error_response(str(error), error.status)
         except Exception:
-            logger.exception("asgi_pprof failed to answer %s", request.url.path)
+            _log_failure("to answer", request.scope.get("path"))
             reply = error_response("failed to collect profile", 500)
         fit_to_request(reply, request, send)
         await reply(request.scope, receive, send)
@@ -190,13 +190,16 @@ class PprofApp:
             )
         if target and target.redirect:
             return redirect_response(target.redirect)
-        return await endpoint.answer(request)
+        if request.method == "POST":
+            return await endpoint.answer(request)  # which reads the body
+        async with while_connected(request.receive):
+            return await endpoint.answer(request)
 
     async def _index(self, request: Request) -> Response:
         try:
             stats = await self._figures.text()
         except Exception:  # of a foreign loop or task: the rest of the page is needed most then
-            logger.exception("asgi_pprof failed to read the figures of the index")
+            _log_failure("to read the figures of", "the index")
             stats = "failed: the reason is in the log\n"
         notes = {"profile": self._cpu.note()}
         rows = [
@@ -221,27 +224,27 @@ class PprofApp:
     async def _profile(self, request: Request) -> Response:
         params = _params(request)
         seconds, hz = params.cpu_seconds, params.hz
-        async with _watched(request) as gone:
-            make_profile = await self._cpu.collect(seconds, gone, hz)
-            if gone.is_set():
-                raise ClientGone
+        _check_loop("profile")
+        make_profile = await self._cpu.collect(seconds, asyncio.Event(), hz)
         return await profile_response(make_profile, "profile")
 
     async def _named(self, name: str, request: Request) -> Response:
         served = self._registry.lookup(name)
         params = _params(request)
+        if served.of_asyncio or params.delta:
+            _check_loop(name)
         if params.delta:
-            return await self._delta(served, params, request)
+            return await self._delta(served, params)
         if params.gc and served.collects_garbage:
             gc_pauses.collect()
         if params.debug >= 2 and served.dump is not None:
-            return text_response(await _dump_text(served.dump()))
+            return DumpResponse(_dump(served.dump()), partial(_log_failure, "to dump", name))
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
             return await profile_response(lambda: served.estimate(make_profile()), name)
         return text_response(await run_in_thread(lambda: self._text(served, make_profile())))
 
-    async def _delta(self, served: NamedProfile, params: Params, request: Request) -> Response:
+    async def _delta(self, served: NamedProfile, params: Params) -> Response:
         seconds = params.delta_seconds
         if served.custom:
             raise BadParameter('"seconds" parameter is not supported for this profile type')
@@ -250,8 +253,7 @@ class PprofApp:
         with served.collector.window():
             before = await served.collector.snapshot()
             started_ns = time.monotonic_ns()
-            async with _watched(request) as gone:
-                await _wait(gone, seconds)
+            await _wait(seconds)
             after = await served.collector.snapshot()
             duration_ns = time.monotonic_ns() - started_ns
 
@@ -268,55 +270,36 @@ class PprofApp:
         return served.text(served.name, profile)
 
 
-async def _dump_text(tasks: AsyncIterator[tuple[Rank, Goroutine]]) -> str:
-    # Text at once: 100,000 kept tasks would mean long garbage collections.
-    texts = [(rank, goroutine_text(task)) async for rank, task in tasks]
-    return await run_in_thread(lambda: "\n".join(text for _, text in sorted(texts)))
+async def _dump(dump: AsyncGenerator[Goroutine, None]) -> AsyncGenerator[str, None]:
+    separator = ""
+    async with aclosing(dump) as tasks:
+        async for task in tasks:
+            yield separator + goroutine_text(task)
+            separator = "\n"
 
 
 def _params(request: Request) -> Params:
     return Params(request.scope["query_string"])
 
 
-@asynccontextmanager
-async def _watched(request: Request) -> AsyncIterator[asyncio.Event]:
-    """Give an event that is set when the client leaves."""
-    gone = asyncio.Event()
-
-    async def watch() -> None:
-        message = await request.receive()
-        while message["type"] == "http.request" and message.get("more_body", False):
-            message = await request.receive()
-        # Behind the body comes the disconnect; a middleware that replays the
-        # body for ever says nothing, and must not be asked for ever.
-        if message["type"] != "http.disconnect":
-            message = await request.receive()
-        if message["type"] == "http.disconnect":
-            gone.set()
-
-    task = asyncio.create_task(watch(), name="asgi_pprof client watch")
-    try:
-        yield gone
-    finally:
-        task.cancel()
-        await asyncio.gather(task, return_exceptions=True)
+def _log_failure(what: str, path: object) -> None:
+    with suppress(Exception):  # of a handler of the application's
+        logger.exception("asgi_pprof failed %s %s", what, ascii(path))
 
 
-async def _wait(gone: asyncio.Event, seconds: int) -> None:
-    """
-    Wait that long.
+def _check_loop(name: str) -> None:
+    if asyncio._get_running_loop() is None:
+        raise ProfileUnavailable(
+            f"{ascii(name)[1:-1]} needs asyncio, and this server runs another library's loop"
+        )
 
-    Raises:
-        ClientGone: The client left first.
-    """
-    end = time.monotonic() + seconds  # uvloop's own clock may stop a millisecond short
-    while not gone.is_set() and (left := end - time.monotonic()) > 0:
-        try:
-            await asyncio.wait_for(gone.wait(), min(left, _LONGEST_WAIT_S))
-        except TimeoutError:
-            continue
-    if gone.is_set():
-        raise ClientGone
+
+async def _wait(seconds: float) -> None:
+    end = time.monotonic() + seconds
+    await asyncio.sleep(min(seconds, _LONGEST_WAIT_S))
+    left = end - time.monotonic()
+    if left > 0:  # uvloop's own clock may stop a millisecond short
+        await _wait(left)
 
 
 async def _once(chunk: bytes) -> AsyncIterator[bytes]:

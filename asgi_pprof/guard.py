@@ -5,7 +5,9 @@ By default only those of a peer on this machine, by the address of the socket an
 never by a header. Refused are requests that a proxy forwarded, because behind a proxy
 on this machine every client looks local, and requests that a web page may have made
 a browser send: a Host that is a name can be rebound to 127.0.0.1, and pages of other
-sites can send requests, although they cannot read the answers.
+sites can send requests, although they cannot read the answers. A browser marks these
+by Sec-Fetch-Site, but not to 0.0.0.0 or [::], which reach this machine as well; so
+those are refused as Host.
 
 Source: DNS rebinding: developer.chrome.com, Private Network Access; fetch
 metadata: w3.org/TR/fetch-metadata; CVE-2019-11248 for what happens without.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -64,9 +66,12 @@ def allow_loopback(scope: Scope) -> None:
     # "same-site" is another port of this machine, or another host of one domain.
     if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
         raise AccessDenied("profiles are not served to pages of other sites (Sec-Fetch-Site)")
-    origin = headers.get("origin")
-    if origin is not None and not any(_authority(origin) == host.lower() for host in hosts):
-        raise AccessDenied("profiles are not served to pages of other sites (Origin)")
+    for name in ("Origin", "Referer"):
+        page = headers.get(name)
+        if name == "Referer" and page in ("", "about:blank"):  # sent where there is no page
+            page = None
+        if page is not None and not any(_authority(page) == host.lower() for host in hosts):
+            raise AccessDenied(f"profiles are not served to pages of other sites ({name})")
 
 
 def _check_peer(scope: Scope) -> None:
@@ -82,28 +87,30 @@ def _check_peer(scope: Scope) -> None:
 
 
 def _is_loopback(host: str) -> bool:
+    address = _address(str(host))
+    return address is not None and address.is_loopback
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    """Return the address, that of IPv4 if it is mapped into IPv6; None if it is none."""
     try:
-        address = ip_address(str(host).partition("%")[0])
+        address = ip_address(text.partition("%")[0])
     except ValueError:
-        return False
-    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
-        address = address.ipv4_mapped
-    return address.is_loopback
+        return None
+    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+    return mapped or address
 
 
 def _is_local_host(host: str) -> bool:
     match = _HOST.fullmatch(host)
     if match is None or int(match["port"] or 0) > 65535:
         return False
-    address, name = match["address"], match["name"]
+    name = match["name"]
     if name and name.lower() == "localhost":
         return True
-    try:
-        ip_address((address or name).partition("%")[0])
-    except ValueError:
-        return False
-    return True
+    address = _address(match["address"] or name)
+    return address is not None and not address.is_unspecified
 
 
-def _authority(origin: str) -> str:
-    return origin.lower().partition("://")[2]
+def _authority(url: str) -> str:
+    return re.split("[/?#]", url.lower().partition("://")[2], maxsplit=1)[0]

@@ -40,6 +40,17 @@ class LabelSet(Protocol):
 current: ContextVar[LabelSet | None] = ContextVar("asgi_pprof_labels", default=None)
 
 
+MAX_LETTERS = 256
+"""The length at which keys and values are cut."""
+
+
+def clip(text: str) -> str:
+    """Return a label's key or value with at most `MAX_LETTERS` letters; a cut one says so."""
+    if len(text) <= MAX_LETTERS:
+        return text
+    return f"{text[:MAX_LETTERS]}... ({len(text)} letters)"
+
+
 def resolve(label_set: LabelSet | None) -> Pairs:
     """Return the labels of a set and of those around it, sorted by key; () for None."""
     pairs: dict[str, str] = {}
@@ -62,14 +73,17 @@ class labels:
 
     Args:
         mapping: Labels whose keys are not Python names, such as "http.route".
-        pairs: Labels by keyword. Values are converted to strings.
+        pairs: Labels by keyword. Values are converted to strings. A key or a value of
+            more than 256 letters is cut.
 
     Raises:
         ValueError: A key or a value is empty (scrapers refuse such labels).
     """
 
     def __init__(self, mapping: Mapping[str, object] | None = None, /, **pairs: object) -> None:
-        self._own = {key: str(value) for key, value in {**(mapping or {}), **pairs}.items()}
+        self._own = {
+            clip(key): clip(str(value)) for key, value in {**(mapping or {}), **pairs}.items()
+        }
         for key, value in self._own.items():
             if not key or not value:
                 raise ValueError(f"labels need a non-empty key and value, got {key!r}: {value!r}")

@@ -68,10 +68,14 @@ class Recorder:
         return _process.lock
 
     def enable(self, setting: Any = None) -> None:
-        """Add a user with this setting; pair with `disable`."""
+        """Add a user with this setting; pair with `disable`, unless this raises."""
         with self._lock:
             self._settings.append(setting)
-            self._enabled()
+            try:
+                self._enabled()
+            except BaseException:
+                self.disable(setting)
+                raise
 
     def disable(self, setting: Any = None) -> None:
         """Remove the user with this setting, or the latest; without users nothing is recorded."""

@@ -108,7 +108,9 @@ class UsedRecorders:
             *([stall_watch] if stall_threshold_ms else []),
             *([task_tracking] if track_tasks else []),
         ]
-        self._loops: weakref.WeakSet[asyncio.AbstractEventLoop] = weakref.WeakSet()
+        self._attached: weakref.WeakKeyDictionary[
+            asyncio.AbstractEventLoop, list[StallWatch | TaskTracking]
+        ] = weakref.WeakKeyDictionary()
         self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
         self._has_failed = False
@@ -117,9 +119,16 @@ class UsedRecorders:
         """Enable all of them; those that were on go on, in a forked process from the start."""
         with self._lock:
             if not self._on:
+                enabled: list[tuple[Recorder, Any]] = []
+                try:
+                    for recorder, setting in self._uses:
+                        recorder.enable(setting)
+                        enabled.append((recorder, setting))
+                except BaseException:
+                    for recorder, setting in enabled:
+                        recorder.disable(setting)
+                    raise
                 self._on = True
-                for recorder, setting in self._uses:
-                    recorder.enable(setting)
             self.resume()
 
     def resume(self) -> None:
@@ -136,10 +145,11 @@ class UsedRecorders:
             if loop is None or not self._on:
                 return
             try:
-                if loop not in self._loops:
-                    self._loops.add(loop)
+                if loop not in self._attached:
+                    attached = self._attached[loop] = []
                     for recorder in self._loop_recorders:
                         recorder.attach(loop)
+                        attached.append(recorder)
             except Exception:  # of a loop of the application's own class
                 if not self._has_failed:
                     logger.exception("asgi_pprof cannot watch this kind of loop; logged once")
@@ -152,7 +162,7 @@ class UsedRecorders:
                 self._on = False
                 for recorder, setting in self._uses:
                     recorder.disable(setting)
-                for loop in list(self._loops):
-                    for loop_recorder in self._loop_recorders:
+                for loop, attached in list(self._attached.items()):
+                    for loop_recorder in attached:
                         loop_recorder.detach(loop)
-                self._loops.clear()
+                self._attached.clear()

@@ -6,13 +6,13 @@ Source: net/http/pprof, profileDescriptions; runtime/pprof, profiles.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 
 from asgi_pprof.collectors import SnapshotCollector
 from asgi_pprof.collectors.contention.collector import ContentionCollector
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
@@ -55,9 +55,9 @@ class NamedProfile:
         description: For the index page; custom profiles have none.
         text: Makes the debug=1 text, given the name and the unscaled samples, as Go does.
         estimate: Scales the samples to estimates of what they stand for.
-        dump: Yields the entries of the debug=2 text, each with its sort key; None
-            where debug=2 is the debug=1 text.
+        dump: Yields the entries of the debug=2 text; None where that is the debug=1 text.
         collects_garbage: Whether `gc=1` runs a collection first.
+        of_asyncio: Whether it must be collected on an asyncio loop.
         custom: Whether the application registered it; those have no deltas, as in Go.
     """
 
@@ -66,8 +66,9 @@ class NamedProfile:
     description: str = ""
     text: Callable[[str, Profile], str] = count_text
     estimate: Callable[[Profile], Profile] = _as_taken
-    dump: Callable[[], AsyncIterator[tuple[Rank, Goroutine]]] | None = None
+    dump: Callable[[], AsyncGenerator[Goroutine, None]] | None = None
     collects_garbage: bool = False
+    of_asyncio: bool = False
     custom: bool = False
 
 
@@ -112,6 +113,7 @@ class Registry:
                     "Stack traces of all current asyncio tasks. Use debug=2 as a query parameter"
                     " to list every task with its state, in the format of an unrecovered panic.",
                     dump=tasks.goroutines,
+                    of_asyncio=True,
                 ),
                 NamedProfile(
                     "goroutineleak",
@@ -119,6 +121,7 @@ class Registry:
                     "Stack traces of all leaked asyncio tasks: those that nothing can wake any"
                     " more. Use debug=2 as a query parameter to list every task.",
                     dump=leaks.goroutines,
+                    of_asyncio=True,
                 ),
                 NamedProfile(
                     "heap",

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from starlette.types import Scope
 
-from asgi_pprof.labels import LabelSet
+from asgi_pprof.labels import LabelSet, clip
 from asgi_pprof.native.core import LabelNode
 
 
@@ -22,7 +22,8 @@ class RequestLabels(LabelNode):
     __slots__ = ("_headers", "_method", "_routing", "outer")
 
     def __init__(self, scope: Scope, around: LabelSet | None = None) -> None:
-        self._method: str = scope.get("method", "")
+        method: str = scope.get("method", "")
+        self._method = method if not method or method in _METHODS else "other"
         self._headers = scope.get("headers")
         self._routing: Scope = scope
         self.outer = self._without_other_requests(around) if around is not None else None
@@ -47,11 +48,19 @@ class RequestLabels(LabelNode):
     def own(self) -> dict[str, str]:
         """Return the method, and the route if routing has found one."""
         pairs = {"method": self._method} if self._method else {}
-        if route := route_template(self._routing):
+        try:
+            route = clip(route_template(self._routing))
+        except Exception as error:  # of a route of the application's own class
+            route = f"unreadable: {type(error).__name__}"
+        if route:
             pairs["route"] = route
         return pairs
 
 
+# A client may send any other, as long as it likes and as many different ones.
+_METHODS = frozenset(
+    ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
+)
 _ROUTING_KEYS = ("route", "router", "fastapi", "app_root_path", "root_path")
 
 

@@ -6,17 +6,23 @@ Source: net/http/pprof/pprof.go; net/http, Error and Redirect.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from contextlib import aclosing, asynccontextmanager, suppress
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Send
+from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.encoders.protobuf import encode
+from asgi_pprof.errors import ClientGone
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile
+from asgi_pprof.runtime.tasks import hidden
 
+_PIECE = 32_768  # letters of a dump that are sent at a time
 _BUFFERED = 2048  # net/http: a longer body is sent in chunks, without its length
 _COMPRESSORS = re.compile(r"gzip|brotli|zstd|compress", re.IGNORECASE)
 
@@ -29,7 +35,7 @@ def response(
 ) -> Response:
     """Return a response that browsers do not reinterpret as another type."""
     if isinstance(body, str):
-        body = body.encode("utf-8", "backslashreplace")  # names may hold lone surrogates
+        body = _utf8(body)
     fields = {"X-Content-Type-Options": "nosniff", **(headers or {})}
     return Response(body, status, fields, media_type)
 
@@ -54,6 +60,106 @@ def redirect_response(location: str) -> Response:
     return Response(body, 307, {"Location": location}, "text/html")
 
 
+class DumpResponse(Response):
+    """
+    A response whose text is sent while it is made.
+
+    Args:
+        pieces: The text; what fails here is for the log, and the last line says so.
+        on_failure: Called in an `except` block, to log.
+    """
+
+    media_type = "text/plain"
+
+    def __init__(self, pieces: AsyncGenerator[str, None], on_failure: Callable[[], None]) -> None:
+        super().__init__(headers={"X-Content-Type-Options": "nosniff"})
+        del self.headers["content-length"]
+        self._pieces = pieces
+        self._on_failure = on_failure
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the response; all work ends when the client leaves."""
+        with suppress(ClientGone):
+            async with while_connected(receive), aclosing(self._bodies()) as bodies:
+                is_head, first = scope["method"] == "HEAD", await anext(bodies)
+                if len(first) < _BUFFERED:  # then it is all there is
+                    self.headers["content-length"] = str(len(first))
+                start = {"status": self.status_code, "headers": self.raw_headers}
+                await send({"type": "http.response.start", **start})
+                await send(_body(b"" if is_head else first))
+                async for body in bodies:
+                    if is_head:
+                        break
+                    await send(_body(body))
+                await send(_body(b"", more=False))
+
+    async def _bodies(self) -> AsyncGenerator[bytes, None]:
+        texts: list[str] = []
+        size = 0
+        try:
+            async with aclosing(self._pieces) as pieces:
+                async for text in pieces:
+                    texts.append(text)
+                    size += len(text)
+                    if size >= _PIECE:
+                        yield _utf8("".join(texts))
+                        texts, size = [], 0
+        except Exception:
+            self._on_failure()
+            texts.append("\nfailed: the rest is missing, and the reason is in the log\n")
+        yield _utf8("".join(texts))
+
+
+def _body(body: bytes, more: bool = True) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": body, "more_body": more}
+
+
+def _utf8(text: str) -> bytes:
+    return text.encode("utf-8", "backslashreplace")  # names may hold lone surrogates
+
+
+@asynccontextmanager
+async def while_connected(receive: Receive) -> AsyncIterator[None]:
+    """
+    Cancel what runs inside when the client leaves; on asyncio only.
+
+    Raises:
+        ClientGone: It has left.
+    """
+    this = asyncio.current_task() if asyncio._get_running_loop() else None
+    if this is None:
+        yield
+        return
+    gone = False
+
+    async def watch() -> None:
+        nonlocal gone
+        message = await receive()
+        while message["type"] == "http.request" and message.get("more_body", False):
+            message = await receive()
+        # Behind the body comes the disconnect; a middleware that replays the
+        # body for ever says nothing, and must not be asked for ever.
+        if message["type"] != "http.disconnect":
+            message = await receive()
+        if message["type"] == "http.disconnect":
+            gone = True
+            this.cancel()
+
+    task = asyncio.create_task(watch(), name="asgi_pprof client watch")
+    try:
+        with hidden(task):
+            try:
+                yield
+            finally:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+    except asyncio.CancelledError:
+        # Unless the server cancels the request as well.
+        if gone and this.uncancel() == 0:
+            raise ClientGone from None
+        raise
+
+
 async def profile_response(make_profile: Callable[[], Profile], name: str) -> Response:
     """Make a profile and encode it, both on a thread; return it as a file of that name."""
     body = await run_in_thread(lambda: encode(make_profile()))
@@ -65,7 +171,8 @@ async def profile_response(make_profile: Callable[[], Profile], name: str) -> Re
 
 def fit_to_request(response: Response, request: Request, send: Send) -> None:
     """Adjust a response's headers and body to the request, as net/http does."""
-    if len(response.body) >= _BUFFERED and request.scope.get("http_version") != "1.0":
+    is_short = isinstance(response, DumpResponse) or len(response.body) < _BUFFERED
+    if not is_short and request.scope.get("http_version") != "1.0":
         del response.headers["content-length"]
     if response.media_type == "application/octet-stream" and _is_compressed_outside(request, send):
         # Profiles are gzip already. Compressing middlewares respect this header

@@ -6,6 +6,8 @@ import asyncio
 import time
 from collections.abc import Callable
 
+import anyio.lowlevel
+
 
 class Slices:
     """
@@ -37,5 +39,8 @@ class Slices:
 
     async def yield_to_loop(self) -> None:
         """Let the loop run what is ready, then begin the next slice."""
-        await asyncio.sleep(0)
+        if asyncio._get_running_loop() is not None:
+            await asyncio.sleep(0)
+        else:
+            await anyio.lowlevel.checkpoint()
         self.begin()

@@ -120,7 +120,6 @@ def test_a_forwarded_request_is_turned_away(name, value):
         ("user-agent", "Go-http-client/1.1"),
         ("x-request-id", "7"),
         ("authorization", "Bearer secret"),
-        ("referer", "http://evil.example/"),
         ("forward", "127.0.0.1"),
     ],
 )
@@ -140,8 +139,8 @@ def test_headers_of_an_ordinary_request_make_no_difference(header):
         "127.0.0.1:8000",
         "[::1]",
         "[::1]:8000",
+        "[::ffff:127.0.0.1]:8000",
         "192.168.0.7:8000",
-        "0.0.0.0:8000",
     ],
 )
 def test_a_host_that_is_an_address_or_localhost_comes_in(host):
@@ -182,6 +181,51 @@ def test_a_host_that_is_an_address_or_localhost_comes_in(host):
 def test_a_host_that_is_another_name_is_turned_away(host):
     """Any name but localhost may have been rebound to 127.0.0.1 by its owner."""
     assert "Host" in denial(scope(host=host))
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "0.0.0.0",
+        "0.0.0.0:8000",
+        "[::]:8000",
+        "[0:0:0:0:0:0:0:0]:8000",
+        "[::%eth0]",
+        "[::ffff:0.0.0.0]:8000",
+        "[::ffff:0:0]",
+        "0",
+        "0:8000",
+        "0x7f000001",
+        "0x0",
+        "017700000001",
+        "127.0.0.1.",
+    ],
+)
+def test_a_host_that_reaches_this_machine_unmarked_is_turned_away(host):
+    """To 0.0.0.0 browsers connect by loopback, but do not say that another site's page asks."""
+    assert "Host" in denial(scope(host=host))
+
+
+@pytest.mark.parametrize(
+    "referer", ["http://127.0.0.1:8000/debug/pprof/?x=http://evil.example", "about:blank", ""]
+)
+def test_a_referer_of_this_site_or_none_comes_in(referer):
+    allow_loopback(scope(headers=[("referer", referer)], host="127.0.0.1:8000"))
+
+
+@pytest.mark.parametrize(
+    "referer",
+    [
+        "http://evil.example/",
+        "http://evil.example?://127.0.0.1:8000",
+        "http://127.0.0.1:9000/",
+        "http://127.0.0.1:8000@evil.example/",
+        "//127.0.0.1:8000/",
+    ],
+)
+def test_a_referer_of_another_site_is_turned_away(referer):
+    """Images, frames and scripts have no Origin, but a Referer."""
+    assert "Referer" in denial(scope(headers=[("referer", referer)], host="127.0.0.1:8000"))
 
 
 def test_every_one_of_several_hosts_must_be_local():

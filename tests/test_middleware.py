@@ -469,7 +469,7 @@ def test_a_task_that_outlives_its_request_keeps_the_route_and_not_the_request():
         gc.collect()
         (dump,) = [
             dict(task.labels)
-            async for _, task in TaskCollector().goroutines()
+            async for task in TaskCollector().goroutines()
             if any("sleep" in place.function.name for place in task.stack)
         ]
         outliving[0].cancel()
@@ -506,7 +506,7 @@ def test_tasks_are_tracked_from_startup_to_shutdown(loop_name):
     async def handle(request):
         task = asyncio.create_task(asyncio.sleep(30))
         await asyncio.sleep(0)
-        text = [each async for _, each in TaskCollector().goroutines()]
+        text = [each async for each in TaskCollector().goroutines()]
         task.cancel()
         made = [each for each in text if each.created_by is not None]
         return PlainTextResponse(" ".join(each.created_by.function.name for each in made))

@@ -35,7 +35,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -47,8 +46,9 @@ from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.loops import running_loops
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.proc import proc_status
-from asgi_pprof.runtime.task_records import record_of
-from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
+from asgi_pprof.runtime.task_records import update_wait
+from asgi_pprof.runtime.tasks import TaskList, alive, loop_of
+from asgi_pprof.runtime.threads import known_threads
 from asgi_pprof.slices import Slices
 
 NAMES = (
@@ -173,12 +173,12 @@ class Stats:
 
         return await run_in_thread(text)
 
-    async def _count_tasks(self, slices: Slices) -> Counter[asyncio.AbstractEventLoop]:
+    async def _count_tasks(self, slices: Slices) -> Counter[asyncio.AbstractEventLoop | None]:
         """Return the number of unfinished tasks by loop."""
-        counts: Counter[asyncio.AbstractEventLoop] = Counter()
+        counts: Counter[asyncio.AbstractEventLoop | None] = Counter()
         await slices.yield_to_loop()  # the copy of all tasks is a slice of its own
         for task in alive(self._tasks.tasks()):
-            counts[task.get_loop()] += 1
+            counts[loop_of(task)] += 1
             if slices.is_over():
                 await slices.yield_to_loop()
         return counts
@@ -201,10 +201,12 @@ class Stats:
 def _loops() -> list[_Loop]:
     """Return the running loops, the one with the oldest thread first."""
     running = {each.thread_ident: each.loop for each in running_loops()}
-    threads = {thread.ident: thread.name for thread in threading.enumerate()}
+    threads = known_threads()
     known = [ident for ident in threads if ident in running]
     idents = [*known, *sorted(running.keys() - threads.keys())]  # of threads not made by Python
-    names = unique([label_value(threads.get(ident, str(ident))) for ident in idents])
+    names = unique(
+        [label_value(threads[ident].name if ident in threads else str(ident)) for ident in idents]
+    )
     loops = [running[ident] for ident in idents]
     return [_Loop(loop, name, _ready(loop)) for loop, name in zip(loops, names, strict=True)]
 
@@ -264,12 +266,12 @@ def _longest_wait_ns(pool: Pool, tasks: Iterable[Task]) -> int | None:
     if not pool.queued:
         return 0
     now_ns = time.monotonic_ns()
-    waits_ns = [record_of(task).update(waits_for(task), now_ns) for task in tasks]
+    waits_ns = [update_wait(task, now_ns) for task in tasks]
     return max(waits_ns, default=0) or None  # 0: no scan has seen these tasks before
 
 
 def _task_figures(
-    loops: Iterable[_Loop], tasks: Counter[asyncio.AbstractEventLoop]
+    loops: Iterable[_Loop], tasks: Counter[asyncio.AbstractEventLoop | None]
 ) -> Iterator[Figure]:
     for each in loops:
         yield Figure("loop_tasks", (("loop", each.name),), tasks[each.loop])

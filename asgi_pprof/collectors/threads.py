@@ -29,6 +29,8 @@ from asgi_pprof.profile import Label, Profile, Sample, count_profile, pseudo_loc
 from asgi_pprof.runtime.frames import CurrentFrames, RawStack, current_frames, why_not
 from asgi_pprof.runtime.loops import RunningLoop, running_loops
 from asgi_pprof.runtime.proc import native_thread_ids, system_labels, system_name
+from asgi_pprof.runtime.task_labels import task_name
+from asgi_pprof.runtime.threads import KnownThread, known_threads
 from asgi_pprof.stacks import UNKNOWN, Symbols
 
 
@@ -49,7 +51,7 @@ class ThreadCollector(AlwaysOn):
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Take thread/count by stack, labelled with the properties of the thread."""
-        threads = {thread.ident: thread for thread in threading.enumerate()}
+        threads = known_threads()
         loops = {running.thread_ident: running for running in running_loops()}
         stacks: list[tuple[RawStack, tuple[Label, ...]]] = []
         listed, unlisted = set(), 0
@@ -82,10 +84,10 @@ def _thread_profile(
     return count_profile("thread", summed, time_ns, (note,) if note else ())
 
 
-def _labels(thread: threading.Thread | None, running: RunningLoop | None) -> tuple[Label, ...]:
+def _labels(thread: KnownThread | None, running: RunningLoop | None) -> tuple[Label, ...]:
     labels: dict[str, str] = {}
     if thread is not None:
-        labels["daemon"] = str(thread.daemon).lower()
+        labels["daemon"] = thread.daemon
         if thread.name:
             labels["thread"] = thread.name
         if thread.native_id is not None:
@@ -94,5 +96,5 @@ def _labels(thread: threading.Thread | None, running: RunningLoop | None) -> tup
         kind = type(running.loop)
         labels["loop"] = f"{kind.__module__}.{kind.__qualname__}"
         if running.task is not None:
-            labels["task"] = running.task.get_name() or "?"
+            labels["task"] = task_name(running.task)
     return tuple(sorted(labels.items()))

@@ -46,6 +46,8 @@ from asgi_pprof.runtime.frames import (
     generator_local,
     is_generator,
 )
+from asgi_pprof.runtime.tasks import coroutine_of, loop_of
+from asgi_pprof.runtime.threads import known_threads
 
 Task = asyncio.Task[Any]
 
@@ -101,12 +103,12 @@ class Workers:
         self._work: dict[int, Work] = {}
         busy: set[threading.Thread] = set()
         wanted = _wanted()
-        threads = {thread.ident: thread for thread in threading.enumerate()}
+        threads = known_threads()
         for ident, stack in current_frames(locals_of=wanted).items():
             thread = threads.get(ident)
             work = _work(stack, thread.name) if thread else None
             if thread is not None and work is not None:
-                busy.add(thread)
+                busy.add(thread.thread)
                 self._work[id(work.future)] = work
         self._executors = [
             _executor(queue, members, busy) for queue, members in _threads_by_queue()
@@ -134,7 +136,8 @@ class Workers:
         for work in self._work.values():
             tasks = list(_waiting_for(work.future)) if run_sync else []
             limiter = _limiter_of(tasks[0], run_sync) if tasks else None
-            yield None if limiter is None else (tasks[0].get_loop(), limiter)
+            loop = loop_of(tasks[0]) if limiter is not None else None
+            yield None if loop is None else (loop, limiter)
 
     def working_for(self, future: object) -> Work | None:
         """Return a thread's work for an asyncio or concurrent future, None if there is none."""
@@ -176,7 +179,7 @@ def limiter_pool(name: str, limiter: Any) -> tuple[Pool, list[Task]]:
 
 
 def _limiter_of(task: Task, run_sync: CodeType | None) -> Any:
-    for awaitable, code, _ in await_chain(task.get_coro()):
+    for awaitable, code, _ in await_chain(coroutine_of(task)):
         if code is not None and code is run_sync and is_generator(awaitable):
             limiter = generator_local(awaitable, "limiter")
             return limiter if _is_limiter(limiter) else None

@@ -7,25 +7,33 @@ import re
 from contextvars import Context
 from typing import Any, cast
 
-from asgi_pprof.labels import current, resolve
+from asgi_pprof.labels import clip, current, resolve
 from asgi_pprof.runtime.tasks import Task
 
 _DEFAULT_NAME = re.compile(r"Task-\d+")
 
 
-def has_default_name(task: Task) -> bool:
-    """Return whether asyncio gave the task its name."""
-    return _DEFAULT_NAME.fullmatch(task.get_name()) is not None
+def task_name(task: Task) -> str:
+    """Return a task's name, clipped as a label is; "?" for none."""
+    try:
+        return clip(str(task.get_name())) or "?"
+    except Exception as error:  # of a class of the application's
+        return f"unreadable: {type(error).__name__}"
+
+
+def is_default_name(name: str) -> bool:
+    """Return whether this is the name of a task that was given none."""
+    return _DEFAULT_NAME.fullmatch(name) is not None
 
 
 def task_labels(task: Task) -> dict[str, str]:
     """Return the labels of a task's context, and its name as `task`."""
-    return {**dict(resolve(_context_labels(task))), "task": task.get_name() or "?"}
+    return {**dict(resolve(_context_labels(task))), "task": task_name(task)}
 
 
 def fold_default_name(labels: dict[str, str]) -> None:
     """Remove the number from a default name, so that equal tasks have equal labels."""
-    if _DEFAULT_NAME.fullmatch(labels["task"]):
+    if is_default_name(labels["task"]):
         labels["task"] = "Task"
 
 

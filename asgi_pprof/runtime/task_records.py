@@ -15,7 +15,7 @@ import weakref
 from types import CodeType
 from typing import Any, cast
 
-from asgi_pprof.runtime.tasks import Task
+from asgi_pprof.runtime.tasks import Task, waits_for
 
 ATTRIBUTE = "_asgi_pprof_record"
 
@@ -70,10 +70,9 @@ class TaskRecords:
 
     def of(self, task: Task) -> TaskRecord:
         """Return the record of a task, a new one if it has none."""
-        record = getattr(task, ATTRIBUTE, None)
-        if record is None:
-            with contextlib.suppress(TypeError):
-                record = self._others.get(task)
+        record = None
+        with contextlib.suppress(Exception):  # of a class of the application's
+            record = getattr(task, ATTRIBUTE, None) or self._others.get(task)
         if record is None:
             record = TaskRecord()
             self.set(task, record)
@@ -83,10 +82,18 @@ class TaskRecords:
         """Make this the record of a task."""
         try:
             task._asgi_pprof_record = record  # type: ignore[attr-defined]
-        except AttributeError:
-            with contextlib.suppress(TypeError):  # not even a weak reference: a new one each time
+        except Exception:
+            with contextlib.suppress(Exception):  # not even a weak reference: a new one each time
                 self._others[task] = record
 
 
 task_records = TaskRecords()
 record_of = task_records.of
+
+
+def update_wait(task: Task, now_ns: int) -> int:
+    """Record what a task waits for now; return `TaskRecord.update`, 0 if it cannot be read."""
+    try:
+        return record_of(task).update(waits_for(task), now_ns)
+    except Exception:  # of a class of the application's
+        return 0

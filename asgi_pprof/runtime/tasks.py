@@ -21,7 +21,7 @@ import gc
 import sys
 import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, cast
 
 from asgi_pprof.native.core import native
@@ -72,14 +72,53 @@ class TaskList:
                 self._loops.add(running.loop)
 
 
+_hidden: set[int] = set()
+
+
+@contextmanager
+def hidden(task: Task) -> Iterator[None]:
+    """Leave a task out of all that is said of tasks: it is not the application's."""
+    _hidden.add(id(task))
+    try:
+        yield
+    finally:
+        _hidden.remove(id(task))
+
+
 def alive(entries: Iterable[_Entry]) -> Iterator[Task]:
-    """Yield each task once, unless it is done by the time it is reached."""
-    seen: set[Task] = set()
+    """Yield each task of the application once, unless it is done by the time it is reached."""
+    seen: dict[int, Task] = {}
     for entry in entries:
         task = entry() if isinstance(entry, weakref.ref) else entry
-        if task is not None and task not in seen and not task.done():
-            seen.add(task)
+        if task is None or id(task) in seen or id(task) in _hidden:
+            continue
+        if not is_done(task):
+            seen[id(task)] = task
             yield task
+
+
+def is_done(task: Task) -> bool:
+    """Return whether a task is done; False if its class raises an error instead of telling."""
+    try:
+        return bool(task.done())
+    except Exception:
+        return False
+
+
+def loop_of(task: Task) -> asyncio.AbstractEventLoop | None:
+    """Return a task's loop; None if its class raises an error instead of telling."""
+    try:
+        return task.get_loop()
+    except Exception:
+        return None
+
+
+def coroutine_of(task: Task) -> object:
+    """Return a task's coroutine; None if its class raises an error instead of telling."""
+    try:
+        return task.get_coro()
+    except Exception:
+        return None
 
 
 def _tasks_of(loop: asyncio.AbstractEventLoop | None) -> list[Task]:

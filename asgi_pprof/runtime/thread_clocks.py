@@ -16,6 +16,7 @@ import threading
 import time
 
 from asgi_pprof.runtime.proc import native_thread_ids
+from asgi_pprof.runtime.threads import known_threads
 
 _PERTHREAD_SCHED = 6  # CPUCLOCK_PERTHREAD_MASK | CPUCLOCK_SCHED
 
@@ -42,7 +43,7 @@ class ThreadClocks:
         self._last.update(_thread_times())
         self._names.update(
             (thread.native_id, thread.name)
-            for thread in threading.enumerate()
+            for thread in known_threads().values()
             if thread.native_id is not None
         )
         self.process_ns = time.process_time_ns() - self._process_start

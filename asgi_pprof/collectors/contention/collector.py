@@ -106,7 +106,12 @@ class Contention(Recorder):
         """Set a profile's rate, 0 or less for off, and return what it was."""
         with self._lock:
             before, self._rates[kind] = self._rates[kind], max(rate, 0)
-            self._apply()
+            try:
+                self._apply()
+            except BaseException:
+                self._rates[kind] = before
+                self._apply()
+                raise
         return before
 
     def rate(self, kind: Kind) -> int:
@@ -116,10 +121,10 @@ class Contention(Recorder):
     @contextmanager
     def window(self, kind: Kind) -> Iterator[None]:
         """Hold a profile on, at the rate of windows unless one is set."""
-        with self._lock:
-            self._windows[kind] += 1
-            self._apply()
         try:
+            with self._lock:
+                self._windows[kind] += 1
+                self._apply()
             yield
         finally:
             with self._lock:

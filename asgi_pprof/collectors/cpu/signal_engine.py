@@ -70,8 +70,8 @@ async def collect(duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
         clocks.read()
         sampler.drain()
 
-    sampler.start()
     try:
+        sampler.start()
         await sampler.window.wait(duration_s, stop, every_second)
     finally:
         sampler.stop()

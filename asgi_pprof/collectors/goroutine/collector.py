@@ -26,11 +26,12 @@ Source: runtime/pprof, writeGoroutine; CPython, Lib/asyncio/tasks.py.
 from __future__ import annotations
 
 import asyncio
+import heapq
 import itertools
-import threading
 import time
+from array import array
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -55,9 +56,22 @@ from asgi_pprof.runtime.frames import (
 )
 from asgi_pprof.runtime.loops import RunningLoop, running_loops
 from asgi_pprof.runtime.pools import Work
-from asgi_pprof.runtime.task_labels import fold_default_name, has_default_name, task_labels
+from asgi_pprof.runtime.task_labels import (
+    fold_default_name,
+    is_default_name,
+    task_labels,
+    task_name,
+)
 from asgi_pprof.runtime.task_records import record_of
-from asgi_pprof.runtime.tasks import TaskList, alive, waits_for
+from asgi_pprof.runtime.tasks import (
+    TaskList,
+    alive,
+    coroutine_of,
+    is_done,
+    loop_of,
+    waits_for,
+)
+from asgi_pprof.runtime.threads import known_threads
 from asgi_pprof.slices import Slices
 from asgi_pprof.stacks import MAX_DEPTH, TRUNCATED, UNKNOWN, Symbols, chain_stack
 
@@ -67,12 +81,11 @@ ANSWER_S = 1.0
 _SLICE_S = 0.004
 _COUNT_EXACTLY = 5_000
 _MAX_NAMED = 10  # of the tasks that a task waits for, or that wait for it
+_RUN = 1_000  # tasks sorted at a time
+_BEFORE_ALL = 1 << 62
 _MINUTE_NS = 60_000_000_000
 _WORKER = pseudo_location("worker thread")
 _BLOCKED = ("loop", "does not answer")
-
-Rank = tuple[int, int]
-"""A sort key: what blocks a loop, then the task that asks, then the others by age."""
 
 
 class TaskCollector(AlwaysOn):
@@ -109,24 +122,27 @@ class TaskCollector(AlwaysOn):
         profile = profile_of("goroutine", counts, scan.comments())
         return lambda: profile
 
-    async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
-        """Yield every task with its rank in the dump, and callbacks that block a loop."""
+    async def goroutines(self) -> AsyncGenerator[Goroutine, None]:
+        """Yield what blocks a loop, the task that asks, then the others by age."""
         scan = await self.begin_scan()
-        edges = Edges()
+        edges, ranked = Edges(), _Ranked()
         async for task in self.tasks(scan):
+            ranked.add(scan.rank(task), task)
             for awaited in scan.awaited(task):
                 edges.add(record_of(task).id, record_of(awaited).id)
                 await scan.yield_if_due()
         for running in scan.blocked:
             if running.task is None:
-                yield (0, 0), scan.callback(running)
-        async for task in self.tasks(scan):
-            yield scan.rank(task), scan.goroutine(task, edges)
+                yield scan.callback(running)
+        for task in ranked.in_order():
+            if not is_done(task):
+                yield scan.goroutine(task, edges)
+            await scan.yield_if_due()
 
     async def tasks(self, scan: Scan) -> AsyncIterator[Task]:
         """Yield all tasks that are not done by the time they are reached."""
         for task in alive(self._list.tasks()):
-            if not task.done():
+            if not is_done(task):
                 yield task
             await scan.yield_if_due()
 
@@ -137,37 +153,69 @@ class TaskCollector(AlwaysOn):
         return Scan(blocked, Slices(_SLICE_S, self._clock))
 
 
+class _Ranked:
+    """
+    Tasks to be read in the order of their ranks, of which no two are equal.
+
+    No step takes long, and there is no container for each task: those would set off
+    garbage collections that take longer than any slice.
+    """
+
+    def __init__(self) -> None:
+        self._ranks = array("q")
+        self._tasks: list[Task] = []
+        self._runs: list[list[int]] = []  # indexes in the order of their ranks
+
+    def add(self, rank: int, task: Task) -> None:
+        self._ranks.append(rank)
+        self._tasks.append(task)
+        if len(self._tasks) % _RUN == 0:
+            self._end_run()
+
+    def _end_run(self) -> None:
+        start = len(self._runs) * _RUN
+        rank_of = self._ranks.__getitem__
+        self._runs.append(sorted(range(start, len(self._tasks)), key=rank_of))
+
+    def in_order(self) -> Iterator[Task]:
+        """Yield the tasks; call it once, after all have been added."""
+        self._end_run()
+        rank_of = self._ranks.__getitem__
+        return map(self._tasks.__getitem__, heapq.merge(*self._runs, key=rank_of))
+
+
 class Edges:
     """Which task waits for which, by number: the first ten of each, and how many more."""
 
     def __init__(self) -> None:
-        self._awaits: dict[int, list[int]] = {}
-        self._awaited_by: dict[int, list[int]] = {}
-        self._left_out: Counter[tuple[str, int]] = Counter()
+        self._ends = {"awaits": _Numbers(), "awaited_by": _Numbers()}
 
     def add(self, waiter: int, awaited: int) -> None:
         """Record that one task waits for the other."""
-        self._add("awaits", self._awaits.setdefault(waiter, []), waiter, awaited)
-        self._add("awaited_by", self._awaited_by.setdefault(awaited, []), awaited, waiter)
-
-    def _add(self, kind: str, numbers: list[int], task: int, number: int) -> None:
-        if len(numbers) < _MAX_NAMED:
-            numbers.append(number)
-        else:
-            self._left_out[kind, task] += 1
+        self._ends["awaits"].add(waiter, awaited)
+        self._ends["awaited_by"].add(awaited, waiter)
 
     def labels(self, number: int) -> dict[str, str]:
         """Return the edges of a task as labels."""
-        edges = {"awaits": self._awaits, "awaited_by": self._awaited_by}
-        return {
-            kind: ", ".join(map(str, sorted(known[number]))) + self._more(kind, number)
-            for kind, known in edges.items()
-            if number in known
-        }
+        return {kind: text for kind, ends in self._ends.items() if (text := ends.text(number))}
 
-    def _more(self, kind: str, number: int) -> str:
-        left_out = self._left_out[kind, number]
-        return f" and {left_out} more" if left_out else ""
+
+class _Numbers:
+    """Numbers of tasks by that of a task, as texts: those are no work for garbage collections."""
+
+    def __init__(self) -> None:
+        self._first: dict[int, str] = {}
+        self._count: Counter[int] = Counter()
+
+    def add(self, task: int, number: int) -> None:
+        if self._count[task] < _MAX_NAMED:
+            self._first[task] = f"{self._first.get(task, '')} {number}"
+        self._count[task] += 1
+
+    def text(self, task: int) -> str:
+        numbers = sorted(map(int, self._first.get(task, "").split()))
+        left_out = self._count[task] - len(numbers)
+        return ", ".join(map(str, numbers)) + (f" and {left_out} more" if left_out else "")
 
 
 class _Reading(NamedTuple):
@@ -206,7 +254,14 @@ class Scan:
             self._running = _running_tasks()
 
     def goroutine(self, task: Task, edges: Edges) -> Goroutine:
-        """Return a task as dumps show it."""
+        """Return a task as dumps show it; one that cannot be read with the reason as its state."""
+        try:
+            return self._goroutine(task, edges)
+        except Exception as error:
+            labels = tuple(sorted(_unreadable(task).items()))
+            return Goroutine(record_of(task).id, _reason(error), (UNKNOWN,), labels)
+
+    def _goroutine(self, task: Task, edges: Edges) -> Goroutine:
         reading = self._read(task)
         record = record_of(task)
         labels = {**self._labels(task), **edges.labels(record.id)}
@@ -234,7 +289,15 @@ class Scan:
         Return what equal tasks have in common: stack and labels.
 
         Only labels with few values: no numbers of tasks, nor the ones in default names.
+        A task that cannot be read has the reason as its state.
         """
+        try:
+            return self._sample_key(task)
+        except Exception as error:
+            labels = {**_unreadable(task), "state": _reason(error)}
+            return (UNKNOWN,), tuple(sorted(labels.items()))
+
+    def _sample_key(self, task: Task) -> SampleKey:
         reading = self._read(task)
         labels = self._labels(task)
         fold_default_name(labels)
@@ -253,31 +316,39 @@ class Scan:
         return Goroutine(0, "running", stack, (_BLOCKED, ("task", "none: a callback")))
 
     def awaited(self, task: Task) -> Iterable[Task]:
-        """Return the tasks that a task waits for."""
-        future = waits_for(task)
-        if future is None or task in self._running:
-            return ()
-        return self._waits.wait(future, await_chain(task.get_coro())).tasks
+        """Return the tasks that a task waits for, as far as they can be read."""
+        with suppress(Exception):  # of classes of the application's
+            return self._awaited(task)
+        return ()
 
-    def rank(self, task: Task) -> Rank:
-        """Return the sort key of a task in a dump."""
+    def _awaited(self, task: Task) -> Iterable[Task]:
+        future = waits_for(task)
+        if future is None or self._is_running(task):
+            return ()
+        return self._waits.wait(future, await_chain(coroutine_of(task))).tasks
+
+    def rank(self, task: Task) -> int:
+        """Return a task's place in a dump: that which blocks a loop, that which asks, by age."""
         if task is self._asking:
-            return 1, 0
-        blocks = task in self._running and task.get_loop() in self._blocked_loops
-        return 0 if blocks else 2, record_of(task).id
+            return 0
+        blocks = self._is_running(task) and loop_of(task) in self._blocked_loops
+        return record_of(task).id - (_BEFORE_ALL if blocks else 0)
 
     def comments(self) -> tuple[str, ...]:
         """Return the comments of a profile of the tasks read so far."""
-        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        threads = known_threads()
+        names = [threads[ident].name if ident in threads else ident for ident, _, _ in self.blocked]
         blocked = (
-            f"the loop of thread {names.get(ident, ident)} does not answer: read from outside"
-            for ident, _, _ in self.blocked
+            f"the loop of thread {name} does not answer: read from outside" for name in names
         )
         queued = (
             f"{count} {'tasks wait' if count > 1 else 'task waits'} for a thread: {workers}"
             for workers, count in self._queued.items()
         )
         return *blocked, *queued
+
+    def _is_running(self, task: Task) -> bool:
+        return any(each is task for each in self._running)
 
     def _read(self, task: Task) -> _Reading:
         for _ in range(3):
@@ -288,12 +359,12 @@ class Scan:
         return reading
 
     def _read_once(self, task: Task, future: Any) -> _Reading:
-        if task in self._running:
+        if self._is_running(task):
             stack = _running_stack(task, self._symbols)
             if stack:
                 return _Reading("running", stack, None, 0)
         waited_ns = record_of(task).update(future, time.monotonic_ns())
-        chain = await_chain(task.get_coro())
+        chain = await_chain(coroutine_of(task))
         stack = chain_stack(chain, self._symbols)
         if future is None:
             return _Reading("runnable", stack or (UNKNOWN,), None, 0)
@@ -311,9 +382,19 @@ class Scan:
 
     def _labels(self, task: Task) -> dict[str, str]:
         labels = task_labels(task)
-        if self._blocked_loops and task.get_loop() in self._blocked_loops:
+        if self._blocked_loops and loop_of(task) in self._blocked_loops:
             labels.update((_BLOCKED,))
         return labels
+
+
+def _unreadable(task: Task) -> dict[str, str]:
+    labels = {"task": task_name(task)}
+    fold_default_name(labels)
+    return labels
+
+
+def _reason(error: Exception) -> str:
+    return f"unreadable: {type(error).__name__}"
 
 
 def _running_tasks() -> list[Task]:
@@ -322,7 +403,7 @@ def _running_tasks() -> list[Task]:
 
 def _running_stack(task: Task, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
-    coroutine = unwrapped(task.get_coro())
+    coroutine = unwrapped(coroutine_of(task))
     return symbols.stack(running_frames(coroutine)) if is_generator(coroutine) else ()
 
 
@@ -330,10 +411,9 @@ def _names(tasks: Iterable[Task]) -> str:
     """Return the names of the first few of these tasks, each once."""
     names = set()
     for task in itertools.islice(tasks, _MAX_NAMED):
-        if has_default_name(task):
-            name = getattr(task.get_coro(), "__qualname__", "Task")
-        else:
-            name = task.get_name()
+        name = task_name(task)
+        if is_default_name(name):
+            name = str(getattr(coroutine_of(task), "__qualname__", "Task"))
         names.add(name)
     return ", ".join(sorted(names))
 
@@ -354,8 +434,8 @@ async def _not_answering(loops: Iterable[RunningLoop], answer_s: float) -> list[
     for running, future in answers.items():
         try:
             running.loop.call_soon_threadsafe(answer, future)
-        except RuntimeError:
-            receive(future)  # closed meanwhile
+        except Exception:
+            receive(future)  # closed meanwhile, or a loop of the application's own class
     await asyncio.wait(answers.values(), timeout=answer_s)
     return [running for running, future in answers.items() if not future.done()]
 

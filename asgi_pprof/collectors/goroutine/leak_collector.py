@@ -12,10 +12,11 @@ Source: runtime/pprof, writeGoroutineLeak.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 
 from asgi_pprof.collectors import AlwaysOn
-from asgi_pprof.collectors.goroutine.collector import Rank, TaskCollector, profile_of
+from asgi_pprof.collectors.goroutine.collector import TaskCollector, profile_of
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
 from asgi_pprof.collectors.goroutine.leaked_tasks import leaked_tasks
 from asgi_pprof.merge import SampleKey
@@ -48,11 +49,12 @@ class LeakCollector(AlwaysOn):
         profile = profile_of("goroutineleak", counts)
         return lambda: profile
 
-    async def goroutines(self) -> AsyncIterator[tuple[Rank, Goroutine]]:
+    async def goroutines(self) -> AsyncGenerator[Goroutine, None]:
         """Search, and yield every task, leaked ones marked."""
         await self._search()
-        async for each in self._tasks.goroutines():
-            yield each
+        async with aclosing(self._tasks.goroutines()) as goroutines:
+            async for each in goroutines:
+                yield each
 
     async def _search(self) -> None:
         async with leaked_tasks.alone():

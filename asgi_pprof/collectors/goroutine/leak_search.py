@@ -44,6 +44,7 @@ from typing import Any
 from asgi_pprof.collectors.goroutine.leak_graph import Addresses, AwaitedTasks, Graph
 from asgi_pprof.collectors.goroutine.object_kinds import SKIP, ObjectKinds
 from asgi_pprof.collectors.goroutine.references import Task, future_of, is_done, suspended_chain
+from asgi_pprof.runtime.tasks import loop_of
 from asgi_pprof.slices import Slices
 
 _SLICE_S = 0.004
@@ -180,7 +181,7 @@ class _Search:
     def _scheduled(self) -> Iterator[object]:
         loops = set()
         for task in self._tasks:
-            loop = task.get_loop()
+            loop = loop_of(task)
             if id(loop) not in loops:
                 loops.add(id(loop))
                 yield from gc.get_referents(loop)

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 
 from asgi_pprof.collectors.goroutine.references import Task
 from asgi_pprof.runtime.task_records import record_of
+from asgi_pprof.runtime.tasks import is_done
 
 _RETRY_S = 0.05  # from one attempt to begin a search to the next
 
@@ -28,7 +29,7 @@ class LeakedTasks:
 
     def count(self) -> int:
         """Return how many there are that are not done, 0 before the first search."""
-        return sum(not task.done() for task in self._tasks.copy())
+        return sum(not is_done(task) for task in self._tasks.copy())
 
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:

@@ -14,6 +14,7 @@ from asgi_pprof.collectors.goroutine.object_kinds import FUTURES, TASKS
 from asgi_pprof.runtime import type_info
 from asgi_pprof.runtime.chains import awaitables
 from asgi_pprof.runtime.frames import Generator, awaited, is_generator
+from asgi_pprof.runtime.tasks import coroutine_of
 
 Task = asyncio.Task[Any]
 
@@ -63,7 +64,7 @@ def is_main(task: Task) -> bool:
 
 def suspended_chain(task: Task) -> Iterator[Generator]:
     """Yield the coroutines and generators of a task that is suspended, outermost first."""
-    return filter(is_generator, awaitables(task.get_coro()))
+    return filter(is_generator, awaitables(coroutine_of(task)))
 
 
 def referents(value: Any) -> list[Any]:

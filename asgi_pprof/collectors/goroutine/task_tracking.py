@@ -26,8 +26,14 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
 
-from asgi_pprof.runtime.task_records import ATTRIBUTE, TaskRecord, record_of, task_records
-from asgi_pprof.runtime.tasks import Task, TaskList, alive, waits_for
+from asgi_pprof.runtime.task_records import (
+    ATTRIBUTE,
+    TaskRecord,
+    record_of,
+    task_records,
+    update_wait,
+)
+from asgi_pprof.runtime.tasks import Task, TaskList, alive, is_done
 from asgi_pprof.slices import Slices
 
 logger = logging.getLogger("asgi_pprof")
@@ -92,13 +98,13 @@ class TaskTracking:
                 tasks = alive(self._tasks.tasks())
             slices, now_ns = Slices(_SLICE_S), self._clock()
             for task in tasks:
-                record_of(task).update(waits_for(task), now_ns)
+                update_wait(task, now_ns)
                 if slices.is_over():
                     tracked.continue_scan(self._scan, tasks)
                     return
-        except Exception:  # of a task of the application's own class
+        except Exception:
             if not self._has_failed:
-                logger.exception("asgi_pprof failed to look at a task; this is logged once")
+                logger.exception("asgi_pprof failed to scan the tasks; this is logged once")
             self._has_failed = True
         tracked.scan_later(self._interval_s, self._scan)
 
@@ -200,7 +206,7 @@ class _RecordingFactory:
         self, task: Any, loop: asyncio.AbstractEventLoop, frame: FrameType | None, is_new: bool
     ) -> None:
         try:
-            if not is_new and task.done():
+            if not is_new and is_done(task):
                 return  # it was eager, and has ended
             while frame is not None and frame.f_code.co_filename in self._libraries:
                 frame = frame.f_back

@@ -21,8 +21,9 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import gc
+import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType, GeneratorType
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ from asgi_pprof.runtime.frames import generator_local
 from asgi_pprof.runtime.pools import Work, Workers
 
 Task = asyncio.Task[Any]
+
+_FEW_CALLBACKS = 16  # more than most futures have
+_MOST_CALLBACKS = 10_000  # looked at of one future; what it is bound to is among the first
 
 WAITING_FOR_A_THREAD = "waiting for a thread"
 
@@ -113,6 +117,8 @@ class Waits:
 
     def __init__(self) -> None:
         self.workers = Workers()
+        # Of futures that many tasks wait for; these are kept, so that no address is used twice.
+        self._shared: dict[int, tuple[object, Wait]] = {}
         self._reasons: dict[tuple[str, str], str] = {}
         for module, names, reason in _REASONS:
             # Modules may have been loaded since the last scan. Cython's code has the .pyx file.
@@ -176,15 +182,40 @@ class Waits:
             return Wait("Task", (future,))
         if type(future) is asyncio.tasks._GatheringFuture:  # type: ignore[attr-defined]
             return Wait("gather", _each_once(_children(future)))
-        if (shielded := _from_callback(future, "_outer_done_callback", "inner")) is not None:
+        known = self._shared.get(id(future))
+        if known is not None:
+            return known[1]
+        added = getattr(future, "_callbacks", None) or ()
+        callbacks = [each[0] for each in itertools.islice(added, _MOST_CALLBACKS)]
+        return self._share(future, callbacks, self._bound(callbacks))
+
+    def _share(self, future: object, callbacks: Sequence[object], wait: Wait) -> Wait:
+        """Return a wait, after keeping that of a future which takes long to read."""
+        if len(callbacks) > _FEW_CALLBACKS:
+            wait = wait._replace(tasks=tuple(wait.tasks))
+            self._shared[id(future)] = future, wait
+        return wait
+
+    def _bound(self, callbacks: Sequence[object]) -> Wait:
+        """Return what a future with these callbacks stands for."""
+        if (shielded := _found_in(callbacks, "_outer_done_callback", "inner")) is not None:
             return Wait("shield", _pending(shielded))
-        source = _from_callback(future, "_call_check_cancel", "source")
+        source = _found_in(callbacks, "_call_check_cancel", "source")
         if isinstance(source, concurrent.futures.Future):
             return self._concurrent(source)
         return Wait("Future")
 
     def _concurrent(self, future: concurrent.futures.Future[Any]) -> Wait:
-        for callback in list(getattr(future, "_done_callbacks", ())):
+        known = self._shared.get(id(future))
+        if known is not None:
+            return known[1]
+        callbacks = getattr(future, "_done_callbacks", [])[:_MOST_CALLBACKS]
+        return self._share(future, callbacks, self._submitted(future, callbacks))
+
+    def _submitted(
+        self, future: concurrent.futures.Future[Any], callbacks: Sequence[object]
+    ) -> Wait:
+        for callback in callbacks:
             task = _closed_over(callback, "_call_check_cancel", "source")
             if isinstance(task, asyncio.Future):  # run_coroutine_threadsafe: of another loop
                 return Wait("Task", _pending(task))
@@ -240,9 +271,9 @@ def _children(gathering: Any) -> Iterator[Task]:
         yield from _pending(child)
 
 
-def _from_callback(future: Any, function: str, variable: str) -> object:
-    for callback in getattr(future, "_callbacks", None) or ():
-        found = _closed_over(callback[0], function, variable)
+def _found_in(callbacks: Iterable[object], function: str, variable: str) -> object:
+    for callback in callbacks:
+        found = _closed_over(callback, function, variable)
         if found is not None:
             return found
     return None

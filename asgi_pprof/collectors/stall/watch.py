@@ -197,10 +197,11 @@ class StallWatch(Recorder):
         """Watch the running loop meanwhile, from 100 ms if no threshold is set."""
         loop = asyncio.get_running_loop()
         with self._lock:
-            self._windows += 1
-            self._apply_threshold()
             self.attach(loop)
+            self._windows += 1
         try:
+            with self._lock:
+                self._apply_threshold()
             yield
         finally:
             with self._lock:
@@ -232,7 +233,9 @@ class StallWatch(Recorder):
         return None if monitor is None else monitor.lag()
 
     async def settle(self) -> None:
-        """Give the thread a moment to count what has just ended."""
+        """Give the thread a moment to count what has just ended; on asyncio only."""
+        if asyncio._get_running_loop() is None:
+            return
         for _ in range(_SETTLING_MS):
             if not any(monitor.has_uncounted_stall() for monitor in list(self._monitors.values())):
                 return

@@ -32,8 +32,7 @@ from tests.valid import check_valid
 
 async def dump_of(collector=None):
     """Return the tasks in the order of the dump."""
-    found = [each async for each in (collector or TaskCollector()).goroutines()]
-    return [goroutine for _, goroutine in sorted(found, key=lambda each: each[0])]
+    return [each async for each in (collector or TaskCollector()).goroutines()]
 
 
 async def tasks_of(collector=None):

@@ -903,5 +903,5 @@ def test_all_apps_of_a_process_have_the_same_leaks():
 
 async def marked():
     """Return the names of the tasks that the dump of all tasks marks as leaked."""
-    tasks = [task async for _, task in TaskCollector().goroutines()]
+    tasks = [task async for task in TaskCollector().goroutines()]
     return {dict(task.labels)["task"] for task in tasks if task.leaked}

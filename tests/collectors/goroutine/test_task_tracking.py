@@ -47,7 +47,7 @@ def tracked(tracking=None):
 
 async def dump_of():
     """Return the tasks by name."""
-    return {dict(each.labels)["task"]: each async for _, each in TaskCollector().goroutines()}
+    return {dict(each.labels)["task"]: each async for each in TaskCollector().goroutines()}
 
 
 async def end(*tasks):
@@ -886,8 +886,8 @@ def test_very_many_tasks_are_scanned_in_slices():
     assert run(main(), debug=False) > 3
 
 
-def test_scans_go_on_after_one_that_failed(loop_name, caplog):
-    """A task of the application's own class may raise when its state is read."""
+def test_a_task_that_cannot_be_read_hides_no_other(loop_name):
+    """A task of the application's own class may raise whatever is asked of it."""
 
     class Odd(asyncio.tasks._PyTask):
         raises = False
@@ -897,17 +897,48 @@ def test_scans_go_on_after_one_that_failed(loop_name, caplog):
                 raise ZeroDivisionError
             return super().done()
 
+        @property
+        def _fut_waiter(self):
+            if self.raises:
+                raise ZeroDivisionError
+            return self.kept
+
+        @_fut_waiter.setter
+        def _fut_waiter(self, future):
+            self.kept = future
+
     async def main():
-        loop, clock, failed = asyncio.get_running_loop(), Clock(), []
+        loop, clock = asyncio.get_running_loop(), Clock()
+        with tracked(TaskTracking(interval_s=0.005, clock=clock)):
+            odd = Odd(wait(), loop=loop)
+            await asyncio.sleep(0)
+            odd.raises = True
+            others = [asyncio.create_task(wait()) for _ in range(3)]
+            await until(lambda: all(record_of(each).waited for each in others))
+            odd.raises = False
+            await end(odd, *others)
+
+    run(main(), loop_name)
+
+
+def test_scans_go_on_after_one_that_failed(loop_name, caplog):
+    class FailingClock(Clock):
+        raises = False
+
+        def __call__(self):
+            if self.raises:
+                raise ZeroDivisionError
+            return super().__call__()
+
+    async def main():
+        loop, clock, failed = asyncio.get_running_loop(), FailingClock(), []
         loop.set_exception_handler(lambda loop, context: failed.append(context))
-        odd = Odd(wait(), loop=loop)
         with tracked(TaskTracking(interval_s=0.005, clock=clock)):
             await scans(clock)
-            odd.raises = True
+            clock.raises = True
             await until(lambda: any(each.name == "asgi_pprof" for each in caplog.records))
-            odd.raises = False
+            clock.raises = False
             await scans(clock)
-        await end(odd)
         return failed
 
     assert run(main(), loop_name) == []  # the handler is the application's
