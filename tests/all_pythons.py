@@ -9,9 +9,10 @@ with ASGI_PPROF_NATIVE=0, that is, with the engines in Python.
 
 One suite follows the other. In each, two tests per processor run side by side,
 since most of them wait; those marked timing follow one by one, because they
-measure time. Tests marked once or go run on the default Python alone, those
-marked oldest_and_newest on the oldest and the newest, all of them with the C
-extension.
+measure time. A test that fails beside others runs once more, alone; the summary
+counts these, and each of them is to be mended. Tests marked once or go run on
+the default Python alone, those marked oldest_and_newest on the oldest and the
+newest, all of them with the C extension.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -88,6 +89,7 @@ class Suite:
     counts: Counter[str] = field(default_factory=Counter)
     seconds: float = 0
     problems: list[str] = field(default_factory=list)
+    alone: int = 0
 
     @property
     def marks(self) -> str:
@@ -128,7 +130,7 @@ def main() -> None:
     for suite in suites:
         workers = f"{jobs}*popen//python={shlex.join([str(suite.python), *suite.mode])}"
         side_by_side = ["--dist", "worksteal", "--tx", workers]
-        run(suite, f"{asked}{suite.marks}not timing", [*side_by_side, *arguments])
+        run(suite, f"{asked}{suite.marks}not timing", [*side_by_side, *arguments], arguments)
         run(suite, f"{asked}{suite.marks}timing", arguments)
         if not suite.counts["passed"]:
             suite.problems.append("no test has passed")
@@ -279,10 +281,25 @@ def _engine(suite: Suite) -> str:
     return engine if suite.native else "python"
 
 
-def run(suite: Suite, marks: str, arguments: list[str]) -> None:
-    """Run the tests of a suite that have these marks, and add the result to the suite."""
+def run(suite: Suite, marks: str, arguments: list[str], alone: list[str] | None = None) -> None:
+    """
+    Run the tests of a suite that have these marks, and add the result to the suite.
+
+    Args:
+        suite: Which one.
+        marks: As pytest's `-m`.
+        arguments: More for pytest.
+        alone: Those for running once more, one by one, what has failed beside others.
+            The summary counts these tests: each is to be mended, or marked timing.
+    """
     say(f"{suite.name}: {marks}")
     status, counts, lines = pytest(suite, ["-m", marks, *arguments])
+    if status == 1 and alone is not None:
+        say(*lines[-LAST_LINES:], f"{suite.name}: {marks}: what failed runs once more, alone")
+        failed = counts.pop("failed", 0) + counts.pop("error", 0) + counts.pop("errors", 0)
+        status, again, lines = pytest(suite, ["-m", marks, "--last-failed", *alone])
+        counts += again
+        suite.alone += failed
     suite.counts += counts
     if status in (0, 5):  # 5: no test has these marks
         say(f"{suite.name}: {marks}: {counts['passed']} passed")
@@ -294,11 +311,12 @@ def run(suite: Suite, marks: str, arguments: list[str]) -> None:
 
 def pytest(suite: Suite, arguments: list[str]) -> tuple[int | None, Counter[str], list[str]]:
     """Run pytest, and return its exit status (None if it hangs), counts and output."""
+    kept = suite.python.parent.parent / f"pytest-{suite.engine}"  # which tests have failed
     start = time.monotonic()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         try:
             status: int | None = subprocess.run(
-                [suite.python, *suite.mode, "-m", "pytest", "-p", "no:cacheprovider", *arguments],
+                [suite.python, *suite.mode, "-m", "pytest", "-o", f"cache_dir={kept}", *arguments],
                 cwd=ROOT,
                 env=suite.environment,
                 stdout=output,
@@ -330,7 +348,8 @@ def summary(suites: list[Suite]) -> list[str]:
                 *map(str, numbers),
                 str(count["skipped"]),
                 f"{suite.seconds:.0f}",
-                ", ".join(suite.problems or ["ok"]),
+                ", ".join(suite.problems or ["ok"])
+                + (f", {suite.alone} passed alone only" if suite.alone else ""),
             ]
         )
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -11,6 +11,8 @@ import pytest
 import uvloop
 
 from asgi_pprof.collectors.threads import ThreadCollector
+from asgi_pprof.runtime.proc import system_labels
+from tests.servers import until
 from tests.valid import check_valid
 
 
@@ -31,6 +33,7 @@ def test_every_thread_has_a_sample_with_its_name():
     _thread.start_new_thread(wait_in_here, (raw_ready, finish))
     assert ready.wait(20)
     assert raw_ready.wait(20)
+    until(lambda: system_labels(thread.native_id)["state"] == "sleeping")
     try:
         profile = asyncio.run(ThreadCollector().snapshot())()
         count = ThreadCollector().count()
