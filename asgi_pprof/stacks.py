@@ -8,12 +8,14 @@ itself, which would keep its locals alive.
 from __future__ import annotations
 
 import sys
+from array import array
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from types import CodeType, ModuleType
 from typing import NamedTuple
 
 from asgi_pprof.merge import sum_samples
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Function, Label, Location, Sample, Stack, pseudo_location
 from asgi_pprof.runtime.chains import Chain, wrappers
 from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
@@ -38,7 +40,7 @@ class Symbols:
         for filename, name, _ in loaded_modules():
             self._modules.setdefault(filename, name)
         self._functions: dict[int, tuple[CodeType, Function]] = {}
-        self._lines: dict[int, tuple[list[int], list[int]]] = {}
+        self._lines: dict[int, tuple[array[int], array[int]]] = {}
 
     def function(self, code: CodeType) -> Function:
         """Return the function of a code object."""
@@ -58,8 +60,13 @@ class Symbols:
         """Return the location of a bytecode offset, as `frame.f_lasti` gives it."""
         if id(code) not in self._lines:
             self.function(code)  # keeps the code alive, so that its id stays valid
-            ranges = [(start, line) for start, _, line in code.co_lines() if line is not None]
-            self._lines[id(code)] = [start for start, _ in ranges], [line for _, line in ranges]
+            # Arrays, and not in one go: generated code may have a million lines.
+            starts, lines = self._lines[id(code)] = array("l"), array("l")
+            for start, _, line in code.co_lines():
+                if line is not None:
+                    starts.append(start)
+                    lines.append(line)
+                yield_gil()
         starts, lines = self._lines[id(code)]
         index = bisect_right(starts, lasti) - 1
         line = lines[index] if index >= 0 else code.co_firstlineno

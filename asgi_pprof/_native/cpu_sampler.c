@@ -23,9 +23,12 @@
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
 
-#define MAX_THREADS 1024
-#define MAX_INTERPRETERS 1024
+#define MAX_THREADS 16384
+#define CHUNK 64 /* slots that are allocated at a time */
+#define MAX_INTERPRETERS 64
 #define WATCH_NS 40000000 /* so new threads are found within 50 ms */
+#define WATCH_SHARE 50    /* and at most so much of one CPU is used for that: 2 % */
+#define ENDED_CHECKS 64   /* timers of ended threads are looked for among so many at a time */
 #define SAMPLE_UNITS (1u << 22) /* 64 MiB of address space */
 #define SAMPLE_SLOTS (1u << 20)
 #define STOP_PATIENCE_S 5
@@ -38,17 +41,23 @@ typedef struct {
 
 #define SAMPLE_KEY_SIZE(depth) (offsetof(SampleKey, places) + (depth) * sizeof(uint32_t))
 
-/* A thread that has a timer, and the memory that its handler works in. */
+/* What belongs to a thread's timer, and the memory that its handler works in. */
 typedef struct {
-    pid_t thread;
     timer_t timer;
     _Atomic bool busy; /* its handler runs */
-    _Atomic uint64_t samples, periods, unreadable, lost, own_ns;
+    _Atomic uint64_t samples, periods, unreadable, lost, skipped, unlabelled, own_ns;
+    uint64_t since_ns, spent_ns; /* by the thread's clock: its first signal, and for samples */
     Reader reader;
     PyThreadState state;
     Stack stack;
     SampleKey key;
 } Slot;
+
+/* What tells apart all thread states there ever are: numbers, which only grow. */
+typedef struct {
+    int64_t interpreter;
+    uint64_t state;
+} StateId;
 
 static struct {
     _Atomic bool on;
@@ -56,8 +65,14 @@ static struct {
     bool started; /* between start and stop */
     bool active;  /* until the end of cpu_stop: a fork may come in the middle of it */
     long period_ns;
-    Slot *slots;
-    int slot_count; /* slots used since the start */
+    Budget budget;
+    Slot *chunks[MAX_THREADS / CHUNK];
+    pid_t threads[MAX_THREADS]; /* by slot; 0: it has no timer */
+    StateId states[MAX_THREADS]; /* by slot: the one by which the thread was found */
+    _Atomic int slot_count; /* slots used since the start */
+    int unused[MAX_THREADS], unused_count; /* of these, those without a timer */
+    int next_check; /* the slot to look at next for an ended thread */
+    StateId seen[MAX_INTERPRETERS]; /* the last of each that has been found */
     ByteStore samples;
     struct sigaction replaced;
     pthread_t watcher;
@@ -70,6 +85,12 @@ static struct {
     unsigned seed;
     Reader walker; /* for find_threads */
 } cpu = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static Slot *
+slot_at(int index)
+{
+    return &cpu.chunks[index / CHUNK][index % CHUNK];
+}
 
 static uint64_t
 thread_cpu_ns(void)
@@ -84,9 +105,45 @@ add(_Atomic uint64_t *counter, uint64_t amount)
 }
 
 static void
+add_sample(Slot *slot, uint64_t periods)
+{
+    memcpy(slot->key.places, slot->stack.places, slot->stack.depth * sizeof(uint32_t));
+    uint32_t id = store_intern(&cpu.samples, 0, &slot->key, SAMPLE_KEY_SIZE(slot->stack.depth),
+                               sizeof(uint64_t));
+    if (id != 0) {
+        add(record_extra(store_record(&cpu.samples, id)), periods);
+    }
+    else {
+        add(&slot->lost, periods);
+    }
+    add(&slot->periods, periods);
+}
+
+/* Return whether a sample may be taken; if not, count the periods under a name that says so. */
+static bool
+is_within_budget(Slot *slot, uint64_t now_ns, uint64_t periods)
+{
+    if (slot->since_ns == 0) {
+        slot->since_ns = now_ns;
+    }
+    if (slot->spent_ns <= cpu.budget.credit_ns + (now_ns - slot->since_ns) / cpu.budget.share) {
+        return true;
+    }
+    slot->key.label_set = 0;
+    slot->stack.depth = 1;
+    slot->stack.places[0] = PLACE_SKIPPED;
+    add_sample(slot, periods);
+    add(&slot->skipped, periods);
+    return false;
+}
+
+static void
 take_sample(Slot *slot, uint64_t periods)
 {
     uint64_t begun = thread_cpu_ns();
+    if (!is_within_budget(slot, begun, periods)) {
+        return;
+    }
     Reader *reader = &slot->reader;
     LabelSet found;
     reader_begin(reader);
@@ -98,34 +155,31 @@ take_sample(Slot *slot, uint64_t periods)
         slot->stack.depth = 1;
         slot->stack.places[0] = PLACE_NO_FRAME;
     }
-    else if (!unwind(reader, state, &slot->state, &slot->stack)) {
+    else if (!unwind(cpu_names, reader, state, &slot->state, &slot->stack)) {
         add(&slot->unreadable, periods);
     }
     else if (labels_find(reader, &slot->state, &found) != NULL) {
-        slot->key.label_set = found.number;
-        labels_mark(found.number);
+        if (labels_mark(found.number)) {
+            slot->key.label_set = found.number;
+        }
+        else {
+            add(&slot->unlabelled, periods);
+        }
     }
-    memcpy(slot->key.places, slot->stack.places, slot->stack.depth * sizeof(uint32_t));
-    uint32_t id = store_intern(&cpu.samples, 0, &slot->key, SAMPLE_KEY_SIZE(slot->stack.depth),
-                               sizeof(uint64_t));
-    if (id != 0) {
-        add(record_extra(store_record(&cpu.samples, id)), periods);
-    }
-    else {
-        add(&slot->lost, periods);
-    }
+    add_sample(slot, periods);
     add(&slot->samples, 1);
-    add(&slot->periods, periods);
-    add(&slot->own_ns, thread_cpu_ns() - begun);
+    uint64_t took_ns = thread_cpu_ns() - begun;
+    slot->spent_ns += took_ns;
+    add(&slot->own_ns, took_ns);
 }
 
 static void
 on_signal(int number, siginfo_t *info, void *context)
 {
     (void)number, (void)context;
-    int saved = errno;
-    Slot *slot = info->si_value.sival_ptr;
-    if (info->si_code == SI_TIMER && slot >= cpu.slots && slot < cpu.slots + MAX_THREADS) {
+    int saved = errno, index = info->si_value.sival_int;
+    if (info->si_code == SI_TIMER && index >= 0 && index < atomic_load(&cpu.slot_count)) {
+        Slot *slot = slot_at(index);
         uint64_t periods = 1 + (uint64_t)info->si_overrun;
         /* First set busy, then read cpu.on. cpu_stop first clears cpu.on, then reads busy. */
         if (atomic_exchange(&slot->busy, true)) {
@@ -151,19 +205,51 @@ timer_has_ended(timer_t timer)
 }
 
 static void
-release_slot(Slot *slot)
+release_slot(int index)
 {
-    timer_delete(slot->timer);
-    slot->thread = 0;
+    timer_delete(slot_at(index)->timer);
+    cpu.threads[index] = 0;
+    cpu.unused[cpu.unused_count++] = index;
+}
+
+/* Return a slot without a timer, -1 if there is no room for one more. */
+static int
+unused_slot(void)
+{
+    /* A slot whose handler still runs goes to the other end. */
+    for (int i = 0; i < cpu.unused_count; i++) {
+        int index = cpu.unused[--cpu.unused_count];
+        if (!atomic_load(&slot_at(index)->busy)) {
+            return index;
+        }
+        memmove(cpu.unused + 1, cpu.unused, (size_t)cpu.unused_count++ * sizeof(int));
+        cpu.unused[0] = index;
+    }
+    int index = atomic_load(&cpu.slot_count);
+    if (index == MAX_THREADS) {
+        return -1;
+    }
+    if (cpu.chunks[index / CHUNK] == NULL) {
+        /* Never unmapped: a handler may be late. Only what is used is ever touched. */
+        void *memory = mmap(NULL, CHUNK * sizeof(Slot), PROT_READ | PROT_WRITE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (memory == MAP_FAILED) {
+            return -1;
+        }
+        cpu.chunks[index / CHUNK] = memory;
+    }
+    atomic_store(&cpu.slot_count, index + 1);
+    return index;
 }
 
 /* Start a thread's timer. Its first signal comes after a random part of a period, so that
    short-lived threads are sampled without bias. */
 static bool
-arm(Slot *slot, pid_t thread)
+arm(int index, pid_t thread)
 {
+    Slot *slot = slot_at(index);
     struct sigevent event = {.sigev_notify = SIGEV_THREAD_ID, .sigev_signo = SIGPROF};
-    event.sigev_value.sival_ptr = slot;
+    event.sigev_value.sival_int = index;
     event.sigev_notify_thread_id = thread;
     clockid_t clock = (clockid_t)((~(unsigned)thread << 3) | 6); /* CPUCLOCK_PERTHREAD | _SCHED */
     if (timer_create(clock, &event, &slot->timer) < 0) {
@@ -181,112 +267,149 @@ arm(Slot *slot, pid_t thread)
     slot->reader.pid = getpid();
     slot->reader.trusted = false;
     slot->reader.count = 0;
-    slot->thread = thread;
+    slot->since_ns = slot->spent_ns = 0;
+    cpu.threads[index] = thread;
     if (timer_settime(slot->timer, 0, &times, NULL) < 0) {
-        release_slot(slot);
+        timer_delete(slot->timer);
+        cpu.threads[index] = 0;
         return false;
     }
     return true;
 }
 
-static Slot *
+static int
 slot_of(pid_t thread)
 {
-    for (int i = 0; i < cpu.slot_count; i++) {
-        if (cpu.slots[i].thread == thread) {
-            return &cpu.slots[i];
+    int count = atomic_load(&cpu.slot_count);
+    for (int i = 0; i < count; i++) {
+        if (cpu.threads[i] == thread) {
+            return i;
         }
     }
-    return NULL;
-}
-
-static void
-sample_thread(pid_t thread)
-{
-    Slot *slot = slot_of(0);
-    if (slot != NULL && atomic_load(&slot->busy)) {
-        slot = NULL; /* a handler still uses it */
-    }
-    if (slot == NULL && cpu.slot_count < MAX_THREADS) {
-        slot = &cpu.slots[cpu.slot_count++];
-    }
-    if (slot == NULL || !arm(slot, thread)) {
-        cpu.unsampled++;
-    }
+    return -1;
 }
 
 /*
- * Write the native ids of all threads that have a Python thread state, in any interpreter: at
- * most MAX_THREADS. Return how many. Nothing is locked, and threads come and go. So this reads
- * as carefully as a signal handler, and an id is only a hint: the kernel refuses to make a timer
- * for anything that is not a thread of this process.
+ * Give a thread a timer, unless it has one. Return whether nothing is left to do for this state:
+ * it has the id of the thread that makes it until its own thread begins (3.11).
+ */
+static bool
+sample_thread(pid_t thread, StateId state)
+{
+    int index = slot_of(thread);
+    if (index >= 0) {
+        if (cpu.states[index].interpreter == state.interpreter &&
+            cpu.states[index].state == state.state) {
+            return true;
+        }
+        if (!timer_has_ended(slot_at(index)->timer)) {
+            return false;
+        }
+        release_slot(index); /* of a thread that had the same id */
+    }
+    index = unused_slot();
+    if (index < 0) {
+        cpu.unsampled++;
+    }
+    else if (arm(index, thread)) {
+        cpu.states[index] = state;
+    }
+    else {
+        cpu.unsampled += errno != EINVAL; /* else it has ended */
+        cpu.unused[cpu.unused_count++] = index;
+    }
+    return true;
+}
+
+static StateId *
+last_seen(int64_t interpreter)
+{
+    int i = 0;
+    while (i < MAX_INTERPRETERS - 1 && cpu.seen[i].interpreter != interpreter &&
+           cpu.seen[i].state != 0) {
+        i++;
+    }
+    if (cpu.seen[i].interpreter != interpreter) {
+        cpu.seen[i] = (StateId){interpreter, 0};
+    }
+    return &cpu.seen[i];
+}
+
+/*
+ * Sample the threads that an interpreter has made since the last time; return how many they are.
+ * Each new one is put before the others, and has the next number.
+ *
+ * Nothing is locked, and threads come and go. So this reads as carefully as a signal handler,
+ * and an id is only a hint: the kernel refuses to make a timer for anything that is not a
+ * thread of this process.
  */
 static int
-find_threads(pid_t *threads)
+sample_new_threads(const PyInterpreterState *interpreter)
 {
-    Reader *reader = &cpu.walker;
+    const PyThreadState *at;
+    PyThreadState state;
+    int64_t id;
+    if (!reader_copy(&cpu.walker, &interpreter->id, &id, sizeof id) ||
+        !reader_copy(&cpu.walker, &interpreter->threads.head, &at, sizeof at)) {
+        return 0;
+    }
+    StateId *seen = last_seen(id);
+    uint64_t newest = 0, previous = UINT64_MAX;
     int count = 0;
-    const PyInterpreterState *interpreter = *(PyInterpreterState *volatile *)&_PyRuntime.interpreters.head;
-    for (int i = 0; interpreter != NULL && i < MAX_INTERPRETERS; i++) {
-        const PyThreadState *at;
-        PyThreadState state;
-        if (!reader_copy(reader, &interpreter->threads.head, &at, sizeof at)) {
-            break;
+    while (at != NULL && count < 2 * MAX_THREADS &&
+           reader_copy(&cpu.walker, at, &state, sizeof state) && state.id > seen->state &&
+           state.id < previous) {
+        previous = state.id;
+        if (state.native_thread_id != 0 &&
+            sample_thread((pid_t)state.native_thread_id, (StateId){id, state.id})) {
+            newest = newest > state.id ? newest : state.id;
         }
-        for (int step = 0; at != NULL && step < 2 * MAX_THREADS && count < MAX_THREADS; step++) {
-            if (!reader_copy(reader, at, &state, THREAD_STATE_SIZE)) {
-                break;
-            }
-            if (state.native_thread_id != 0) {
-                threads[count++] = (pid_t)state.native_thread_id;
-            }
-            at = state.next;
+        else {
+            newest = 0; /* it is about to begin: it and those made after it are read once more */
         }
-        if (!reader_copy(reader, &interpreter->next, &interpreter, sizeof interpreter)) {
-            break;
-        }
+        at = state.next;
+        count++;
+    }
+    if (newest != 0) {
+        seen->state = newest;
     }
     return count;
 }
 
-static bool
-contains(const pid_t *threads, int count, pid_t thread)
+/* Delete timers of threads that have ended, among some of the slots. */
+static void
+release_ended(int checks)
 {
-    for (int i = 0; i < count; i++) {
-        if (threads[i] == thread) {
-            return true;
+    int count = atomic_load(&cpu.slot_count);
+    for (int i = 0; i < checks && i < count; i++) {
+        cpu.next_check = (cpu.next_check + 1) % count;
+        if (cpu.threads[cpu.next_check] != 0 && timer_has_ended(slot_at(cpu.next_check)->timer)) {
+            release_slot(cpu.next_check);
         }
     }
-    return false;
 }
 
-/* Give a timer to each new thread, and delete the timers of ended threads. */
 static void
 update_timers(void)
 {
-    static pid_t threads[MAX_THREADS];
-    int count = find_threads(threads);
-    cpu.unsampled = 0;
-    for (int i = 0; i < cpu.slot_count; i++) {
-        Slot *slot = &cpu.slots[i];
-        if (slot->thread != 0 &&
-            (timer_has_ended(slot->timer) || !contains(threads, count, slot->thread))) {
-            release_slot(slot);
+    const PyInterpreterState *interpreter = *(PyInterpreterState *volatile *)&_PyRuntime.interpreters.head;
+    int found = 0;
+    for (int i = 0; interpreter != NULL && i < MAX_INTERPRETERS; i++) {
+        found += sample_new_threads(interpreter);
+        if (!reader_copy(&cpu.walker, &interpreter->next, &interpreter, sizeof interpreter)) {
+            break;
         }
     }
-    for (int i = 0; i < count; i++) {
-        if (slot_of(threads[i]) == NULL) {
-            sample_thread(threads[i]);
-        }
-    }
+    release_ended(ENDED_CHECKS + 2 * found);
 }
 
 static void
 release_slots(void)
 {
-    for (int i = 0; i < cpu.slot_count; i++) {
-        if (cpu.slots[i].thread != 0) {
-            release_slot(&cpu.slots[i]);
+    int count = atomic_load(&cpu.slot_count);
+    for (int i = 0; i < count; i++) {
+        if (cpu.threads[i] != 0) {
+            release_slot(i);
         }
     }
 }
@@ -306,17 +429,7 @@ watch(void *unused)
     pthread_mutex_lock(&cpu.mutex);
     cpu.watcher_id = (pid_t)syscall(SYS_gettid);
     while (!cpu.stopping) {
-        struct timespec until;
-        clock_gettime(CLOCK_MONOTONIC, &until);
-        until.tv_nsec += WATCH_NS;
-        if (until.tv_nsec >= 1000000000) {
-            until.tv_nsec -= 1000000000;
-            until.tv_sec++;
-        }
-        pthread_cond_timedwait(&cpu.wake, &cpu.mutex, &until);
-        if (cpu.stopping) {
-            break;
-        }
+        uint64_t begun = thread_cpu_ns();
         if (signal_is_ours()) {
             update_timers();
         }
@@ -325,6 +438,13 @@ watch(void *unused)
             release_slots();
             break;
         }
+        uint64_t pause_ns = (thread_cpu_ns() - begun) * WATCH_SHARE;
+        struct timespec until;
+        clock_gettime(CLOCK_MONOTONIC, &until);
+        pause_ns = (uint64_t)until.tv_nsec + (pause_ns > WATCH_NS ? pause_ns : WATCH_NS);
+        until.tv_sec += (time_t)(pause_ns / 1000000000);
+        until.tv_nsec = (long)(pause_ns % 1000000000);
+        pthread_cond_timedwait(&cpu.wake, &cpu.mutex, &until);
     }
     cpu.watcher_ns = thread_cpu_ns();
     pthread_mutex_unlock(&cpu.mutex);
@@ -358,8 +478,38 @@ refuse(PyObject *type, const char *reason)
     return false;
 }
 
+static bool
+open_tables(void)
+{
+    if (names_open(cpu_names)) {
+        if (labels_open_marks()) {
+            if (store_open(&cpu.samples, SAMPLE_SLOTS, SAMPLE_UNITS, 1)) {
+                return true;
+            }
+            labels_close_marks();
+        }
+        names_close(cpu_names);
+    }
+    return false;
+}
+
+static void
+forget_slots(void)
+{
+    int count = atomic_load(&cpu.slot_count);
+    atomic_store(&cpu.slot_count, 0);
+    for (int i = 0; i < count; i++) {
+        Slot *slot = slot_at(i);
+        slot->samples = slot->periods = slot->unreadable = slot->lost = slot->skipped =
+            slot->unlabelled = slot->own_ns = 0;
+        cpu.threads[i] = 0;
+    }
+    cpu.unused_count = cpu.next_check = 0;
+    memset(cpu.seen, 0, sizeof cpu.seen);
+}
+
 bool
-cpu_start(long hz)
+cpu_start(long hz, Budget budget)
 {
     struct sigaction current;
     struct itimerval timer;
@@ -376,36 +526,17 @@ cpu_start(long hz)
     if (timer.it_value.tv_sec != 0 || timer.it_value.tv_usec != 0) {
         return refuse(PyExc_RuntimeError, "the application uses ITIMER_PROF");
     }
-    if (cpu.slots == NULL) {
-        /* Never unmapped: a handler may be late. Only the slots of threads are ever touched. */
-        void *memory = mmap(NULL, MAX_THREADS * sizeof(Slot), PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) {
-            PyErr_NoMemory();
-            return false;
-        }
-        cpu.slots = memory;
-    }
     cpu_free();
-    if (!names_open()) {
+    if (!open_tables()) {
         PyErr_NoMemory();
         return false;
     }
-    if (!store_open(&cpu.samples, SAMPLE_SLOTS, SAMPLE_UNITS, 1)) {
-        names_close();
-        PyErr_NoMemory();
-        return false;
-    }
-    for (int i = 0; i < cpu.slot_count; i++) {
-        Slot *slot = &cpu.slots[i];
-        slot->samples = slot->periods = slot->unreadable = slot->lost = slot->own_ns = 0;
-    }
-    cpu.slot_count = 0;
+    forget_slots();
     cpu.period_ns = 1000000000 / hz;
+    cpu.budget = budget;
     cpu.watcher_ns = cpu.unsampled = 0;
     cpu.walker.pid = getpid();
     cpu.seed = (unsigned)thread_cpu_ns();
-    labels_clear_marks();
     atomic_store(&cpu.displaced, false);
 
     /* SA_ONSTACK, because Go's threads and faulthandler provide an alternate stack to run on. */
@@ -415,7 +546,9 @@ cpu_start(long hz)
     sigaction(SIGPROF, &ours, &cpu.replaced);
     cpu.started = cpu.active = true;
     atomic_store(&cpu.on, true);
-    update_timers();
+    /* Of all other threads, the watcher makes the timers: a thousand take 20 ms. */
+    const PyThreadState *state = PyThreadState_Get();
+    sample_thread((pid_t)syscall(SYS_gettid), (StateId){state->interp->id, state->id});
     if (!start_watcher()) {
         PyErr_SetFromErrno(PyExc_OSError);
         cpu_stop();
@@ -429,7 +562,7 @@ static bool
 any_handler_runs(void)
 {
     for (int i = 0; i < cpu.slot_count; i++) {
-        if (atomic_load(&cpu.slots[i].busy)) {
+        if (atomic_load(&slot_at(i)->busy)) {
             return true;
         }
     }
@@ -440,11 +573,11 @@ static void
 stop_watcher(void)
 {
     if (cpu.has_watcher) {
+        Py_BEGIN_ALLOW_THREADS
         pthread_mutex_lock(&cpu.mutex);
         cpu.stopping = true;
         pthread_cond_signal(&cpu.wake);
         pthread_mutex_unlock(&cpu.mutex);
-        Py_BEGIN_ALLOW_THREADS
         pthread_join(cpu.watcher, NULL);
         Py_END_ALLOW_THREADS
         pthread_cond_destroy(&cpu.wake);
@@ -460,7 +593,9 @@ cpu_stop(void)
     }
     cpu.started = false;
     stop_watcher();
+    Py_BEGIN_ALLOW_THREADS
     release_slots();
+    Py_END_ALLOW_THREADS
     if (signal_is_ours()) {
         /* To ignore a signal discards one that is pending; the default action ends the process. */
         struct sigaction ignore = {.sa_handler = SIG_IGN};
@@ -475,7 +610,6 @@ cpu_stop(void)
         Py_END_ALLOW_THREADS
     }
     cpu.active = false;
-    names_close();
 }
 
 void
@@ -483,9 +617,12 @@ cpu_free(void)
 {
     if (!cpu.active && cpu.samples.slots != NULL) {
         if (any_handler_runs()) {
-            cpu.samples.slots = NULL; /* leak it rather than crash; this has never been seen */
+            cpu.samples.slots = NULL; /* leak it all rather than crash; this has never been seen */
+            return;
         }
         store_close(&cpu.samples);
+        labels_close_marks();
+        names_close(cpu_names);
     }
 }
 
@@ -496,11 +633,13 @@ cpu_stats(void)
                       .unsampled = cpu.unsampled,
                       .displaced = atomic_load(&cpu.displaced)};
     for (int i = 0; i < cpu.slot_count; i++) {
-        Slot *slot = &cpu.slots[i];
+        Slot *slot = slot_at(i);
         stats.samples += slot->samples;
         stats.periods += slot->periods;
         stats.unreadable += slot->unreadable;
         stats.lost += slot->lost;
+        stats.skipped += slot->skipped;
+        stats.unlabelled += slot->unlabelled;
         stats.own_ns += slot->own_ns;
     }
     return stats;
@@ -553,19 +692,25 @@ cpu_read(uint32_t *id, int limit)
 PyObject *
 cpu_threads(void)
 {
-    pid_t threads[MAX_THREADS + 1];
-    int count = 0;
+    /* A copy: to make objects may collect garbage, and a finalizer may end sampling. */
     pthread_mutex_lock(&cpu.mutex);
-    threads[count++] = cpu.watcher_id;
-    for (int i = 0; i < cpu.slot_count; i++) {
-        threads[count] = cpu.slots[i].thread;
-        count += threads[count] != 0;
+    int count = atomic_load(&cpu.slot_count), watcher = cpu.watcher_id;
+    pid_t *threads = malloc(((size_t)count + 1) * sizeof(pid_t));
+    if (threads != NULL) {
+        memcpy(threads, cpu.threads, (size_t)count * sizeof(pid_t));
     }
     pthread_mutex_unlock(&cpu.mutex);
-    PyObject *list = PyList_New(0);
-    for (int i = 0; list != NULL && i < count; i++) {
-        list_append_new(&list, PyLong_FromLong(threads[i]));
+    if (threads == NULL) {
+        return PyErr_NoMemory();
     }
+    threads[count] = watcher;
+    PyObject *list = PyList_New(0);
+    for (int i = 0; list != NULL && i <= count; i++) {
+        if (threads[i] != 0) {
+            list_append_new(&list, PyLong_FromLong(threads[i]));
+        }
+    }
+    free(threads);
     return list;
 }
 
@@ -579,13 +724,13 @@ cpu_after_fork_in_child(void)
     if (signal_is_ours()) {
         sigaction(SIGPROF, &cpu.replaced, NULL);
     }
-    for (int i = 0; i < cpu.slot_count; i++) {
-        cpu.slots[i].thread = 0;
-        atomic_store(&cpu.slots[i].busy, false);
+    int count = atomic_load(&cpu.slot_count);
+    for (int i = 0; i < count; i++) {
+        atomic_store(&slot_at(i)->busy, false);
     }
+    forget_slots();
     atomic_store(&cpu.on, false);
     cpu.started = cpu.active = cpu.has_watcher = false;
     pthread_mutex_init(&cpu.mutex, NULL);
     cpu_free();
-    names_close();
 }

@@ -214,7 +214,7 @@ record_stack_and_label(uint32_t *stack, uint32_t *label)
         heap.stack.depth = 1;
         heap.stack.places[0] = PLACE_NO_FRAME;
     }
-    else if (unwind(&heap.reader, state, &heap.state, &heap.stack)) {
+    else if (unwind(heap_names, &heap.reader, state, &heap.state, &heap.stack)) {
         set = labels_find(&heap.reader, &heap.state, &copy);
     }
     else {
@@ -323,13 +323,13 @@ open_tables(void)
     if (heap.waiting == NULL) {
         heap.waiting = heap.tables[0];
     }
-    if (names_open()) {
+    if (names_open(heap_names)) {
         if (blocks_open() && store_open(&heap.stacks, 1u << 19, 1u << 21, 1) &&
             store_open(&heap.buckets, 1u << 17, 1u << 19, 1)) {
             return true;
         }
         clear_tables();
-        names_close();
+        names_close(heap_names);
     }
     return false;
 }
@@ -371,7 +371,7 @@ heap_stop(void)
         heap.on = false;
         clear_tables();
         pthread_mutex_unlock(&heap.mutex);
-        names_close();
+        names_close(heap_names);
     }
 }
 
@@ -560,6 +560,6 @@ heap_after_fork_in_child(void)
     hooks_after_fork_in_child();
     pthread_mutex_unlock(&heap.mutex);
     if (was_on) {
-        names_close();
+        names_close(heap_names);
     }
 }

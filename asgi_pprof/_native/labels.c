@@ -1,10 +1,12 @@
 #include "labels.h"
 
-#include <stdatomic.h>
 #include <structmember.h>
 
+#include "store.h"
+
 #define MAGIC 0x61736769706c6273u
-#define MARKS 65536
+#define MARK_SLOTS (1u << 18)
+#define MARK_UNITS (1u << 17) /* one a set: as many as a CPU profile's samples may have */
 
 static PyObject *variable;
 static int32_t variable_hash;
@@ -13,7 +15,13 @@ static PyObject *writer;
 static void (*on_death)(uint32_t pending, uint32_t label);
 static uint64_t last_number;
 static LabelSet *living;
-static _Atomic uint8_t marks[MARKS];
+static ByteStore marks; /* the numbers of the sets that are marked */
+
+static bool
+is_marked(const LabelSet *set)
+{
+    return marks.slots != NULL && store_find(&marks, 0, &set->number, sizeof set->number) != 0;
+}
 
 static PyObject *
 labelset_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
@@ -45,7 +53,7 @@ static void
 labelset_finalize(PyObject *object)
 {
     LabelSet *self = (LabelSet *)object;
-    bool marked = atomic_load_explicit(&marks[self->number % MARKS], memory_order_relaxed);
+    bool marked = is_marked(self);
     if ((self->pending == 0 && !marked) || writer == NULL) {
         return; /* labelset_dealloc does the rest */
     }
@@ -232,18 +240,22 @@ labels_find(Reader *reader, const PyThreadState *state, LabelSet *found)
     return (LabelSet *)value;
 }
 
-void
-labels_mark(uint64_t number)
+bool
+labels_open_marks(void)
 {
-    atomic_store_explicit(&marks[number % MARKS], 1, memory_order_relaxed);
+    return store_open(&marks, MARK_SLOTS, MARK_UNITS, 1);
 }
 
 void
-labels_clear_marks(void)
+labels_close_marks(void)
 {
-    for (size_t i = 0; i < MARKS; i++) {
-        atomic_store_explicit(&marks[i], 0, memory_order_relaxed);
-    }
+    store_close(&marks);
+}
+
+bool
+labels_mark(uint64_t number)
+{
+    return store_intern(&marks, 0, &number, sizeof number, 0) != 0;
 }
 
 bool
@@ -258,8 +270,7 @@ labels_marked(void)
 {
     PyObject *list = PyList_New(0);
     for (LabelSet *set = living; list != NULL && set != NULL; set = set->next) {
-        if (atomic_load_explicit(&marks[set->number % MARKS], memory_order_relaxed) &&
-            labels_can_be_asked(set) && PyList_Append(list, (PyObject *)set) < 0) {
+        if (is_marked(set) && labels_can_be_asked(set) && PyList_Append(list, (PyObject *)set) < 0) {
             Py_CLEAR(list); /* this may free sets, so the walk must end */
             break;
         }

@@ -37,9 +37,12 @@ void labels_on_death(void (*callback)(uint32_t pending, uint32_t label));
 /* Copy the set of a thread's context to `found`, and return its address; NULL for none. */
 LabelSet *labels_find(Reader *reader, const PyThreadState *state, LabelSet *found);
 
-/* Mark a set, by its number, because a sample has that number; and remove all marks. */
-void labels_mark(uint64_t number);
-void labels_clear_marks(void);
+/* Start and stop to mark sets; false without memory. A set that dies unmarked is forgotten. */
+bool labels_open_marks(void);
+void labels_close_marks(void);
+
+/* Mark a set, by its number, because a sample has that number; false if there are too many. */
+bool labels_mark(uint64_t number);
 
 /*
  * Return whether a set can be asked for its labels. It cannot while it is deallocated, nor once

@@ -13,7 +13,7 @@
  *   lists:         layout
  *   threads:       layout
  *   gc_timer:      clocks layout
- *   labels:        layout reader
+ *   labels:        layout reader store
  *   names:         layout reader store
  *   hooks:         blocks layout threads
  *   asyncio_state: layout lists reader threads
@@ -78,26 +78,32 @@ native_use_labels(PyObject *Py_UNUSED(module), PyObject *args)
 }
 
 static PyObject *
-native_describe(PyObject *Py_UNUSED(module), PyObject *argument)
+native_describe(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    unsigned long place = PyLong_AsUnsignedLong(argument);
+    PyObject *number;
+    int of_heap;
+    if (!PyArg_ParseTuple(args, "Op", &number, &of_heap)) {
+        return NULL;
+    }
+    unsigned long place = PyLong_AsUnsignedLong(number);
     if (PyErr_Occurred()) {
         return NULL;
     }
-    return names_describe(place);
+    return names_describe(of_heap ? heap_names : cpu_names, place);
 }
 
 static PyObject *
-native_cpu_start(PyObject *Py_UNUSED(module), PyObject *argument)
+native_cpu_start(PyObject *Py_UNUSED(module), PyObject *args)
 {
-    long hz = PyLong_AsLong(argument);
-    if (hz == -1 && PyErr_Occurred()) {
+    long hz;
+    unsigned long long credit_ns = 20000000, share = 8;
+    if (!PyArg_ParseTuple(args, "l|KK", &hz, &credit_ns, &share)) {
         return NULL;
     }
     if (hz < 1 || hz > 100000) {
         return PyErr_Format(PyExc_ValueError, "hz is 1 to 100000, not %ld", hz);
     }
-    return none_unless(refuse_when_closed() || !cpu_start(hz));
+    return none_unless(refuse_when_closed() || !cpu_start(hz, (Budget){credit_ns, share}));
 }
 
 static PyObject *
@@ -136,11 +142,13 @@ static PyObject *
 native_cpu_stats(NO_ARGUMENTS)
 {
     CpuStats s = cpu_stats();
-    return Py_BuildValue("{sKsKsKsKsKsKsKsO}",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsO}",
                          "samples", (unsigned long long)s.samples,
                          "periods", (unsigned long long)s.periods,
                          "unreadable", (unsigned long long)s.unreadable,
                          "lost", (unsigned long long)s.lost,
+                         "skipped", (unsigned long long)s.skipped,
+                         "unlabelled", (unsigned long long)s.unlabelled,
                          "own_ns", (unsigned long long)s.own_ns,
                          "watcher_ns", (unsigned long long)s.watcher_ns,
                          "unsampled", (unsigned long long)s.unsampled,
@@ -207,7 +215,7 @@ native_heap_stats(NO_ARGUMENTS)
                          "unlabelled", (unsigned long long)s.unlabelled,
                          "unreadable", (unsigned long long)s.unreadable,
                          "stacks", (unsigned long long)s.stacks,
-                         "names_refused", names_refused());
+                         "names_refused", names_refused(heap_names));
 }
 
 static PyObject *
@@ -259,10 +267,11 @@ static PyMethodDef methods[] = {
     {"use_labels", native_use_labels, METH_VARARGS,
      PyDoc_STR("use_labels(variable, writer): the context variable of the label sets, and the"
                " function that stores dying ones: writer(set, number, marked) -> label.")},
-    {"describe", native_describe, METH_O,
-     PyDoc_STR("describe(place) -> (name, file, first line, line)")},
-    {"cpu_start", native_cpu_start, METH_O,
-     PyDoc_STR("cpu_start(hz): raises RuntimeError if SIGPROF or its timer is in use.")},
+    {"describe", native_describe, METH_VARARGS,
+     PyDoc_STR("describe(place, of_heap) -> (name, file, first line, line or 0)")},
+    {"cpu_start", native_cpu_start, METH_VARARGS,
+     PyDoc_STR("cpu_start(hz, credit_ns=20_000_000, share=8): raises RuntimeError if SIGPROF or"
+               " its timer is in use. The others bound the cost: see Budget.")},
     {"cpu_stop", native_cpu_stop, METH_NOARGS,
      PyDoc_STR("Stop sampling; samples stay until cpu_free.")},
     {"cpu_free", native_cpu_free, METH_NOARGS, PyDoc_STR("Drop the samples.")},
@@ -343,7 +352,8 @@ execute(PyObject *module)
                    PyModule_AddIntMacro(module, PLACE_TRUNCATED) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_UNREADABLE) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_NO_FRAME) < 0 ||
-                   PyModule_AddIntMacro(module, PLACE_LOST) < 0
+                   PyModule_AddIntMacro(module, PLACE_LOST) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_SKIPPED) < 0
                ? -1
                : 0;
 }

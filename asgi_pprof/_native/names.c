@@ -1,16 +1,21 @@
 /*
  * Two caches make it cheap to find a known place: one by the address of the code object, one by
  * function and instruction. An address is valid as long as its code object lives. So while a
- * sampler runs we replace the destructor of code objects: ours forgets the address, and then
+ * table is open we replace the destructor of code objects: ours forgets the address, and then
  * calls the original.
+ *
+ * To find a line takes as long as the code is. Of large code a place has the instruction, whose
+ * line is found when it is described; if the code is gone by then, it is not known.
  *
  * Sources: Objects/codeobject.c (code_dealloc), Objects/locations.md (line table).
  */
 #include "names.h"
 
+#include <stdlib.h>
+
 #include "store.h"
 
-enum { KIND_STRING, KIND_FUNCTION, KIND_PLACE };
+enum { KIND_STRING, KIND_FUNCTION, KIND_PLACE, KIND_INSTRUCTION };
 
 typedef struct {
     uint32_t name, file; /* ids of strings */
@@ -21,68 +26,116 @@ typedef struct {
 
 typedef struct {
     uint32_t function;
-    int32_t line;
+    int32_t line; /* or instruction */
 } PlaceKey;
+
+/* A position in a line table, and what is known there. */
+typedef struct {
+    size_t at;
+    int64_t instruction;
+    int32_t line, found;
+} LinePoint;
+
+/* Large code that lives and has places. */
+typedef struct {
+    _Atomic uintptr_t code; /* its address; 0: an empty slot */
+    _Atomic uint32_t function;
+    LinePoint *points; /* one every LINE_WINDOW bytes; NULL before the first is asked for */
+    size_t point_count;
+} LargeCode;
 
 #define ID_BITS 22 /* 64 MiB in units of 16 bytes */
 #define ID_MASK ((1u << ID_BITS) - 1)
 #define INSTRUCTION_BITS 20
 #define CODE_CACHE 4096
 #define PLACE_CACHE 16384
+#define LARGE_TABLE 16384 /* bytes of a line table: some thousand lines */
+#define LINE_WINDOW 4096
+#define MAX_LARGE 256
 
-static ByteStore store;
-/* By the address of a code object: the rest of the address, and the id of its function. */
-static _Atomic uint64_t code_cache[CODE_CACHE];
-/* By function and instruction: both, and the id of the place. */
-static _Atomic uint64_t place_cache[PLACE_CACHE];
-static int users;
+struct NameTable {
+    bool open;
+    ByteStore store;
+    /* By the address of a code object: the rest of the address, and the id of its function. */
+    _Atomic uint64_t code_cache[CODE_CACHE];
+    /* By function and instruction: both, and the id of the place. */
+    _Atomic uint64_t place_cache[PLACE_CACHE];
+    LargeCode large[MAX_LARGE];
+};
+
+static NameTable tables[2];
+NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1];
+
 static destructor code_dealloc;
+static Reader describer = {.trusted = true};
 
 static _Atomic uint64_t *
-code_slot(uintptr_t address)
+code_slot(NameTable *table, uintptr_t address)
 {
-    return &code_cache[(address >> 4) & (CODE_CACHE - 1)];
+    return &table->code_cache[(address >> 4) & (CODE_CACHE - 1)];
 }
 
 static uint32_t
-known_function(uintptr_t address)
+known_function(NameTable *table, uintptr_t address)
 {
-    uint64_t entry = atomic_load_explicit(code_slot(address), memory_order_acquire);
+    uint64_t entry = atomic_load_explicit(code_slot(table, address), memory_order_acquire);
     return entry >> 32 == address >> 16 ? (uint32_t)entry & ID_MASK : 0;
 }
 
 static void
-remember_function(uintptr_t address, uint32_t function)
+remember_function(NameTable *table, uintptr_t address, uint32_t function)
 {
     if (address >> 48 == 0) { /* bits 4 to 15 are the slot, 16 to 47 the entry's upper half */
-        atomic_store_explicit(code_slot(address), (uint64_t)(address >> 16) << 32 | function,
-                              memory_order_release);
+        atomic_store_explicit(code_slot(table, address),
+                              (uint64_t)(address >> 16) << 32 | function, memory_order_release);
     }
 }
 
 static void
-forget_and_dealloc(PyObject *code)
+forget_large(LargeCode *large)
 {
-    uintptr_t address = (uintptr_t)code;
-    _Atomic uint64_t *slot = code_slot(address);
+    free(large->points);
+    large->points = NULL;
+    atomic_store(&large->function, 0);
+    atomic_store(&large->code, 0);
+}
+
+static void
+forget_code(NameTable *table, uintptr_t address, bool is_large)
+{
+    _Atomic uint64_t *slot = code_slot(table, address);
     uint64_t entry = atomic_load_explicit(slot, memory_order_relaxed);
     if (entry >> 32 == address >> 16) {
         atomic_compare_exchange_strong(slot, &entry, 0);
     }
-    code_dealloc(code);
+    for (int i = 0; is_large && i < MAX_LARGE; i++) {
+        if (atomic_load(&table->large[i].code) == address) {
+            forget_large(&table->large[i]);
+        }
+    }
+}
+
+static void
+forget_and_dealloc(PyObject *object)
+{
+    const PyObject *lines = ((PyCodeObject *)object)->co_linetable;
+    bool is_large = lines != NULL && PyBytes_GET_SIZE(lines) > LARGE_TABLE;
+    forget_code(cpu_names, (uintptr_t)object, is_large);
+    forget_code(heap_names, (uintptr_t)object, is_large);
+    code_dealloc(object);
 }
 
 bool
-names_open(void)
+names_open(NameTable *table)
 {
-    if (store.slots == NULL && !store_open(&store, 1u << 18, 1u << ID_BITS, PLACE_FIRST)) {
+    if (!store_open(&table->store, 1u << 18, 1u << ID_BITS, PLACE_FIRST)) {
         return false;
     }
-    if (users++ == 0 && PyCode_Type.tp_dealloc != forget_and_dealloc) {
-        /* Code objects may have been freed while no sampler ran. */
-        for (size_t i = 0; i < CODE_CACHE; i++) {
-            atomic_store_explicit(&code_cache[i], 0, memory_order_relaxed);
-        }
+    /* The ids of the last time are gone, and so may be its code. */
+    memset(table->code_cache, 0, sizeof table->code_cache);
+    memset(table->place_cache, 0, sizeof table->place_cache);
+    table->open = true;
+    if (PyCode_Type.tp_dealloc != forget_and_dealloc) {
         code_dealloc = PyCode_Type.tp_dealloc;
         PyCode_Type.tp_dealloc = forget_and_dealloc;
     }
@@ -90,18 +143,23 @@ names_open(void)
 }
 
 void
-names_close(void)
+names_close(NameTable *table)
 {
+    store_close(&table->store);
+    table->open = false;
+    for (int i = 0; i < MAX_LARGE; i++) {
+        forget_large(&table->large[i]);
+    }
     /* If another destructor has been put on top of ours, both must stay. */
-    if (--users == 0 && PyCode_Type.tp_dealloc == forget_and_dealloc) {
+    if (!cpu_names->open && !heap_names->open && PyCode_Type.tp_dealloc == forget_and_dealloc) {
         PyCode_Type.tp_dealloc = code_dealloc;
     }
 }
 
 uint32_t
-names_refused(void)
+names_refused(const NameTable *table)
 {
-    return atomic_load_explicit(&store.refused, memory_order_relaxed);
+    return atomic_load_explicit(&table->store.refused, memory_order_relaxed);
 }
 
 static size_t
@@ -134,7 +192,7 @@ utf8_encode(char *to, uint32_t c)
  * there is no room. Return false if the object is no readable string.
  */
 static bool
-intern_string(Reader *reader, const PyObject *object, uint32_t *id)
+intern_string(NameTable *table, Reader *reader, const PyObject *object, uint32_t *id)
 {
     PyASCIIObject string;
     if (!reader_read_once(reader, object, &string, sizeof string) ||
@@ -165,7 +223,7 @@ intern_string(Reader *reader, const PyObject *object, uint32_t *id)
         memcpy(reader->text + size, "...", 3);
         size += 3;
     }
-    *id = store_intern(&store, KIND_STRING, reader->text, (uint32_t)size, 0);
+    *id = store_intern(&table->store, KIND_STRING, reader->text, (uint32_t)size, 0);
     return true;
 }
 
@@ -227,55 +285,132 @@ hash_lines(Reader *reader, const PyCodeObject *code, size_t size)
 {
     LineTable table = open_lines(reader, code, size);
     uint64_t hash = size;
-    while (table.at < table.size && !table.failed) {
+    size_t end = size > LARGE_TABLE ? LINE_WINDOW : size;
+    while (table.at < end && !table.failed) {
         hash = (hash ^ next_byte(&table)) * 0x100000001b3u; /* FNV-1a */
     }
     return hash;
 }
 
+/* Move on by one entry: some instructions, and their line unless they have none. */
+static void
+next_entry(LineTable *table, LinePoint *point)
+{
+    unsigned first = next_byte(table), form = first >> 3 & 15;
+    if (form == 13 || form == 14) {
+        point->line += next_signed(table);
+    }
+    else if (form >= 10 && form <= 12) {
+        point->line += (int32_t)form - 10;
+    }
+    if (form != 15 && !table->failed) {
+        point->found = point->line;
+    }
+    point->instruction += (first & 7) + 1;
+    while (table->at < table->size && !(peek_byte(table) & 0x80)) { /* columns */
+        table->at++;
+    }
+    point->at = table->at;
+}
+
+static LinePoint
+first_point(const PyCodeObject *code)
+{
+    return (LinePoint){0, 0, code->co_firstlineno, code->co_firstlineno};
+}
+
 /* Return an instruction's line; if it has none, that of the last one before it that has. */
 static int32_t
-find_line(Reader *reader, const PyCodeObject *code, size_t table_size, int64_t instruction)
+find_line(Reader *reader, const PyCodeObject *code, size_t table_size, LinePoint from,
+          int64_t instruction)
 {
     LineTable table = open_lines(reader, code, table_size);
-    int32_t line = code->co_firstlineno, found = line;
-    int64_t position = 0;
-    while (table.at < table.size && position <= instruction && !table.failed) {
-        unsigned first = next_byte(&table), form = first >> 3 & 15;
-        if (form == 13 || form == 14) {
-            line += next_signed(&table);
-        }
-        else if (form >= 10 && form <= 12) {
-            line += (int32_t)form - 10;
-        }
-        if (form != 15 && !table.failed) {
-            found = line;
-        }
-        position += (first & 7) + 1;
-        while (table.at < table.size && !(peek_byte(&table) & 0x80)) { /* columns */
-            table.at++;
+    table.at = from.at;
+    while (table.at < table.size && from.instruction <= instruction && !table.failed) {
+        next_entry(&table, &from);
+    }
+    return from.found;
+}
+
+static void
+find_points(LargeCode *large, const PyCodeObject *code, size_t table_size)
+{
+    large->points = malloc((table_size / LINE_WINDOW + 2) * sizeof(LinePoint));
+    if (large->points == NULL) {
+        return;
+    }
+    LineTable table = open_lines(&describer, code, table_size);
+    LinePoint point = first_point(code);
+    large->points[0] = point;
+    large->point_count = 1;
+    while (table.at < table.size && !table.failed) {
+        next_entry(&table, &point);
+        if (point.at >= large->point_count * LINE_WINDOW) {
+            large->points[large->point_count++] = point;
         }
     }
-    return found;
+}
+
+/* Return the line of an instruction in large code, 0 if it is gone. With the GIL. */
+static int32_t
+find_large_line(NameTable *table, uint32_t function, int64_t instruction)
+{
+    for (int i = 0; i < MAX_LARGE; i++) {
+        LargeCode *large = &table->large[i];
+        if (atomic_load(&large->function) != function) {
+            continue;
+        }
+        const PyCodeObject *code = (const PyCodeObject *)atomic_load(&large->code);
+        size_t size = (size_t)PyBytes_GET_SIZE(code->co_linetable);
+        if (large->points == NULL) {
+            find_points(large, code, size);
+        }
+        if (large->points == NULL) {
+            return find_line(&describer, code, size, first_point(code), instruction);
+        }
+        size_t low = 0, high = large->point_count; /* the last point before the instruction */
+        while (high - low > 1) {
+            size_t middle = (low + high) / 2;
+            *(large->points[middle].instruction <= instruction ? &low : &high) = middle;
+        }
+        return find_line(&describer, code, size, large->points[low], instruction);
+    }
+    return 0;
+}
+
+static void
+remember_large(NameTable *table, uintptr_t address, uint32_t function)
+{
+    for (int i = 0; i < MAX_LARGE; i++) {
+        LargeCode *large = &table->large[i];
+        uintptr_t empty = 0;
+        if (atomic_load(&large->code) == address) {
+            return; /* the code cache has been used for another one meanwhile */
+        }
+        if (atomic_compare_exchange_strong(&large->code, &empty, address)) {
+            atomic_store(&large->function, function);
+            return;
+        }
+    }
 }
 
 static _Atomic uint64_t *
-place_slot(uint64_t key)
+place_slot(NameTable *table, uint64_t key)
 {
-    return &place_cache[(key * 0x9e3779b97f4a7c15u >> 40) & (PLACE_CACHE - 1)];
+    return &table->place_cache[(key * 0x9e3779b97f4a7c15u >> 40) & (PLACE_CACHE - 1)];
 }
 
 uint32_t
-names_place(Reader *reader, PyCodeObject *address, const char *instruction)
+names_place(NameTable *names, Reader *reader, PyCodeObject *address, const char *instruction)
 {
     const char *bytecode = (const char *)address + CODE_SIZE;
     /* From 1, because a frame before its first instruction may be at -1. */
     int64_t at = (instruction - bytecode) / (int64_t)sizeof(_Py_CODEUNIT) + 1;
     bool cacheable = at >= 0 && at < 1 << INSTRUCTION_BITS;
-    uint32_t function = known_function((uintptr_t)address);
+    uint32_t function = known_function(names, (uintptr_t)address);
     if (function != 0 && cacheable) {
         uint64_t key = (uint64_t)function << INSTRUCTION_BITS | (uint64_t)at;
-        uint64_t entry = atomic_load_explicit(place_slot(key), memory_order_acquire);
+        uint64_t entry = atomic_load_explicit(place_slot(names, key), memory_order_acquire);
         if (entry >> ID_BITS == key) {
             return (uint32_t)entry & ID_MASK;
         }
@@ -290,53 +425,69 @@ names_place(Reader *reader, PyCodeObject *address, const char *instruction)
     }
     if (function == 0) {
         FunctionKey key = {.first_line = code.co_firstlineno};
-        if (!intern_string(reader, code.co_qualname, &key.name) ||
-            !intern_string(reader, code.co_filename, &key.file)) {
+        if (!intern_string(names, reader, code.co_qualname, &key.name) ||
+            !intern_string(names, reader, code.co_filename, &key.file)) {
             return PLACE_NONE;
         }
         key.table_hash = hash_lines(reader, &code, (size_t)table.ob_size);
         if (key.name == 0 || key.file == 0 ||
-            (function = store_intern(&store, KIND_FUNCTION, &key, sizeof key, 0)) == 0) {
+            (function = store_intern(&names->store, KIND_FUNCTION, &key, sizeof key, 0)) == 0) {
             return PLACE_LOST;
         }
-        remember_function((uintptr_t)address, function);
+        if (table.ob_size > LARGE_TABLE) {
+            remember_large(names, (uintptr_t)address, function);
+        }
+        remember_function(names, (uintptr_t)address, function);
     }
     uint32_t id = PLACE_HIDDEN;
     if (at - 1 >= code._co_firsttraceable) {
-        PlaceKey place = {function, find_line(reader, &code, (size_t)table.ob_size, at - 1)};
-        id = store_intern(&store, KIND_PLACE, &place, sizeof place, 0);
+        bool is_large = table.ob_size > LARGE_TABLE;
+        PlaceKey place = {function, (int32_t)(at - 1)};
+        if (!is_large) {
+            place.line = find_line(reader, &code, (size_t)table.ob_size, first_point(&code),
+                                   at - 1);
+        }
+        id = store_intern(&names->store, is_large ? KIND_INSTRUCTION : KIND_PLACE, &place,
+                          sizeof place, 0);
         if (id == 0) {
             return PLACE_LOST;
         }
     }
     if (cacheable) {
         uint64_t known = (uint64_t)function << INSTRUCTION_BITS | (uint64_t)at;
-        atomic_store_explicit(place_slot(known), known << ID_BITS | id, memory_order_release);
+        atomic_store_explicit(place_slot(names, known), known << ID_BITS | id, memory_order_release);
     }
     return id;
 }
 
 static PyObject *
-describe_string(uint32_t id)
+describe_string(const NameTable *table, uint32_t id)
 {
-    const RecordHeader *record = store_record(&store, id);
+    const RecordHeader *record = store_record(&table->store, id);
     return PyUnicode_DecodeUTF8(record_key(record), record_size(record), "surrogatepass");
 }
 
 PyObject *
-names_describe(unsigned long place)
+names_describe(NameTable *table, unsigned long place)
 {
-    if (store.slots == NULL || place < PLACE_FIRST || place >= atomic_load(&store.used) ||
-        record_kind(store_record(&store, (uint32_t)place)) != KIND_PLACE) {
+    unsigned kind = KIND_STRING;
+    if (table->store.slots != NULL && place >= PLACE_FIRST &&
+        place < atomic_load(&table->store.used)) {
+        kind = record_kind(store_record(&table->store, (uint32_t)place));
+    }
+    if (kind != KIND_PLACE && kind != KIND_INSTRUCTION) {
         return PyErr_Format(PyExc_ValueError, "no code has the place %lu", place);
     }
-    const PlaceKey *key = record_key(store_record(&store, (uint32_t)place));
-    const FunctionKey *function = record_key(store_record(&store, key->function));
-    PyObject *name = describe_string(function->name), *file = describe_string(function->file);
+    PlaceKey key = *(const PlaceKey *)record_key(store_record(&table->store, (uint32_t)place));
+    FunctionKey function;
+    memcpy(&function, record_key(store_record(&table->store, key.function)), sizeof function);
+    int line = kind == KIND_PLACE ? key.line : find_large_line(table, key.function, key.line);
+    PyObject *name = describe_string(table, function.name);
+    PyObject *file = describe_string(table, function.file); /* to make a string collects nothing */
     if (name == NULL || file == NULL) {
         Py_XDECREF(name);
         Py_XDECREF(file);
         return NULL;
     }
-    return Py_BuildValue("(NNii)", name, file, function->first_line, key->line);
+    return Py_BuildValue("(NNii)", name, file, function.first_line, line);
 }

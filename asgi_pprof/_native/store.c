@@ -56,6 +56,13 @@ store_close(ByteStore *store)
     }
 }
 
+static bool
+is_record(const RecordHeader *record, uint32_t hash, uint32_t size_and_kind, const void *key)
+{
+    return record->hash == hash && record->size_and_kind == size_and_kind &&
+           memcmp(record_key(record), key, record_size(record)) == 0;
+}
+
 static uint32_t
 write_record(ByteStore *store, uint32_t hash, uint32_t size_and_kind, const void *key, uint32_t extra)
 {
@@ -97,13 +104,28 @@ store_intern(ByteStore *store, unsigned kind, const void *key, uint32_t size, ui
                 return ours;
             }
         }
-        const RecordHeader *record = store_record(store, id);
-        if (record->hash == hash && record->size_and_kind == size_and_kind &&
-            memcmp(record_key(record), key, size) == 0) {
+        if (is_record(store_record(store, id), hash, size_and_kind, key)) {
             return id;
         }
     }
     atomic_fetch_add_explicit(&store->refused, 1, memory_order_relaxed);
+    return 0;
+}
+
+uint32_t
+store_find(const ByteStore *store, unsigned kind, const void *key, uint32_t size)
+{
+    uint32_t hash = hash_of(kind, key, size), size_and_kind = size | (uint32_t)kind << 24;
+    for (uint32_t probe = 0; probe < MAX_PROBES; probe++) {
+        _Atomic uint32_t *slot = &store->slots[(hash + probe) & (store->slot_count - 1)];
+        uint32_t id = atomic_load_explicit(slot, memory_order_acquire);
+        if (id == 0) {
+            return 0;
+        }
+        if (is_record(store_record(store, id), hash, size_and_kind, key)) {
+            return id;
+        }
+    }
     return 0;
 }
 

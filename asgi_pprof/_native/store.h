@@ -41,6 +41,9 @@ void store_close(ByteStore *store);
  */
 uint32_t store_intern(ByteStore *store, unsigned kind, const void *key, uint32_t size, uint32_t extra);
 
+/* Return the id of these bytes, 0 if they have not been added. */
+uint32_t store_find(const ByteStore *store, unsigned kind, const void *key, uint32_t size);
+
 static inline const RecordHeader *
 store_record(const ByteStore *store, uint32_t id)
 {

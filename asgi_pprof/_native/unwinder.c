@@ -20,7 +20,7 @@ first_frame(Reader *reader, const PyThreadState *state, const Frame **frame)
 }
 
 static bool
-walk(Reader *reader, const PyThreadState *state, Stack *stack)
+walk(NameTable *names, Reader *reader, const PyThreadState *state, Stack *stack)
 {
     const Frame *at;
     if (!first_frame(reader, state, &at)) {
@@ -35,7 +35,8 @@ walk(Reader *reader, const PyThreadState *state, Stack *stack)
         if (frame_is_entry(&frame)) {
             continue;
         }
-        uint32_t place = names_place(reader, frame_code(&frame), frame_instruction(&frame));
+        uint32_t place = names_place(names, reader, frame_code(&frame),
+                                     frame_instruction(&frame));
         if (place == PLACE_NONE) {
             return false;
         }
@@ -55,11 +56,12 @@ walk(Reader *reader, const PyThreadState *state, Stack *stack)
 }
 
 bool
-unwind(Reader *reader, const PyThreadState *state, PyThreadState *copy, Stack *stack)
+unwind(NameTable *names, Reader *reader, const PyThreadState *state, PyThreadState *copy,
+       Stack *stack)
 {
     stack->depth = 0;
     memset(copy, 0, sizeof *copy);
-    if (reader_read(reader, state, copy, THREAD_STATE_SIZE) && walk(reader, copy, stack)) {
+    if (reader_read(reader, state, copy, THREAD_STATE_SIZE) && walk(names, reader, copy, stack)) {
         return true;
     }
     stack->depth = 1;

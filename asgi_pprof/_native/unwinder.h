@@ -23,7 +23,8 @@ typedef struct {
  * handler on that thread. Elsewhere that thread must be the calling one and hold the GIL (a
  * trusted reader).
  */
-bool unwind(Reader *reader, const PyThreadState *state, PyThreadState *copy, Stack *stack);
+bool unwind(NameTable *names, Reader *reader, const PyThreadState *state, PyThreadState *copy,
+            Stack *stack);
 
 /* Return a new tuple of places. They must be a copy, which no garbage collection can free. */
 PyObject *places_tuple(const uint32_t *places, uint32_t depth);

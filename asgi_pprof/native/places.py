@@ -12,19 +12,27 @@ from asgi_pprof.stacks import TRUNCATED, Symbols
 
 _UNREADABLE = pseudo_location("stack could not be read")
 _NO_FRAME = pseudo_location("no Python code")
+_SKIPPED = pseudo_location("no stack taken: samples of this thread had cost too much CPU")
 _LOST = pseudo_location("lost: too many different names")
 
 
 class Places:
-    """Caches locations by place, for as long as one profile is read."""
+    """
+    Caches locations by place, for as long as one profile is read.
 
-    def __init__(self) -> None:
+    Args:
+        of_heap: Whether the heap sampler has numbered the places, else the CPU sampler has.
+    """
+
+    def __init__(self, of_heap: bool) -> None:
+        self._of_heap = of_heap
         self._symbols = Symbols()
         self._locations: dict[int, Location] = {
             native.PLACE_TRUNCATED: TRUNCATED,
             native.PLACE_UNREADABLE: _UNREADABLE,
             native.PLACE_NO_FRAME: _NO_FRAME,
             native.PLACE_LOST: _LOST,
+            native.PLACE_SKIPPED: _SKIPPED,
         }
 
     def stack(self, places: Iterable[int]) -> Stack:
@@ -32,7 +40,10 @@ class Places:
         return tuple(self._locations.get(place) or self._describe(place) for place in places)
 
     def _describe(self, place: int) -> Location:
-        qualname, filename, first_line, line = native.describe(place)
+        try:
+            qualname, filename, first_line, line = native.describe(place, self._of_heap)
+        except ValueError:  # the sampler has been switched off meanwhile
+            return _LOST
         function = Function(self._symbols.qualify(filename, qualname), filename, first_line)
         location = self._locations[place] = Location(function, line)
         return location

@@ -80,7 +80,7 @@ def test_places_outside_code_have_names():
         native.PLACE_NO_FRAME,
         native.PLACE_LOST,
     ]
-    stack = Places().stack(special)
+    stack = Places(of_heap=False).stack(special)
     assert stack[0] is TRUNCATED
     assert [place.function.name for place in stack[1:]] == [
         "<stack could not be read>",
@@ -93,7 +93,7 @@ def test_places_outside_code_have_names():
 def test_numbers_that_are_not_places_are_refused(place):
     """They raise instead of crashing."""
     with pytest.raises((ValueError, OverflowError, TypeError)):
-        native.describe(place)
+        native.describe(place, False)
 
 
 def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():

@@ -12,11 +12,15 @@ it. A sample stands for a whole period, as in Go; the kernel checks these timers
 on its tick (often 250 Hz), and periods that ended since the last signal count too.
 
 What it costs: 35 to 70 us a sample, measured and reported in a comment; a
-thread without the GIL finds new threads every 40 ms (0.1 to 0.2 % of one CPU).
+thread without the GIL finds new threads every 40 ms (0.1 to 0.2 % of one CPU),
+however many old ones there are. A thread whose samples take more than an eighth
+of its CPU time is not sampled meanwhile; that time has a name of its own.
 
 What it misses: C functions (their time shows at the calling line); what a
 thread does in its first 50 ms; lines may lag by a few bytecodes on 3.14 and
 later, where the interpreter does not store the position of each instruction.
+Of code with thousands of lines that is gone before the profile is read, the line
+is 0; beyond 16,384 threads the rest are not sampled, which a comment says.
 
 Source: asgi_pprof/_native; timer_create(2); Go, runtime/signal_unix.go.
 """
@@ -110,7 +114,7 @@ def _build(run: _Run) -> Profile:
 
 
 def _sampled(period_ns: int) -> Iterator[Sample]:
-    places = Places()
+    places = Places(of_heap=False)
     labels = book.by_number(native.marked_labels())
     rows, position = native.cpu_read(0, _ROWS)
     while rows:
@@ -140,6 +144,12 @@ def _comments(run: _Run, stats: dict[str, int]) -> list[str]:
     ]
     if stats["lost"]:
         comments.append(f"lost: {stats['lost']} samples, no room for more different stacks")
+    if stats["skipped"]:
+        comments.append(
+            f"skipped: {stats['skipped']} samples, their threads had spent an eighth on sampling"
+        )
+    if stats["unlabelled"]:
+        comments.append(f"unlabelled: {stats['unlabelled']} samples, too many different requests")
     if stats["unreadable"]:
         comments.append(f"unreadable: the stacks of {stats['unreadable']} samples")
     if stats["unsampled"]:

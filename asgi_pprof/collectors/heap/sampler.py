@@ -175,7 +175,7 @@ class SampledHeap:
         return sum_samples(self._rows())
 
     def _rows(self) -> Iterator[Sample]:
-        places = Places()
+        places = Places(of_heap=True)
         for stack, size, label, *values in _ROW.iter_unpack(self.rows):
             pairs = book.pairs(label) if label < _PENDING else self.labels.get(label, ())
             labels = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import contextvars
 import ctypes
+import gc
 import hashlib
 import os
 import re
@@ -28,6 +29,7 @@ from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.labels import current
 from asgi_pprof.native.core import native
+from asgi_pprof.native.label_interner import book
 from asgi_pprof.request_labels import RequestLabels
 from asgi_pprof.runtime.proc import native_thread_ids
 from tests.decode import decode
@@ -728,6 +730,120 @@ def test_hundreds_of_short_threads_do_no_harm():
     assert clock_timers() == before
     """
     run_program(program, options=("-X", "dev", "-W", "error", "-W", "ignore::ResourceWarning"))
+
+
+def long_function(lines):
+    """Return a function of so many lines; two of them, both in the middle, take all of its time."""
+    source = ["def long(seconds):", " x = time.thread_time() + seconds"]
+    source += [" y = 0"] * (lines // 2)
+    source += [" while time.thread_time() < x:", "  sum(range(1000))"]
+    source += [" y = 1"] * (lines // 2)
+    names = {"time": time}
+    exec(compile("\n".join(source), "<long>", "exec"), names)
+    return names["long"], lines // 2 + 3
+
+
+@pytest.mark.parametrize("lines", [5_000, 50_000])
+def test_lines_of_long_functions_are_right_and_cost_no_more(lines):
+    """Their line tables are read when the profile is: in the handler that takes too long."""
+    long, hot = long_function(lines)
+
+    def check(seconds):
+        profile = profile_of(lambda: long(seconds), hz=500)
+        found = [place.line for each in profile.samples for place in each.stack[:1]]
+        assert found.count(hot) + found.count(hot + 1) > 0.9 * len(found)
+        (cost,) = [each for each in profile.comments if each.startswith("sampler: ")]
+        assert float(re.search(r"took ([\d.]+) ms", cost)[1]) / 1e3 < 0.1 * total_ns(profile) / 1e9
+
+    with_more_time(check, 0.3, 1, 3)
+
+
+def test_the_line_of_a_long_function_that_is_gone_is_not_known():
+    """It is 0, and neither a wrong one nor read from memory that is free."""
+
+    def work():
+        long, _ = long_function(20_000)
+        long(0.3)
+        del long
+        gc.collect()
+
+    places = {place for each in profile_of(work, hz=500).samples for place in each.stack}
+    (line,) = {place.line for place in places if place.function.name.endswith("long")}
+    assert line == 0
+
+
+def test_a_thread_whose_samples_cost_too_much_is_sampled_no_more():
+    """Its CPU is in the profile under a name that says so."""
+    native.cpu_start(1000, 0, 2**40)
+    try:
+        burn(0.3)
+    finally:
+        native.cpu_stop()
+    rows, _ = native.cpu_read(0, 1000)
+    stats = native.cpu_stats()
+    native.cpu_free()
+    skipped = sum(periods for places, _, periods in rows if places == (native.PLACE_SKIPPED,))
+    assert skipped == stats["skipped"] > 0.5 * stats["periods"]
+    assert sum(periods for *_, periods in rows) == stats["periods"]
+
+
+def test_more_than_a_thousand_threads_do_not_hide_the_main_thread():
+    """New ones come first in the interpreter's list; and looking for them costs next to nothing."""
+    program = """
+    import asyncio, threading, time
+    from asgi_pprof.collectors.cpu import native_engine as cpu_native
+
+    def burn():
+        end = time.thread_time() + 0.5
+        while time.thread_time() < end:
+            sum(range(1000))
+
+    async def main():
+        profile = asyncio.create_task(cpu_native.collect(600, ended, 100))
+        await asyncio.sleep(0.3)
+        burn()
+        await asyncio.sleep(3)
+        ended.set()
+        return await profile
+
+    threading.stack_size(256 * 1024)
+    stop, ended = threading.Event(), asyncio.Event()
+    for _ in range(1500):
+        threading.Thread(target=stop.wait, daemon=True).start()
+    profile = asyncio.run(main(), debug=False)
+    stop.set()
+    burned = [s for s in profile.samples if any("burn" in each.function.name for each in s.stack)]
+    looking = next(each for each in profile.comments if each.startswith("sampler"))
+    print(sum(s.values[1] for s in burned) / 0.5e9, looking.split()[-2])
+    assert not any(each.startswith("threads") for each in profile.comments)
+    """
+    share, looking_ms = run_program(program).split()
+    assert 0.8 < float(share) < 1.2
+    assert float(looking_ms) < 300  # it was 5 % of a CPU, besides what it takes to begin
+
+
+def test_labels_are_kept_of_sampled_sets_only():
+    """And of none once the profile has been read: a service makes one for each request."""
+
+    def requests(count):
+        for _ in range(count):
+            with labels(route="/items"):
+                sum(range(50))
+
+    profile_of(lambda: requests(20_000), hz=1000)
+    assert book._by_number == {}
+    native.cpu_start(1000)
+    try:
+        requests(200_000)
+        kept = len(book._by_number)
+    finally:
+        native.cpu_stop()
+        samples = native.cpu_stats()["samples"]
+        native.cpu_free()
+        book.forget_cpu()
+    assert kept <= samples
+    requests(70_000)
+    assert book._by_number == {}
 
 
 def test_two_hundred_threads_at_once_are_all_sampled():
