@@ -14,7 +14,7 @@ typedef struct {
     uintptr_t address; /* 0: an empty slot */
     uint64_t size;
     uint64_t captured_size; /* its size when its stack was recorded */
-    uint32_t stack, label;
+    uint32_t bucket;
 } Block;
 
 #define BLOCKS_FILTER (1u << 18)

@@ -7,6 +7,7 @@
 #include <string.h>
 
 #include "blocks.h"
+#include "buckets.h"
 #include "hooks.h"
 #include "labels.h"
 #include "lists.h"
@@ -15,36 +16,21 @@
 #include "store.h"
 #include "unwinder.h"
 
-#define MAX_PENDING 4096
-#define MAX_WAITING 8192
-#define WAITING_SLOTS (2 * MAX_WAITING)
-#define MANY_DEAD 256 /* resolve_labels visits everything, so not for one dead set */
 #define SMALL 512 /* pymalloc serves sizes up to this, in classes of 16 bytes */
+#define STACK_SLOTS (1u << 19)
+#define STACK_UNITS (1u << 21) /* 32 MiB of address space */
 
-/* Samples that wait for the label of their set: a temporary bucket. */
+/* Stacks and the names of their places. When one is full, the other takes what is still needed. */
 typedef struct {
-    uint32_t stack, label; /* label 0: an empty slot */
-    uint64_t size_class, objects, bytes;
-} Waiting;
+    ByteStore stacks;
+    NameTable *names;
+} Tables;
 
-/* A label set that has samples. While it lives, its route may still become known. */
-typedef struct {
-    LabelSet *set; /* borrowed; NULL when it has died */
-    uint32_t label; /* its label, once it has died */
-    bool used;
-} Pending;
+#define TABLE_BIT 31 /* of a bucket's stack: which of the two has it */
+#define STACK_MASK ((1u << TABLE_BIT) - 1)
 
 typedef struct {
-    uint32_t stack, label;
-    uint64_t size_class;
-} BucketKey;
-
-typedef struct {
-    uint64_t objects, bytes;
-} Bucket;
-
-typedef struct {
-    uint64_t stack; /* with heap.generation in the upper half */
+    uint64_t stack; /* with heap.starts in the upper half */
     uint64_t size_class, label;
     uint64_t alloc_objects, alloc_bytes, live_objects, live_bytes;
 } Row;
@@ -52,15 +38,13 @@ typedef struct {
 static struct {
     bool on;
     uint64_t rate;
-    pthread_mutex_t mutex; /* guards all that follows, and blocks.c; held for microseconds */
-    uint32_t generation;   /* counts starts: ids are invalid after the next one */
-    ByteStore stacks, buckets;
-    Waiting *waiting; /* one of the two tables; the other is empty, for resolve_labels */
-    Waiting tables[2][WAITING_SLOTS];
-    uint32_t waiting_count;
-    Pending pending[MAX_PENDING];
-    uint32_t dead_sets; /* sets with samples that have died since the last resolve_labels */
-    uint64_t lost, unlabelled, unreadable;
+    pthread_mutex_t mutex; /* guards all that follows, and the buckets and blocks; held for
+                              microseconds, and to copy */
+    uint32_t starts;       /* stacks are invalid after the next one */
+    Tables tables[2];
+    uint32_t current; /* the table that new stacks go to */
+    uint32_t moved;   /* the next bucket to move from the other table to this one */
+    uint64_t lost, unreadable;
     Reader reader;
     PyThreadState state;
     Stack stack;
@@ -77,136 +61,17 @@ heap_size_class(uint64_t size)
     return (size + step - 1) & ~(step - 1);
 }
 
-static void
-add_to_bucket(uint32_t stack, uint32_t label, uint64_t size_class, uint64_t objects, uint64_t bytes)
-{
-    BucketKey key = {stack, label, size_class};
-    uint32_t id = store_intern(&heap.buckets, 0, &key, sizeof key, sizeof(Bucket));
-    if (id == 0) {
-        heap.lost += objects;
-        return;
-    }
-    Bucket *bucket = record_extra(store_record(&heap.buckets, id));
-    bucket->objects += objects;
-    bucket->bytes += bytes;
-}
-
-static bool
-add_waiting(const Waiting *samples)
-{
-    uint64_t hash = ((uint64_t)samples->stack << 32 | samples->label) * 0x9e3779b97f4a7c15u;
-    hash = (hash ^ samples->size_class) * 0xff51afd7ed558ccdu;
-    uint32_t at = (uint32_t)(hash >> 32) & (WAITING_SLOTS - 1);
-    for (;; at = (at + 1) & (WAITING_SLOTS - 1)) {
-        Waiting *slot = &heap.waiting[at];
-        if (slot->label == 0) {
-            if (heap.waiting_count == MAX_WAITING) {
-                return false;
-            }
-            *slot = *samples;
-            heap.waiting_count++;
-            return true;
-        }
-        if (slot->stack == samples->stack && slot->label == samples->label &&
-            slot->size_class == samples->size_class) {
-            slot->objects += samples->objects;
-            slot->bytes += samples->bytes;
-            return true;
-        }
-    }
-}
-
-/* Return a label, or for a pending one the label of its set if that has died. */
 static uint32_t
-resolved_label(uint32_t label)
+intern_stack(uint32_t table, const uint32_t *places, uint32_t depth)
 {
-    if (label < HEAP_PENDING) {
-        return label;
-    }
-    const Pending *pending = &heap.pending[label - HEAP_PENDING];
-    return pending->set == NULL ? pending->label : label;
+    uint32_t id = store_intern(&heap.tables[table].stacks, 0, places,
+                               depth * (uint32_t)sizeof(uint32_t), 0);
+    return id != 0 ? id | table << TABLE_BIT : 0;
 }
 
-/* Move samples whose label set has died to their buckets, and free the set's number. */
-static void
-resolve_labels(void)
-{
-    Waiting *before = heap.waiting;
-    heap.waiting = before == heap.tables[0] ? heap.tables[1] : heap.tables[0];
-    heap.waiting_count = 0;
-    for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
-        Waiting samples = before[i];
-        uint32_t label = samples.label == 0 ? 0 : resolved_label(samples.label);
-        if (label >= HEAP_PENDING) {
-            add_waiting(&samples);
-        }
-        else if (samples.label != 0) {
-            add_to_bucket(samples.stack, label, samples.size_class, samples.objects,
-                          samples.bytes);
-        }
-    }
-    memset(before, 0, sizeof heap.tables[0]);
-    for (Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
-        block->label = resolved_label(block->label);
-    }
-    for (uint32_t i = 0; i < MAX_PENDING; i++) {
-        heap.pending[i].used = heap.pending[i].set != NULL;
-    }
-    heap.dead_sets = 0;
-}
-
+/* Return the bucket of an allocation: the calling thread's stack, and its labels. */
 static uint32_t
-pending_label(LabelSet *set)
-{
-    /* Number 0 is never used: it means none. */
-    for (int round = 0; set->pending == 0 && round < 2; round++) {
-        for (uint32_t i = 1; i < MAX_PENDING; i++) {
-            if (!heap.pending[i].used) {
-                heap.pending[i] = (Pending){.set = set, .used = true};
-                set->pending = i;
-                break;
-            }
-        }
-        if (set->pending == 0 && heap.dead_sets < MANY_DEAD) {
-            break;
-        }
-        if (set->pending == 0) {
-            resolve_labels();
-        }
-    }
-    if (set->pending == 0) {
-        heap.unlabelled++;
-        return 0;
-    }
-    return HEAP_PENDING + set->pending;
-}
-
-static void
-count_sample(uint32_t stack, uint32_t label, uint64_t size)
-{
-    Waiting sample = {stack, label, heap_size_class(size), 1, size};
-    if (label >= HEAP_PENDING) {
-        if (add_waiting(&sample)) {
-            return;
-        }
-        if (heap.dead_sets >= MANY_DEAD) {
-            resolve_labels();
-            label = resolved_label(label);
-            if (label >= HEAP_PENDING && add_waiting(&sample)) {
-                return;
-            }
-        }
-    }
-    if (label >= HEAP_PENDING) {
-        heap.unlabelled++;
-        label = 0;
-    }
-    add_to_bucket(stack, label, sample.size_class, 1, size);
-}
-
-/* Record the calling thread's stack, and its label. */
-static void
-record_stack_and_label(uint32_t *stack, uint32_t *label)
+record_bucket(uint64_t size)
 {
     const PyThreadState *state = PyGILState_GetThisThreadState();
     LabelSet copy, *set = NULL;
@@ -214,15 +79,23 @@ record_stack_and_label(uint32_t *stack, uint32_t *label)
         heap.stack.depth = 1;
         heap.stack.places[0] = PLACE_NO_FRAME;
     }
-    else if (unwind(heap_names, &heap.reader, state, &heap.state, &heap.stack)) {
+    else if (unwind(heap.tables[heap.current].names, &heap.reader, state, &heap.state,
+                    &heap.stack)) {
         set = labels_find(&heap.reader, &heap.state, &copy);
     }
     else {
         heap.unreadable++;
     }
-    *stack = store_intern(&heap.stacks, 0, heap.stack.places,
-                          heap.stack.depth * (uint32_t)sizeof(uint32_t), 0);
-    *label = set != NULL ? pending_label(set) : 0;
+    uint32_t stack = intern_stack(heap.current, heap.stack.places, heap.stack.depth);
+    return buckets_get(stack, heap_size_class(size), set, 0);
+}
+
+static void
+add_block(Block *block)
+{
+    bool is_kept = blocks_insert(block);
+    heap.lost += !is_kept;
+    buckets_add(block->bucket, block->size, is_kept);
 }
 
 static void
@@ -231,9 +104,8 @@ on_allocated(void *address, size_t size)
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
         Block block = {.address = (uintptr_t)address, .size = size, .captured_size = size};
-        record_stack_and_label(&block.stack, &block.label);
-        heap.lost += !blocks_insert(&block);
-        count_sample(block.stack, block.label, size);
+        block.bucket = record_bucket(size);
+        add_block(&block);
     }
     pthread_mutex_unlock(&heap.mutex);
 }
@@ -244,6 +116,7 @@ on_freed(void *address)
     pthread_mutex_lock(&heap.mutex);
     Block *block = blocks_find((uintptr_t)address);
     if (block != NULL) {
+        buckets_remove(block->bucket, block->size);
         blocks_remove(block);
     }
     pthread_mutex_unlock(&heap.mutex);
@@ -259,27 +132,26 @@ static void
 on_resized(void *before, void *after, size_t size, bool drawn)
 {
     pthread_mutex_lock(&heap.mutex);
+    Block block = {.captured_size = 0};
+    Bucket owner = {.stack = 0};
     Block *known = blocks_find((uintptr_t)before);
-    if (known != NULL && drawn && after == before && size < 2 * known->captured_size) {
-        known->size = size;
-        count_sample(known->stack, known->label, size);
+    if (known != NULL) {
+        block = *known;
+        owner = *buckets_of_block(known->bucket);
+        buckets_remove(known->bucket, known->size);
+        blocks_remove(known);
     }
-    else {
-        Block block = {.captured_size = 0};
-        if (known != NULL) {
-            block = *known;
-            blocks_remove(known);
+    if (drawn && heap.on) {
+        block.address = (uintptr_t)after;
+        block.size = size;
+        if (size >= 2 * block.captured_size) {
+            block.bucket = record_bucket(size);
+            block.captured_size = size;
         }
-        if (drawn && heap.on) {
-            block.address = (uintptr_t)after;
-            block.size = size;
-            if (size >= 2 * block.captured_size) {
-                record_stack_and_label(&block.stack, &block.label);
-                block.captured_size = size;
-            }
-            heap.lost += !blocks_insert(&block);
-            count_sample(block.stack, block.label, size);
+        else {
+            block.bucket = buckets_get(owner.stack, heap_size_class(size), owner.set, owner.label);
         }
+        add_block(&block);
     }
     pthread_mutex_unlock(&heap.mutex);
 }
@@ -288,48 +160,54 @@ static const HookSampler hook_sampler = {on_allocated, on_freed, on_resized};
 
 /* A label set dies: its samples have this label from now on. */
 static void
-on_label_set_death(uint32_t pending, uint32_t label)
+on_label_set_death(LabelSet *set, uint32_t label)
 {
     pthread_mutex_lock(&heap.mutex);
-    heap.pending[pending].set = NULL;
-    heap.pending[pending].label = label;
-    heap.dead_sets++;
+    buckets_label(set, label);
     pthread_mutex_unlock(&heap.mutex);
+}
+
+static void
+close_table(uint32_t table)
+{
+    if (heap.tables[table].stacks.slots != NULL) {
+        store_close(&heap.tables[table].stacks);
+        names_close(heap.tables[table].names);
+    }
+}
+
+static bool
+open_table(uint32_t table)
+{
+    heap.tables[table].names = table == 0 ? heap_names : more_heap_names;
+    if (names_open(heap.tables[table].names)) {
+        if (store_open(&heap.tables[table].stacks, STACK_SLOTS, STACK_UNITS, 1)) {
+            return true;
+        }
+        names_close(heap.tables[table].names);
+    }
+    return false;
 }
 
 static void
 clear_tables(void)
 {
-    store_close(&heap.stacks);
-    store_close(&heap.buckets);
+    buckets_close();
     blocks_close();
-    if (heap.waiting_count != 0) {
-        memset(heap.waiting, 0, sizeof heap.tables[0]);
-        heap.waiting_count = 0;
-    }
-    heap.dead_sets = 0;
-    for (uint32_t i = 0; i < MAX_PENDING; i++) {
-        if (heap.pending[i].used && heap.pending[i].set != NULL) {
-            heap.pending[i].set->pending = 0;
-        }
-        heap.pending[i] = (Pending){0};
-    }
+    close_table(0);
+    close_table(1);
 }
 
 static bool
 open_tables(void)
 {
-    heap.generation++;
-    if (heap.waiting == NULL) {
-        heap.waiting = heap.tables[0];
-    }
-    if (names_open(heap_names)) {
-        if (blocks_open() && store_open(&heap.stacks, 1u << 19, 1u << 21, 1) &&
-            store_open(&heap.buckets, 1u << 17, 1u << 19, 1)) {
+    heap.starts++;
+    heap.current = heap.moved = 0;
+    if (open_table(0)) {
+        if (blocks_open() && buckets_open()) {
             return true;
         }
         clear_tables();
-        names_close(heap_names);
     }
     return false;
 }
@@ -347,7 +225,7 @@ heap_start(uint64_t rate)
     if (opened) {
         heap.reader.trusted = true;
         heap.rate = rate;
-        heap.lost = heap.unlabelled = heap.unreadable = 0;
+        heap.lost = heap.unreadable = 0;
         heap.on = true;
     }
     pthread_mutex_unlock(&heap.mutex);
@@ -371,7 +249,6 @@ heap_stop(void)
         heap.on = false;
         clear_tables();
         pthread_mutex_unlock(&heap.mutex);
-        names_close(heap_names);
     }
 }
 
@@ -386,115 +263,55 @@ heap_stats(void)
 {
     HookTotals totals = hooks_totals();
     pthread_mutex_lock(&heap.mutex);
+    BucketLosses losses = buckets_losses();
     HeapStats stats = {
         .rate = heap.on ? heap.rate : 0,
         .mallocs = totals.mallocs,
         .frees = totals.frees,
         .total_bytes = totals.bytes,
         .live = blocks_count(),
-        .stacks = heap.on ? atomic_load(&heap.stacks.count) : 0,
+        .stacks = heap.on ? atomic_load(&heap.tables[heap.current].stacks.count) : 0,
         .lost = heap.lost,
-        .unlabelled = heap.unlabelled,
+        .unlabelled = heap.on ? losses.unlabelled : 0,
+        .unnamed = heap.on ? losses.unnamed : 0,
         .unreadable = heap.unreadable,
     };
     pthread_mutex_unlock(&heap.mutex);
     return stats;
 }
 
-static int
-compare_rows(const void *left, const void *right)
-{
-    return memcmp(left, right, offsetof(Row, alloc_objects));
-}
-
-static size_t
-merge_rows(Row *rows, size_t count)
-{
-    if (count != 0) {
-        qsort(rows, count, sizeof(Row), compare_rows);
-    }
-    size_t kept = 0;
-    for (size_t i = 0; i < count; i++) {
-        if (kept > 0 && compare_rows(&rows[kept - 1], &rows[i]) == 0) {
-            Row *row = &rows[kept - 1];
-            row->alloc_objects += rows[i].alloc_objects;
-            row->alloc_bytes += rows[i].alloc_bytes;
-            row->live_objects += rows[i].live_objects;
-            row->live_bytes += rows[i].live_bytes;
-        }
-        else {
-            rows[kept++] = rows[i];
-        }
-    }
-    return kept;
-}
-
-typedef struct {
-    Row *rows;
-    size_t count, most;
-} Rows;
-
-static void
-add_row(Rows *to, Row row)
-{
-    if (to->count < to->most) {
-        row.stack |= (uint64_t)heap.generation << 32;
-        to->rows[to->count++] = row;
-    }
-}
-
-/* Copy everything as rows, several of which may have one key. The caller holds the lock. */
-static void
-copy_rows(Rows *to)
-{
-    uint32_t end = atomic_load(&heap.buckets.used);
-    for (uint32_t id = 1; id < end; id = store_next(&heap.buckets, id, sizeof(Bucket))) {
-        const RecordHeader *record = store_record(&heap.buckets, id);
-        const BucketKey *key = record_key(record);
-        const Bucket *bucket = record_extra(record);
-        add_row(to, (Row){key->stack, key->size_class, key->label, bucket->objects, bucket->bytes,
-                          0, 0});
-    }
-    for (uint32_t i = 0; i < WAITING_SLOTS; i++) {
-        const Waiting *samples = &heap.waiting[i];
-        if (samples->label != 0) {
-            add_row(to, (Row){samples->stack, samples->size_class, samples->label,
-                              samples->objects, samples->bytes, 0, 0});
-        }
-    }
-    for (const Block *block = blocks_next(NULL); block != NULL; block = blocks_next(block)) {
-        add_row(to, (Row){block->stack, heap_size_class(block->size), block->label, 0, 0, 1,
-                          block->size});
-    }
-}
-
 PyObject *
 heap_read(void)
 {
-    Rows all = {NULL, 0, 0};
-    size_t count;
+    Row *rows = NULL;
+    size_t count = 0;
     bool failed = false;
     /* Without the GIL: a thread that waits for the lock meanwhile holds the GIL. */
     Py_BEGIN_ALLOW_THREADS
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
-        resolve_labels();
-        all.most = atomic_load(&heap.buckets.count) + heap.waiting_count + blocks_count();
-        all.rows = malloc((all.most + 1) * sizeof(Row));
-        failed = all.rows == NULL;
-        if (!failed) {
-            copy_rows(&all);
+        rows = malloc(((size_t)buckets_count() + 1) * sizeof(Row));
+        failed = rows == NULL;
+        for (uint32_t i = NO_ROOM; !failed && i < buckets_end(); i++) {
+            const Bucket *bucket = buckets_at(i);
+            if (bucket != NULL && bucket->alloc_objects != 0) {
+                uint64_t label = bucket->set != NULL ? HEAP_PENDING | bucket->set->number
+                                                     : bucket->label;
+                rows[count++] = (Row){(uint64_t)heap.starts << 32 | bucket->stack,
+                                      bucket->size_class, label, bucket->alloc_objects,
+                                      bucket->alloc_bytes, bucket->live_objects,
+                                      bucket->live_bytes};
+            }
         }
     }
     pthread_mutex_unlock(&heap.mutex);
-    count = merge_rows(all.rows, all.count);
     Py_END_ALLOW_THREADS
     if (failed) {
         return PyErr_NoMemory();
     }
-    PyObject *bytes = PyBytes_FromStringAndSize((const char *)all.rows,
+    PyObject *bytes = PyBytes_FromStringAndSize((const char *)rows,
                                                 (Py_ssize_t)(count * sizeof(Row)));
-    free(all.rows);
+    free(rows);
     return bytes;
 }
 
@@ -502,39 +319,134 @@ PyObject *
 heap_pending(void)
 {
     PyObject *list = PyList_New(0);
-    for (uint32_t i = 1; list != NULL && i < MAX_PENDING; i++) {
-        LabelSet *set = heap.pending[i].set;
-        if (set == NULL || !labels_can_be_asked(set)) {
-            continue;
+    for (uint32_t i = NO_ROOM; list != NULL && heap.on && i < buckets_end(); i++) {
+        const Bucket *bucket = buckets_at(i);
+        LabelSet *set = bucket != NULL ? bucket->set : NULL;
+        if (set == NULL || set->bucket != i || !labels_can_be_asked(set)) {
+            continue; /* each set once: at the first of its buckets */
         }
         /* The reference comes first: to make the tuple may end other sets. */
         PyObject *kept = Py_NewRef(set);
-        list_append_new(&list, Py_BuildValue("(kN)", (unsigned long)(HEAP_PENDING + i), kept));
+        list_append_new(&list, Py_BuildValue("(KN)",
+                                             (unsigned long long)(HEAP_PENDING | set->number),
+                                             kept));
     }
     return list;
 }
 
-/* Copy the places of a stack, and return how many: 0 if sampling, and so their table, has ended. */
-static uint32_t
-copy_places(uint64_t numbered, uint32_t *places)
+/*
+ * Return new bytes with a byte for each label below `end`: whether anything has it. Labels of
+ * which nothing is alive are dropped first.
+ */
+PyObject *
+heap_used_labels(uint32_t end)
 {
-    uint32_t stack = (uint32_t)numbered, depth = 0;
-    if (heap.on && numbered >> 32 == heap.generation && stack != 0 &&
-        stack < atomic_load(&heap.stacks.used)) {
-        const RecordHeader *record = store_record(&heap.stacks, stack);
-        depth = record_size(record) / (uint32_t)sizeof(uint32_t);
-        memcpy(places, record_key(record), depth * sizeof(uint32_t));
+    PyObject *used = PyBytes_FromStringAndSize(NULL, end);
+    if (used == NULL) {
+        return NULL;
     }
-    return depth;
+    char *is_used = PyBytes_AS_STRING(used);
+    memset(is_used, 0, end);
+    pthread_mutex_lock(&heap.mutex);
+    if (heap.on) {
+        buckets_drop_labels();
+    }
+    for (uint32_t i = NO_ROOM; heap.on && i < buckets_end(); i++) {
+        const Bucket *bucket = buckets_at(i);
+        if (bucket != NULL && bucket->label < end) {
+            is_used[bucket->label] = 1;
+        }
+    }
+    pthread_mutex_unlock(&heap.mutex);
+    return used;
+}
+
+/* Copy the places of a stack, and return how many: 0 if its table has been closed. */
+static uint32_t
+copy_places(uint32_t stack, uint32_t *places)
+{
+    const ByteStore *stacks = &heap.tables[stack >> TABLE_BIT].stacks;
+    uint32_t id = stack & STACK_MASK;
+    if (stacks->slots == NULL || id == 0 || id >= atomic_load(&stacks->used)) {
+        return 0;
+    }
+    const RecordHeader *record = store_record(stacks, id);
+    memcpy(places, record_key(record), record_size(record));
+    return record_size(record) / (uint32_t)sizeof(uint32_t);
 }
 
 PyObject *
 heap_stack(uint64_t numbered)
 {
     /* Copied before any object is made, which may run a finalizer that ends sampling. */
-    uint32_t places[MAX_DEPTH + 1] = {PLACE_LOST};
-    uint32_t depth = copy_places(numbered, places);
-    return places_tuple(places, depth != 0 ? depth : 1);
+    uint32_t places[MAX_DEPTH + 1], depth = 0, stack = (uint32_t)numbered;
+    if (heap.on && numbered >> 32 == heap.starts) {
+        depth = copy_places(stack, places);
+    }
+    if (depth == 0) {
+        places[depth++] = PLACE_LOST;
+    }
+    for (uint32_t i = 0; i < depth; i++) {
+        if (places[i] >= PLACE_FIRST) {
+            places[i] = names_numbered(heap.tables[stack >> TABLE_BIT].names, places[i]);
+        }
+    }
+    return places_tuple(places, depth);
+}
+
+static bool
+is_nearly_full(const Tables *tables)
+{
+    return store_is_nearly_full(&tables->stacks) || names_are_nearly_full(tables->names);
+}
+
+static void
+move_stack(uint32_t index, uint32_t from)
+{
+    const Bucket *bucket = buckets_at(index);
+    if (bucket == NULL || bucket->stack == 0 || bucket->stack >> TABLE_BIT != from) {
+        return;
+    }
+    uint32_t places[MAX_DEPTH + 1], stack = 0;
+    uint32_t depth = bucket->live_objects != 0 ? copy_places(bucket->stack, places) : 0;
+    for (uint32_t i = 0; i < depth; i++) {
+        if (places[i] >= PLACE_FIRST) {
+            places[i] = names_move(heap.tables[from].names, heap.tables[heap.current].names,
+                                   places[i]);
+        }
+    }
+    if (depth != 0) {
+        stack = intern_stack(heap.current, places, depth);
+    }
+    buckets_move(index, stack);
+}
+
+bool
+heap_compact(uint32_t limit)
+{
+    pthread_mutex_lock(&heap.mutex);
+    uint32_t other = 1 - heap.current;
+    bool is_moving = heap.on && heap.moved != 0;
+    if (heap.on && !is_moving && is_nearly_full(&heap.tables[heap.current])) {
+        close_table(other); /* what was moved from it last time has been read by now */
+        if (open_table(other)) {
+            other = heap.current;
+            heap.current = 1 - other;
+            heap.moved = NO_ROOM + 1;
+            is_moving = true;
+        }
+    }
+    for (uint32_t i = 0; is_moving && i < limit; i++) {
+        if (heap.moved >= buckets_end()) {
+            heap.moved = 0;
+            is_moving = false;
+        }
+        else {
+            move_stack(heap.moved++, other);
+        }
+    }
+    pthread_mutex_unlock(&heap.mutex);
+    return is_moving;
 }
 
 void
@@ -554,12 +466,8 @@ heap_after_fork_in_parent(void)
 void
 heap_after_fork_in_child(void)
 {
-    bool was_on = heap.on;
     heap.on = false;
     clear_tables();
     hooks_after_fork_in_child();
     pthread_mutex_unlock(&heap.mutex);
-    if (was_on) {
-        names_close(heap_names);
-    }
 }

@@ -15,7 +15,8 @@ typedef struct {
     uint64_t live;                        /* sampled blocks alive */
     uint64_t stacks;                      /* different stacks seen */
     uint64_t lost;                        /* samples for which there was no room */
-    uint64_t unlabelled;                  /* samples that lost their labels */
+    uint64_t unlabelled;                  /* past allocations that gave up their labels */
+    uint64_t unnamed;                     /* samples without their stacks */
     uint64_t unreadable;
 } HeapStats;
 
@@ -35,14 +36,26 @@ HeapStats heap_stats(void);
  * scaled. A label above HEAP_PENDING is not known yet: it is the label of the set that
  * `heap_pending` returns under this number.
  */
-#define HEAP_PENDING 0x80000000u
+#define HEAP_PENDING ((uint64_t)1 << 63)
 PyObject *heap_read(void);
 
 /* Return a new list of (number, label set), of all living sets that have samples. */
 PyObject *heap_pending(void);
 
-/* Return a new tuple of a stack's places; PLACE_LOST if sampling has been restarted since. */
+/* Return a new tuple of a stack's places; PLACE_LOST if it is not known any more. */
 PyObject *heap_stack(uint64_t stack);
+
+/*
+ * Return new bytes with a byte for each label below `end`: whether anything has it. Past
+ * allocations give up their labels first.
+ */
+PyObject *heap_used_labels(uint32_t end);
+
+/*
+ * Make room for new names and stacks if there is little left: keep those of live memory, at
+ * most `limit` of them in one call. Return whether there are more. With the GIL.
+ */
+bool heap_compact(uint32_t limit);
 
 /* Return the largest size of a size's class. There are eight classes to a doubling. */
 uint64_t heap_size_class(uint64_t size);

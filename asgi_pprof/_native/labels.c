@@ -12,7 +12,7 @@ static PyObject *variable;
 static int32_t variable_hash;
 static PyTypeObject *bitmap_type, *array_type;
 static PyObject *writer;
-static void (*on_death)(uint32_t pending, uint32_t label);
+static void (*on_death)(LabelSet *set, uint32_t label);
 static uint64_t last_number;
 static LabelSet *living;
 static ByteStore marks; /* the numbers of the sets that are marked */
@@ -43,9 +43,8 @@ labelset_new(PyTypeObject *type, PyObject *args, PyObject *kwargs)
 static void
 report_death(LabelSet *set)
 {
-    if (set->pending != 0) {
-        on_death(set->pending, set->label);
-        set->pending = 0;
+    if (set->bucket != 0) {
+        on_death(set, set->label);
     }
 }
 
@@ -54,7 +53,7 @@ labelset_finalize(PyObject *object)
 {
     LabelSet *self = (LabelSet *)object;
     bool marked = is_marked(self);
-    if ((self->pending == 0 && !marked) || writer == NULL) {
+    if ((self->bucket == 0 && !marked) || writer == NULL) {
         return; /* labelset_dealloc does the rest */
     }
 #if PY_VERSION_HEX >= 0x030c0000
@@ -64,9 +63,10 @@ labelset_finalize(PyObject *object)
     PyErr_Fetch(&type, &value, &traceback);
 #endif
     PyObject *called = Py_NewRef(writer); /* labels_set_writer may drop it meanwhile, at exit */
-    PyObject *label = PyObject_CallFunction(called, "OKO", object,
+    PyObject *label = PyObject_CallFunction(called, "OKOO", object,
                                             (unsigned long long)self->number,
-                                            marked ? Py_True : Py_False);
+                                            marked ? Py_True : Py_False,
+                                            self->bucket != 0 ? Py_True : Py_False);
     Py_DECREF(called);
     if (label != NULL) {
         self->label = (uint32_t)PyLong_AsUnsignedLong(label);
@@ -182,7 +182,7 @@ labels_set_writer(PyObject *new_writer)
 }
 
 void
-labels_on_death(void (*callback)(uint32_t pending, uint32_t label))
+labels_on_death(void (*callback)(LabelSet *set, uint32_t label))
 {
     on_death = callback;
 }

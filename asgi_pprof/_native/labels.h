@@ -15,8 +15,8 @@ typedef struct LabelSet {
     PyObject_HEAD
     uint64_t magic; /* tells a label set from anything else a context may hold */
     uint64_t number;
-    uint32_t pending; /* the number under which samples wait for its label; 0: none do */
-    uint32_t label;   /* the label it was last stored under; 0: none */
+    uint32_t bucket; /* the first of the memory samples that wait for its label; 0: none do */
+    uint32_t label;  /* the label it was last stored under; 0: none */
     struct LabelSet *next, *previous;
 } LabelSet;
 
@@ -24,15 +24,18 @@ extern PyTypeObject LabelSet_Type;
 
 /* Learn the variable, and the types of a context's mapping. Needs the GIL. */
 bool labels_use(PyObject *variable);
-/* Set the function that stores a dying set: it is called with (set, number, is it marked). */
+/*
+ * Set the function that stores a dying set: it is called with (set, number, is it marked, do
+ * memory samples wait for it), and returns the label of those.
+ */
 void labels_set_writer(PyObject *writer);
 
 /*
- * Register the function to call when a set with a number `pending` has been stored under a
- * label. It is called again before the set's memory is freed, if the set has been given another
- * such number since. With the GIL, in the middle of a deallocation. There is only one.
+ * Register the function to call when a set with a bucket has been stored under a label. It is
+ * called again before the set's memory is freed, if the set has been given a bucket since. With
+ * the GIL, in the middle of a deallocation. There is only one.
  */
-void labels_on_death(void (*callback)(uint32_t pending, uint32_t label));
+void labels_on_death(void (*callback)(LabelSet *set, uint32_t label));
 
 /* Copy the set of a thread's context to `found`, and return its address; NULL for none. */
 LabelSet *labels_find(Reader *reader, const PyThreadState *state, LabelSet *found);

@@ -20,7 +20,8 @@
  *   unwinder:      layout names reader
  *   frames:        layout lists threads unwinder
  *   cpu_sampler:   clocks labels layout lists names reader store unwinder
- *   heap_sampler:  blocks hooks labels layout lists names reader store unwinder
+ *   buckets:       labels
+ *   heap_sampler:  blocks buckets hooks labels layout lists names reader store unwinder
  *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels names reader
  */
 #include "asyncio_state.h"
@@ -78,18 +79,13 @@ native_use_labels(PyObject *Py_UNUSED(module), PyObject *args)
 }
 
 static PyObject *
-native_describe(PyObject *Py_UNUSED(module), PyObject *args)
+native_describe(PyObject *Py_UNUSED(module), PyObject *argument)
 {
-    PyObject *number;
-    int of_heap;
-    if (!PyArg_ParseTuple(args, "Op", &number, &of_heap)) {
-        return NULL;
-    }
-    unsigned long place = PyLong_AsUnsignedLong(number);
+    unsigned long place = PyLong_AsUnsignedLong(argument);
     if (PyErr_Occurred()) {
         return NULL;
     }
-    return names_describe(of_heap ? heap_names : cpu_names, place);
+    return names_describe(place);
 }
 
 static PyObject *
@@ -205,7 +201,7 @@ static PyObject *
 native_heap_stats(NO_ARGUMENTS)
 {
     HeapStats s = heap_stats();
-    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsI}",
+    return Py_BuildValue("{sKsKsKsKsKsKsKsKsKsK}",
                          "rate", (unsigned long long)s.rate,
                          "mallocs", (unsigned long long)s.mallocs,
                          "frees", (unsigned long long)s.frees,
@@ -213,9 +209,23 @@ native_heap_stats(NO_ARGUMENTS)
                          "live", (unsigned long long)s.live,
                          "lost", (unsigned long long)s.lost,
                          "unlabelled", (unsigned long long)s.unlabelled,
+                         "unnamed", (unsigned long long)s.unnamed,
                          "unreadable", (unsigned long long)s.unreadable,
-                         "stacks", (unsigned long long)s.stacks,
-                         "names_refused", names_refused(heap_names));
+                         "stacks", (unsigned long long)s.stacks);
+}
+
+static PyObject *
+native_heap_used_labels(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long end = PyLong_AsUnsignedLong(argument);
+    return PyErr_Occurred() ? NULL : heap_used_labels((uint32_t)end);
+}
+
+static PyObject *
+native_heap_compact(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    unsigned long limit = PyLong_AsUnsignedLong(argument);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(heap_compact((uint32_t)limit));
 }
 
 static PyObject *
@@ -266,9 +276,10 @@ static PyMethodDef methods[] = {
      PyDoc_STR("Raise OSError if the system lets no process read its own memory.")},
     {"use_labels", native_use_labels, METH_VARARGS,
      PyDoc_STR("use_labels(variable, writer): the context variable of the label sets, and the"
-               " function that stores dying ones: writer(set, number, marked) -> label.")},
-    {"describe", native_describe, METH_VARARGS,
-     PyDoc_STR("describe(place, of_heap) -> (name, file, first line, line or 0)")},
+               " function that stores dying ones: writer(set, number, marked, waited for)"
+               " -> label.")},
+    {"describe", native_describe, METH_O,
+     PyDoc_STR("describe(place) -> (name, file, first line, line or 0)")},
     {"cpu_start", native_cpu_start, METH_VARARGS,
      PyDoc_STR("cpu_start(hz, credit_ns=20_000_000, share=8): raises RuntimeError if SIGPROF or"
                " its timer is in use. The others bound the cost: see Budget.")},
@@ -293,6 +304,12 @@ static PyMethodDef methods[] = {
     {"heap_stack", native_heap_stack, METH_O, PyDoc_STR("heap_stack(stack) -> places")},
     {"heap_pending", native_heap_pending, METH_NOARGS,
      PyDoc_STR("[(label, label set)] of labels that are not stored yet.")},
+    {"heap_used_labels", native_heap_used_labels, METH_O,
+     PyDoc_STR("heap_used_labels(end) -> a byte for each label: whether any sample has it. Past"
+               " allocations give up their labels first.")},
+    {"heap_compact", native_heap_compact, METH_O,
+     PyDoc_STR("heap_compact(limit): make room for new names and stacks if there is little"
+               " left, in steps; return whether there are more.")},
     {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and what was lost.")},
     {"size_class", native_size_class, METH_O,
      PyDoc_STR("size_class(size) -> largest size of its class")},

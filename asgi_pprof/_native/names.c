@@ -63,8 +63,10 @@ struct NameTable {
     LargeCode large[MAX_LARGE];
 };
 
-static NameTable tables[2];
-NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1];
+#define TABLES 3
+static NameTable tables[TABLES];
+NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1],
+                 *const more_heap_names = &tables[2];
 
 static destructor code_dealloc;
 static Reader describer = {.trusted = true};
@@ -120,9 +122,18 @@ forget_and_dealloc(PyObject *object)
 {
     const PyObject *lines = ((PyCodeObject *)object)->co_linetable;
     bool is_large = lines != NULL && PyBytes_GET_SIZE(lines) > LARGE_TABLE;
-    forget_code(cpu_names, (uintptr_t)object, is_large);
-    forget_code(heap_names, (uintptr_t)object, is_large);
+    for (int i = 0; i < TABLES; i++) {
+        if (tables[i].open) {
+            forget_code(&tables[i], (uintptr_t)object, is_large);
+        }
+    }
     code_dealloc(object);
+}
+
+static bool
+any_is_open(void)
+{
+    return tables[0].open || tables[1].open || tables[2].open;
 }
 
 bool
@@ -151,15 +162,15 @@ names_close(NameTable *table)
         forget_large(&table->large[i]);
     }
     /* If another destructor has been put on top of ours, both must stay. */
-    if (!cpu_names->open && !heap_names->open && PyCode_Type.tp_dealloc == forget_and_dealloc) {
+    if (!any_is_open() && PyCode_Type.tp_dealloc == forget_and_dealloc) {
         PyCode_Type.tp_dealloc = code_dealloc;
     }
 }
 
-uint32_t
-names_refused(const NameTable *table)
+bool
+names_are_nearly_full(const NameTable *table)
 {
-    return atomic_load_explicit(&table->store.refused, memory_order_relaxed);
+    return store_is_nearly_full(&table->store);
 }
 
 static size_t
@@ -467,16 +478,59 @@ describe_string(const NameTable *table, uint32_t id)
     return PyUnicode_DecodeUTF8(record_key(record), record_size(record), "surrogatepass");
 }
 
-PyObject *
-names_describe(NameTable *table, unsigned long place)
+uint32_t
+names_numbered(const NameTable *table, uint32_t place)
 {
-    unsigned kind = KIND_STRING;
-    if (table->store.slots != NULL && place >= PLACE_FIRST &&
-        place < atomic_load(&table->store.used)) {
-        kind = record_kind(store_record(&table->store, (uint32_t)place));
+    return place | (uint32_t)(table - tables) << ID_BITS;
+}
+
+static unsigned
+kind_of(const NameTable *table, unsigned long place)
+{
+    bool is_record = table->store.slots != NULL && place >= PLACE_FIRST &&
+                     place < atomic_load(&table->store.used);
+    return is_record ? record_kind(store_record(&table->store, (uint32_t)place)) : KIND_STRING;
+}
+
+static uint32_t
+move_string(const NameTable *from, NameTable *to, uint32_t id)
+{
+    const RecordHeader *record = store_record(&from->store, id);
+    return store_intern(&to->store, KIND_STRING, record_key(record), record_size(record), 0);
+}
+
+uint32_t
+names_move(NameTable *from, NameTable *to, uint32_t place)
+{
+    unsigned kind = kind_of(from, place);
+    PlaceKey key = *(const PlaceKey *)record_key(store_record(&from->store, place));
+    FunctionKey function;
+    memcpy(&function, record_key(store_record(&from->store, key.function)), sizeof function);
+    function.name = move_string(from, to, function.name);
+    function.file = move_string(from, to, function.file);
+    uint32_t before = key.function;
+    if (function.name == 0 || function.file == 0 ||
+        (key.function = store_intern(&to->store, KIND_FUNCTION, &function, sizeof function,
+                                     0)) == 0) {
+        return PLACE_LOST;
     }
-    if (kind != KIND_PLACE && kind != KIND_INSTRUCTION) {
-        return PyErr_Format(PyExc_ValueError, "no code has the place %lu", place);
+    for (int i = 0; kind == KIND_INSTRUCTION && i < MAX_LARGE; i++) {
+        if (atomic_load(&from->large[i].function) == before) {
+            remember_large(to, atomic_load(&from->large[i].code), key.function);
+        }
+    }
+    uint32_t moved = store_intern(&to->store, kind, &key, sizeof key, 0);
+    return moved != 0 ? moved : PLACE_LOST;
+}
+
+PyObject *
+names_describe(unsigned long numbered)
+{
+    unsigned long number = numbered >> ID_BITS, place = numbered & ID_MASK;
+    NameTable *table = &tables[number < TABLES ? number : 0];
+    unsigned kind = kind_of(table, place);
+    if (number >= TABLES || (kind != KIND_PLACE && kind != KIND_INSTRUCTION)) {
+        return PyErr_Format(PyExc_ValueError, "no code has the place %lu", numbered);
     }
     PlaceKey key = *(const PlaceKey *)record_key(store_record(&table->store, (uint32_t)place));
     FunctionKey function;

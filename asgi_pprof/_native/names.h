@@ -24,7 +24,7 @@ enum {
 };
 
 typedef struct NameTable NameTable;
-extern NameTable *const cpu_names, *const heap_names;
+extern NameTable *const cpu_names, *const heap_names, *const more_heap_names;
 
 /* Start to number places; pair with names_close. Both need the GIL. False without memory. */
 bool names_open(NameTable *table);
@@ -37,13 +37,19 @@ void names_close(NameTable *table);
 uint32_t names_place(NameTable *table, Reader *reader, PyCodeObject *code,
                      const char *instruction);
 
+/* Return a place with its table, as names_describe takes it. Those of cpu_names stay the same. */
+uint32_t names_numbered(const NameTable *table, uint32_t place);
+
 /*
  * Return a new tuple (name, file, first line, line); ValueError if the place is not in code. The
  * line is 0 if it is not known: in code of thousands of lines that is gone.
  */
-PyObject *names_describe(NameTable *table, unsigned long place);
+PyObject *names_describe(unsigned long numbered);
 
-/* Return how many names the table had no room for. */
-uint32_t names_refused(const NameTable *table);
+/* Return the same place in another table, PLACE_LOST if that is full. With the GIL. */
+uint32_t names_move(NameTable *from, NameTable *to, uint32_t place);
+
+/* Return whether the table will soon be full. */
+bool names_are_nearly_full(const NameTable *table);
 
 #endif

@@ -134,3 +134,10 @@ store_next(const ByteStore *store, uint32_t id, uint32_t extra)
 {
     return id + units_of(record_size(store_record(store, id)), extra);
 }
+
+bool
+store_is_nearly_full(const ByteStore *store)
+{
+    return atomic_load(&store->count) > store->slot_count / 4 * 3 ||
+           atomic_load(&store->used) > store->units / 4 * 3;
+}

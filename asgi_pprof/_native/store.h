@@ -75,6 +75,9 @@ record_extra(const RecordHeader *record)
     return (char *)(record + 1) + ((record_size(record) + 7) & ~7u);
 }
 
+/* Return whether more than three quarters of the slots or of the memory are used. */
+bool store_is_nearly_full(const ByteStore *store);
+
 /* Return the id of the record added after this one; `id` must be that of a record. */
 uint32_t store_next(const ByteStore *store, uint32_t id, uint32_t extra);
 

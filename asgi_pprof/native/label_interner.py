@@ -8,7 +8,7 @@ when the profile is read, because its route may still become known.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from asgi_pprof.labels import LabelSet, Pairs, current, resolve
 from asgi_pprof.native.core import native
@@ -17,30 +17,76 @@ _MAX_LABELS = 65_536  # different sets of pairs; routes and methods need far few
 
 
 class LabelInterner:
-    """Numbers the different pairs of dead label sets. These numbers are called labels."""
+    """
+    Numbers the different pairs of dead label sets. These numbers are called labels.
 
-    def __init__(self) -> None:
+    They are bounded: those that no sample has any more are used again.
+
+    Args:
+        used_labels: Tells of each label below a limit whether any sample has it.
+    """
+
+    def __init__(self, used_labels: Callable[[int], bytes]) -> None:
+        self._used_labels = used_labels
         self._pairs: list[Pairs] = [()]
         self._labels: dict[Pairs, int] = {(): 0}
+        self._unused: list[int] = []
+        self._retry_at = 0
+        self._active: list[int] = []  # numbers of the sets that are being stored
         self._by_number: dict[int, Pairs] = {}
+        self.reuses = 0
+        """How often labels have been released, after which they may stand for other pairs."""
+        self.refused = 0
+        """The number of label sets for which there was no label."""
 
-    def store(self, label_set: LabelSet, number: int, marked: bool) -> int:
+    def store(self, label_set: LabelSet, number: int, marked: bool, waited_for: bool) -> int:
         """
         Store the pairs of a dying label set, and return their label.
 
         Called in the middle of the set's deallocation, so it does nothing else. The
-        set is `marked` if CPU samples may have its number.
+        set is `marked` if CPU samples have its number, and `waited_for` if memory
+        samples wait for its label; otherwise that is 0.
         """
-        pairs = resolve(label_set)
-        if marked:
-            self._by_number[number] = pairs
+        self._active.append(number)
+        try:
+            pairs = resolve(label_set)
+            if marked:
+                self._by_number[number] = pairs
+            return self._label(pairs) if waited_for else 0
+        finally:
+            self._active.pop()
+
+    def _label(self, pairs: Pairs) -> int:
         label = self._labels.get(pairs)
         if label is None:
-            if len(self._pairs) >= _MAX_LABELS:
-                return 0
-            label = self._labels[pairs] = len(self._pairs)
-            self._pairs.append(pairs)
+            label = self._new_label()
+            if label:
+                self._labels[pairs] = label
+                self._pairs[label] = pairs
         return label
+
+    def _new_label(self) -> int:
+        if not self._unused and len(self._pairs) >= _MAX_LABELS:
+            self._release()
+        if self._unused:
+            return self._unused.pop()
+        if len(self._pairs) < _MAX_LABELS:
+            self._pairs.append(())
+            return len(self._pairs) - 1
+        self.refused += 1
+        return 0
+
+    def _release(self) -> None:
+        """Release the labels that no sample has; where there are none, not for every set."""
+        if self.refused < self._retry_at or len(self._active) > 1:
+            return  # the other set that is being stored may have a new label that is not used yet
+        used = self._used_labels(len(self._pairs))
+        self._unused = [label for label in range(1, len(used)) if not used[label]]
+        for label in self._unused:
+            del self._labels[self._pairs[label]]
+            self._pairs[label] = ()
+        self.reuses += bool(self._unused)
+        self._retry_at = self.refused + _MAX_LABELS // 64
 
     def pairs(self, label: int) -> Pairs:
         """Return the pairs of a label."""
@@ -56,6 +102,6 @@ class LabelInterner:
         self._by_number.clear()
 
 
-book = LabelInterner()
+book = LabelInterner(lambda end: native.heap_used_labels(end))
 if native:
     native.use_labels(current, book.store)

@@ -17,15 +17,9 @@ _LOST = pseudo_location("lost: too many different names")
 
 
 class Places:
-    """
-    Caches locations by place, for as long as one profile is read.
+    """Caches locations by place, for as long as one profile is read."""
 
-    Args:
-        of_heap: Whether the heap sampler has numbered the places, else the CPU sampler has.
-    """
-
-    def __init__(self, of_heap: bool) -> None:
-        self._of_heap = of_heap
+    def __init__(self) -> None:
         self._symbols = Symbols()
         self._locations: dict[int, Location] = {
             native.PLACE_TRUNCATED: TRUNCATED,
@@ -41,8 +35,8 @@ class Places:
 
     def _describe(self, place: int) -> Location:
         try:
-            qualname, filename, first_line, line = native.describe(place, self._of_heap)
-        except ValueError:  # the sampler has been switched off meanwhile
+            qualname, filename, first_line, line = native.describe(place)
+        except ValueError:  # the table has been closed meanwhile
             return _LOST
         function = Function(self._symbols.qualify(filename, qualname), filename, first_line)
         location = self._locations[place] = Location(function, line)

@@ -27,25 +27,29 @@ class FakeSet:
         return self._own
 
 
+def all_used(end):
+    return b"\x01" * end
+
+
 def test_sets_with_equal_pairs_share_a_label():
     """So their samples add up; a set without pairs has label 0."""
-    interner = LabelInterner()
-    first = interner.store(FakeSet(1, tenant="acme"), 1, False)
-    second = interner.store(FakeSet(2, tenant="umbrella"), 2, False)
-    third = interner.store(FakeSet(3, tenant="acme"), 3, False)
+    interner = LabelInterner(all_used)
+    first = interner.store(FakeSet(1, tenant="acme"), 1, False, True)
+    second = interner.store(FakeSet(2, tenant="umbrella"), 2, False, True)
+    third = interner.store(FakeSet(3, tenant="acme"), 3, False, True)
     assert first == third != second
     assert interner.pairs(first) == (("tenant", "acme"),)
     assert interner.pairs(second) == (("tenant", "umbrella"),)
-    assert interner.store(FakeSet(4), 4, False) == 0
+    assert interner.store(FakeSet(4), 4, False, True) == 0
     assert interner.pairs(0) == ()
 
 
 def test_pairs_of_marked_sets_are_found_by_number():
     """A dead set has its last pairs, a living one its current pairs, until they are dropped."""
-    interner = LabelInterner()
+    interner = LabelInterner(all_used)
     living = FakeSet(2, method="GET")
-    interner.store(FakeSet(1, tenant="acme"), 1, True)
-    interner.store(FakeSet(3, tenant="other"), 3, False)
+    interner.store(FakeSet(1, tenant="acme"), 1, True, False)
+    interner.store(FakeSet(3, tenant="other"), 3, False, True)
     living.own()["route"] = "/carts"
     found = interner.by_number([living])
     assert found == {1: (("tenant", "acme"),), 2: (("method", "GET"), ("route", "/carts"))}
@@ -56,10 +60,45 @@ def test_pairs_of_marked_sets_are_found_by_number():
 def test_different_labels_are_bounded(monkeypatch):
     """Beyond the limit new sets have no label; known ones keep theirs."""
     monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 3)
-    interner = LabelInterner()
-    written = [interner.store(FakeSet(n, shard=str(n)), n, False) for n in range(5)]
+    interner = LabelInterner(all_used)
+    written = [interner.store(FakeSet(n, shard=str(n)), n, False, True) for n in range(5)]
     assert written == [1, 2, 0, 0, 0]
-    assert interner.store(FakeSet(9, shard="1"), 9, False) == 2
+    assert interner.store(FakeSet(9, shard="1"), 9, False, True) == 2
+
+
+def test_labels_that_no_sample_has_are_used_again(monkeypatch):
+    """The pairs of the others stay, and a copy that was made meanwhile can tell."""
+    monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 4)
+    interner = LabelInterner(lambda end: bytes(each in (0, 2) for each in range(end)))
+    for n in range(1, 4):
+        interner.store(FakeSet(n, shard=str(n)), n, False, True)
+    assert interner.reuses == 0
+    new = [interner.store(FakeSet(n, shard=str(n)), n, False, True) for n in (4, 5)]
+    assert sorted(new) == [1, 3]
+    assert interner.reuses == 1
+    assert interner.pairs(2) == (("shard", "2"),)
+    assert {interner.pairs(each) for each in new} == {(("shard", "4"),), (("shard", "5"),)}
+    assert interner.refused == 0
+
+
+def test_a_set_that_dies_while_another_is_stored_takes_no_label_of_it(monkeypatch):
+    """To store one runs Python code, and so finalizers: its label has no sample yet."""
+    monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 1)
+    asked = []
+
+    def used_labels(end):
+        asked.append(end)
+        return bytes(end)
+
+    class Ends(FakeSet):
+        def own(self):
+            assert interner.store(FakeSet(2, shard="2"), 2, False, True) == 0
+            assert asked == []
+            return super().own()
+
+    interner = LabelInterner(used_labels)
+    interner.store(Ends(1, shard="1"), 1, False, True)
+    assert asked == [1]
 
 
 def test_each_set_has_a_number_of_its_own():
@@ -80,7 +119,7 @@ def test_places_outside_code_have_names():
         native.PLACE_NO_FRAME,
         native.PLACE_LOST,
     ]
-    stack = Places(of_heap=False).stack(special)
+    stack = Places().stack(special)
     assert stack[0] is TRUNCATED
     assert [place.function.name for place in stack[1:]] == [
         "<stack could not be read>",
@@ -93,7 +132,7 @@ def test_places_outside_code_have_names():
 def test_numbers_that_are_not_places_are_refused(place):
     """They raise instead of crashing."""
     with pytest.raises((ValueError, OverflowError, TypeError)):
-        native.describe(place, False)
+        native.describe(place)
 
 
 def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():

@@ -114,7 +114,7 @@ def _build(run: _Run) -> Profile:
 
 
 def _sampled(period_ns: int) -> Iterator[Sample]:
-    places = Places(of_heap=False)
+    places = Places()
     labels = book.by_number(native.marked_labels())
     rows, position = native.cpu_read(0, _ROWS)
     while rows:

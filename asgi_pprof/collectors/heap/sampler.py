@@ -36,6 +36,7 @@ from asgi_pprof.merge import sum_samples
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.native.places import Places
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Sample
 from asgi_pprof.recorder import Recorder
 
@@ -43,9 +44,10 @@ ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
 
 _ROW = struct.Struct("=7Q")
-_PENDING = 0x80000000  # from here on, labels are those of sets that are alive
+_PENDING = 1 << 63  # from here on, labels are those of sets that are alive
 MAX_RATE = 2**62
 _TRIES = 3
+_COMPACTED = 32  # stacks in one call, which keeps the GIL
 
 
 class HeapSampler(Recorder):
@@ -116,15 +118,19 @@ class HeapSampler(Recorder):
         return count
 
     def copy(self) -> SampledHeap:
-        """Return a copy of the samples; takes well under a millisecond, on any thread."""
+        """Return a copy of the samples, on any thread; no other one is held up by much."""
+        while native.heap_compact(_COMPACTED):
+            yield_gil()
         for _ in range(_TRIES):
+            reuses = book.reuses
             # Before the rows: these references keep the sets, and so their numbers, alive.
             pending: dict[int, Any] = dict(native.heap_pending())
             rows = native.heap_read()
             pending.update(pair for pair in native.heap_pending() if pair[0] not in pending)
             labels = {number: resolve(label_set) for number, label_set in pending.items()}
             used = {row[2] for row in _ROW.iter_unpack(rows)}
-            if all(label < _PENDING or label in labels for label in used):
+            labels.update((label, book.pairs(label)) for label in used if label < _PENDING)
+            if used <= labels.keys() and book.reuses == reuses:
                 break  # else a set came and went meanwhile; its labels are in the book by now
         return SampledHeap(rows, labels, self._rate, tuple(self._comments()))
 
@@ -151,19 +157,22 @@ class HeapSampler(Recorder):
         for name, what in _LOSSES.items():
             if stats[name]:
                 comments.append(f"{name}: {stats[name]} {what}")
+        if book.refused:
+            comments.append(f"labels: {book.refused} label sets have none, too many different ones")
         return comments
 
 
 _LOSSES = {
     "lost": "samples, no room for them",
     "unreadable": "samples, their stacks could not be read",
-    "unlabelled": "samples without their labels, too many requests at once",
+    "unlabelled": "past allocations without their labels, too many different ones",
+    "unnamed": "samples without their stacks, no room for more different ones",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class SampledHeap:
-    """A copy of the sampler's rows, and the labels that living sets had at that moment."""
+    """A copy of the sampler's rows, and the labels that they had at that moment."""
 
     rows: bytes
     labels: dict[int, Pairs]
@@ -175,8 +184,9 @@ class SampledHeap:
         return sum_samples(self._rows())
 
     def _rows(self) -> Iterator[Sample]:
-        places = Places(of_heap=True)
+        places = Places()
         for stack, size, label, *values in _ROW.iter_unpack(self.rows):
-            pairs = book.pairs(label) if label < _PENDING else self.labels.get(label, ())
-            labels = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
-            yield Sample(places.stack(native.heap_stack(stack)), tuple(values), labels)
+            pairs = self.labels.get(label, ())
+            if size:  # else the samples have various sizes
+                pairs = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
+            yield Sample(places.stack(native.heap_stack(stack)), tuple(values), pairs)
