@@ -7,11 +7,10 @@ itself, which would keep its locals alive.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
-from types import CodeType, ModuleType
+from collections.abc import Iterable, Sequence
+from types import CodeType
 from typing import NamedTuple
 
 from asgi_pprof.merge import sum_samples
@@ -22,6 +21,7 @@ from asgi_pprof.runtime.frames import MAX_DEPTH as MAX_DEPTH
 from asgi_pprof.runtime.frames import RawStack as RawStack
 from asgi_pprof.runtime.frames import capture as capture
 from asgi_pprof.runtime.frames import current_frames as current_frames
+from asgi_pprof.runtime.modules import frozen_module, loaded_modules
 
 TRUNCATED = pseudo_location("truncated: outer frames not recorded")
 UNKNOWN = pseudo_location("unknown")
@@ -52,8 +52,8 @@ class Symbols:
         return known[1]
 
     def qualify(self, filename: str, qualname: str) -> str:
-        """Return the name qualified by the module that is loaded from the file, if any."""
-        module = self._modules.get(filename)
+        """Return the name qualified by the module whose code has this file name, if any."""
+        module = self._modules.get(filename) or frozen_module(filename)
         return f"{module}.{qualname}" if module else qualname
 
     def instruction(self, code: CodeType, lasti: int) -> Location:
@@ -80,17 +80,6 @@ class Symbols:
             if id(code) not in wrappers.by_id
         )
         return (*stack, TRUNCATED) if len(raw) > MAX_DEPTH else stack
-
-
-def loaded_modules() -> Iterator[tuple[str, str, ModuleType]]:
-    """Yield the file, the name and the module for each entry of `sys.modules` with a file."""
-    # A copy, which no other code changes: creating the pairs may collect garbage (3.11).
-    for name, module in sys.modules.copy().items():
-        # Normal attribute access could load a lazy module, or the target of a proxy.
-        if issubclass(type(module), ModuleType):
-            filename = object.__getattribute__(module, "__dict__").get("__file__")
-            if isinstance(filename, str):
-                yield filename, name, module
 
 
 class StackKey(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _signal
 import asyncio
 import contextlib
 import gc
@@ -34,6 +35,7 @@ def _left_behind() -> dict[str, object]:
         **process_state(),
         "clock timers": clock_timers(),
         "Thread.start": threading.Thread.start,
+        "for SIGPROF": (_signal.signal, os.execv, os.execve),
         "threading": (threading.Lock, threading.RLock, threading.Condition.wait),
         "asyncio": (asyncio.Lock.acquire, asyncio.Event.wait, asyncio.Queue.get),
         "callbacks": [each for each in gc.callbacks if not _is_hypothesis(each)],

@@ -585,6 +585,29 @@ stop_watcher(void)
     }
 }
 
+static void
+put_signal_back(void)
+{
+    if (signal_is_ours()) {
+        /* To ignore a signal discards one that is pending; the default action ends the process. */
+        struct sigaction ignore = {.sa_handler = SIG_IGN};
+        sigaction(SIGPROF, &ignore, NULL);
+        sigaction(SIGPROF, &cpu.replaced, NULL);
+    }
+}
+
+void
+cpu_yield(void)
+{
+    if (cpu.started) {
+        pthread_mutex_lock(&cpu.mutex);
+        atomic_store(&cpu.displaced, true);
+        release_slots();
+        put_signal_back();
+        pthread_mutex_unlock(&cpu.mutex);
+    }
+}
+
 void
 cpu_stop(void)
 {
@@ -596,12 +619,7 @@ cpu_stop(void)
     Py_BEGIN_ALLOW_THREADS
     release_slots();
     Py_END_ALLOW_THREADS
-    if (signal_is_ours()) {
-        /* To ignore a signal discards one that is pending; the default action ends the process. */
-        struct sigaction ignore = {.sa_handler = SIG_IGN};
-        sigaction(SIGPROF, &ignore, NULL);
-        sigaction(SIGPROF, &cpu.replaced, NULL);
-    }
+    put_signal_back();
     atomic_store(&cpu.on, false);
     struct timespec pause = {0, 1000000};
     for (int i = 0; any_handler_runs() && i < STOP_PATIENCE_S * 1000; i++) {

@@ -34,6 +34,9 @@ typedef struct {
 /* Start; with the GIL. False with an exception set: already in use, or the system refuses. */
 bool cpu_start(long hz, Budget budget);
 
+/* Give SIGPROF back at once; the rest is up to cpu_stop. With the GIL. */
+void cpu_yield(void);
+
 /* Stop, and put everything back. Samples stay until cpu_free. Both need the GIL. */
 void cpu_stop(void);
 void cpu_free(void);

@@ -110,6 +110,13 @@ native_cpu_stop(NO_ARGUMENTS)
 }
 
 static PyObject *
+native_cpu_yield(NO_ARGUMENTS)
+{
+    cpu_yield();
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 native_cpu_free(NO_ARGUMENTS)
 {
     cpu_free();
@@ -285,6 +292,8 @@ static PyMethodDef methods[] = {
                " its timer is in use. The others bound the cost: see Budget.")},
     {"cpu_stop", native_cpu_stop, METH_NOARGS,
      PyDoc_STR("Stop sampling; samples stay until cpu_free.")},
+    {"cpu_yield", native_cpu_yield, METH_NOARGS,
+     PyDoc_STR("Give SIGPROF back at once; cpu_stop does the rest.")},
     {"cpu_free", native_cpu_free, METH_NOARGS, PyDoc_STR("Drop the samples.")},
     {"cpu_read", native_cpu_read, METH_VARARGS,
      PyDoc_STR("cpu_read(position, limit) -> ([(places, label set's number, periods)],"

@@ -9,7 +9,6 @@ compiler. Without it the pure Python engines are used, and nothing else changes.
 from __future__ import annotations
 
 import atexit
-import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +19,11 @@ def _load() -> tuple[Any, str]:
     if os.environ.get(_SWITCH) == "0":
         return None, f"switched off by {_SWITCH}=0"
     try:
-        module = importlib.import_module("asgi_pprof._native")
+        # A statement, by which tools that freeze programs find it.
+        import asgi_pprof._native as found
     except ImportError as error:
         return None, str(error)
+    module: Any = found
     if not hasattr(module, "cpu_start"):  # in a source tree the name finds the C sources' folder
         return None, "not built for this Python"
     # Nothing may be sampled while the interpreter is finalized.

@@ -8,14 +8,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from pathlib import Path
 from string import Template
 from urllib.parse import quote
 
 Row = tuple[str, int, str, str]
 """The name, count and description of a profile, and a note such as how to switch it on."""
 
-_PAGE = Template(Path(__file__).with_name("index.html").read_text(encoding="utf-8"))
+# Not a file beside this one: a frozen or zipped program has none.
+_PAGE = Template("""\
+<html>
+<head>
+<title>/debug/pprof/</title>
+<style>
+.profile-name{
+	display:inline-block;
+	width:6rem;
+}
+</style>
+</head>
+<body>
+/debug/pprof/
+<br>
+<p>Set debug=1 as a query parameter to export in legacy text format</p>
+<br>
+Types of profiles available:
+<table>
+<thead><td>Count</td><td>Profile</td></thead>
+$rows
+</table>
+<a href="goroutine?debug=2">full goroutine stack dump</a>
+<br>
+<p>
+Profile Descriptions:
+<ul>
+$descriptions
+</ul>
+</p>
+$stats</body>
+</html>""")
 
 
 def index_page(rows: Sequence[Row], stats: str = "") -> str:

@@ -78,11 +78,13 @@ async def collect(duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
     try:
         run = _Run(hz)
         _start(hz)
+        sigprof_claim.guard(native.cpu_yield)
         await run.window.wait(duration_s, stop, run.read_clocks)
     except BaseException:
         native.cpu_stop()
         _free()
         raise
+    sigprof_claim.unguard()
     native.cpu_stop()
     run.window.end()
     # The thread that reads the samples frees them: the caller may be cancelled meanwhile.

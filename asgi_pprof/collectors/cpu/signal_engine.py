@@ -120,19 +120,29 @@ class _Sampler:
         self._process_mark_ns = time.process_time_ns()
         self._mark_ns = time.thread_time_ns()
         signal.setitimer(signal.ITIMER_PROF, 1 / self.hz, 1 / self.hz)
+        sigprof_claim.guard(self._give_up)
+
+    def _give_up(self) -> None:
+        sigprof_claim.unguard()
+        self.failure = "the application took SIGPROF for itself"
+        self._put_signal_back()
 
     def stop(self) -> None:
         if not self._installed:
             return
         self._installed = False
+        sigprof_claim.unguard()
+        self._put_signal_back()
+        sigprof_claim.release()
+        self._wakeup.restore()
+
+    def _put_signal_back(self) -> None:
         # The timer first: a SIGPROF that finds its default action ends the process.
         signal.setitimer(signal.ITIMER_PROF, 0)
         if signal.getsignal(signal.SIGPROF) == self._on_signal:
             # To ignore the signal discards one that is still pending.
             signal.signal(signal.SIGPROF, signal.SIG_IGN)
             signal.signal(signal.SIGPROF, self._replaced)
-        sigprof_claim.release()
-        self._wakeup.restore()
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         # Runs inside the application: uses one Python frame only, and never raises.
@@ -162,7 +172,8 @@ class _Sampler:
             self.samples += 1
             self.own_ns += self._mark_ns - mark_ns
         except Exception as error:
-            self.failure = repr(error)  # the error itself would keep frames alive
+            # Not the error itself, which would keep frames alive.
+            self.failure = f"the sampler failed with {error!r}"
             signal.setitimer(signal.ITIMER_PROF, 0)
 
     def drain(self) -> None:
@@ -223,5 +234,5 @@ def _comments(sampler: _Sampler, clocks: ThreadClocks) -> list[str]:
     if lost := sampler.stacks.counter.overflowed:
         comments.append(f"lost: {lost} samples, more than {_MAX_STACKS} stacks")
     if sampler.failure:
-        comments.append(f"stopped early: the sampler failed with {sampler.failure}")
+        comments.append(f"stopped early: {sampler.failure}")
     return comments

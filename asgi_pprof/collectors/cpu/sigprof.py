@@ -1,14 +1,23 @@
 """
 Reserves SIGPROF and its timer: only one profile may use them, and the application comes first.
+
+A SIGPROF that finds its default action ends the process, and a timer goes on in the
+program that `os.exec*` starts. So while SIGPROF is ours, `signal.signal` and these
+functions first end the sampling. Code in C that does the same is not noticed in time.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
+import threading
 from collections.abc import Callable
+from typing import Any
 
 from asgi_pprof.errors import ProfileBusy
+
+_signal: Any = importlib.import_module("_signal")  # which `signal.signal` calls
 
 
 class SigprofClaim:
@@ -16,6 +25,7 @@ class SigprofClaim:
 
     def __init__(self) -> None:
         self._claimed_by = 0  # a process id, because a forked child's profile is its own
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     def claim(self, is_inherited: Callable[[object], bool] = lambda handler: False) -> None:
         """
@@ -41,7 +51,51 @@ class SigprofClaim:
 
     def release(self) -> None:
         """Make SIGPROF available to the next profile."""
+        self.unguard()
         self._claimed_by = 0
+
+    def guard(self, give_up: Callable[[], None]) -> None:
+        """
+        Call a function just before the application sets SIGPROF, or starts another program.
+
+        Until `unguard` or `release`. The function must put back how SIGPROF was.
+        """
+        claimed_by = self._claimed_by
+
+        def is_ours() -> bool:
+            return self._claimed_by == claimed_by == os.getpid()
+
+        def set_handler(number: Any, handler: Any, /) -> Any:
+            is_main = threading.get_ident() == threading.main_thread().ident  # else it fails
+            if number == signal.SIGPROF and is_main and is_ours():
+                give_up()
+            return before_signal(number, handler)
+
+        def execv(*args: Any, **kwargs: Any) -> Any:
+            if is_ours():
+                give_up()
+            return before_execv(*args, **kwargs)
+
+        def execve(*args: Any, **kwargs: Any) -> Any:
+            if is_ours():
+                give_up()
+            return before_execve(*args, **kwargs)
+
+        before_signal, before_execv, before_execve = _signal.signal, os.execv, os.execve
+        self._replace(_signal, "signal", set_handler)
+        self._replace(os, "execv", execv)
+        self._replace(os, "execve", execve)
+
+    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        self._replaced.append((owner, name, getattr(owner, name), ours))
+        setattr(owner, name, ours)
+
+    def unguard(self) -> None:
+        """Put the functions back, except where somebody else has replaced ours meanwhile."""
+        while self._replaced:
+            owner, name, before, ours = self._replaced.pop()
+            if getattr(owner, name) is ours:
+                setattr(owner, name, before)
 
 
 sigprof_claim = SigprofClaim()

@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, cast
 
+from asgi_pprof.runtime.modules import code_filename
 from asgi_pprof.runtime.task_records import (
     ATTRIBUTE,
     TaskRecord,
@@ -235,15 +236,15 @@ class _RecordingFactory:
 _current_task = asyncio.current_task
 
 
-_OWN_FILES = (__file__,)
-_CREATING_FILES = (__file__, asyncio.base_events.__file__)
-
-
 def _hide(task: Any, files: tuple[str, ...]) -> None:
     """Remove our frames from the traceback of its creation that a task has in debug mode."""
     traceback = getattr(task, "_source_traceback", None)
     while traceback and traceback[-1].filename in files:
         del traceback[-1]
+
+
+_OWN_FILES = (_hide.__code__.co_filename,)
+_CREATING_FILES = (*_OWN_FILES, code_filename(asyncio.base_events))
 
 
 class _NamedTask(Task):
@@ -289,8 +290,7 @@ def _library_files() -> frozenset[str]:
         importlib.import_module("anyio._backends._asyncio")  # anyio loads it at its first use
     names = ("asyncio.", "anyio.")
     modules = [each for name, each in sys.modules.copy().items() if name.startswith(names)]
-    files = (getattr(module, "__file__", None) for module in modules)
-    return frozenset(file for file in files if file)
+    return frozenset(filter(None, map(code_filename, modules)))
 
 
 task_tracking = TaskTracking()

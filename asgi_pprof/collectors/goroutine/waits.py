@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 
 from asgi_pprof.runtime.chains import Chain
 from asgi_pprof.runtime.frames import generator_local
+from asgi_pprof.runtime.modules import code_filename
 from asgi_pprof.runtime.pools import Work, Workers
 
 Task = asyncio.Task[Any]
@@ -92,7 +93,6 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
 )
 # It has been woken, and waits for the lock that it released meanwhile.
 _REACQUIRING = {("Lock.acquire", "Condition.wait")}
-_OWN_FILES = str(Path(__file__).parents[1])
 
 
 class Wait(NamedTuple):
@@ -123,8 +123,8 @@ class Waits:
         for module, names, reason in _REASONS:
             # Modules may have been loaded since the last scan. Cython's code has the .pyx file.
             loaded = sys.modules.get(module)
-            filename = module if "/" in module else getattr(loaded, "__file__", None)
-            if filename is not None:
+            filename = module if "/" in module else code_filename(loaded)
+            if filename:
                 for name in names.split():
                     self._reasons[filename, name] = reason or name
 
@@ -223,6 +223,9 @@ class Waits:
         if pool is not None:
             return Wait(WAITING_FOR_A_THREAD, workers=f"{pool.busy} of {pool.size} busy")
         return Wait("executor", work=self.workers.working_for(future))
+
+
+_OWN_FILES = str(Path(Waits.wait.__code__.co_filename).parents[1])
 
 
 def _tasks_held(coroutines: Iterable[object]) -> Iterator[Task]:

@@ -15,7 +15,8 @@ from types import CodeType
 from typing import Any
 
 from asgi_pprof.profile import Function, Location
-from asgi_pprof.stacks import Symbols, loaded_modules
+from asgi_pprof.runtime.modules import loaded_modules
+from asgi_pprof.stacks import Symbols
 
 
 class LineNames:

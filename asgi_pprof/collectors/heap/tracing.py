@@ -39,6 +39,7 @@ from asgi_pprof.errors import PprofError
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.profile import Location, Sample, Stack
 from asgi_pprof.recorder import Recorder
+from asgi_pprof.runtime.modules import code_filename
 from asgi_pprof.stacks import TRUNCATED, UNKNOWN
 
 ENGINE = "tracemalloc"
@@ -197,13 +198,14 @@ def _sites(traces: list[_Trace]) -> dict[_Site, _Usage]:
     return {site: used for site, used in live.items() if not _is_ours(site[0][0])}
 
 
-_PACKAGE = str(Path(__file__).parents[2]) + os.sep
+_PACKAGE = str(Path(Tracing.copy.__code__.co_filename).parents[2]) + os.sep
+_TRACEMALLOC = code_filename(tracemalloc)
 # Modules whose frames lie between the application's own.
 _BETWEEN = {f"{_PACKAGE}{name}.py" for name in ("middleware", "labels")}
 
 
 def _is_ours(frames: _Frames) -> bool:
-    return frames[0][0] == tracemalloc.__file__ or any(
+    return frames[0][0] == _TRACEMALLOC or any(
         filename.startswith(_PACKAGE) and filename not in _BETWEEN for filename, _ in frames
     )
 

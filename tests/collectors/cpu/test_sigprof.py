@@ -1,78 +1,82 @@
-"""SIGPROF is used by one profile at a time, and never while the application uses it."""
+"""The application may take SIGPROF, or start another program, while a profile is taken."""
 
 from __future__ import annotations
 
-import os
-import signal
-
 import pytest
 
-from asgi_pprof.collectors.cpu.sigprof import SigprofClaim
-from asgi_pprof.errors import ProfileBusy
+from asgi_pprof.native.core import native
+from tests.programs import run_program
+
+COMMON = """
+import asyncio, os, signal, sys, threading, time
+from asgi_pprof.collectors.cpu.collector import CpuCollector
+
+def burn(seconds):
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        sum(range(1000))
+
+async def profiled(work, seconds=1):
+    profile = asyncio.create_task(CpuCollector().collect(seconds, asyncio.Event(), 1000))
+    await asyncio.sleep(0.1)
+    threading.Thread(target=burn, args=(0.3,)).start()
+    burn(0.05)
+    work()
+    burn(0.1)
+    return (await profile)()
+"""
+
+ENGINES = [pytest.param("1", id="native"), pytest.param("0", id="signal")]
 
 
-@pytest.fixture
-def sigprof():
-    """A claim of its own; the action of SIGPROF is put back afterwards."""
-    before = signal.getsignal(signal.SIGPROF)
-    yield SigprofClaim()
-    signal.signal(signal.SIGPROF, before)
+def run(program, engine, **more):
+    if engine == "1" and not native:
+        pytest.skip("needs the C core")
+    return run_program(COMMON + program, ASGI_PPROF_NATIVE=engine, **more)
 
 
-def handle(signum, frame):
-    """The application's handler."""
-
-
-def test_a_claim_holds_until_its_release(sigprof):
-    """A second claim is refused in Go's words."""
-    sigprof.claim()
-    with pytest.raises(ProfileBusy) as caught:
-        sigprof.claim()
-    assert str(caught.value) == "Could not enable CPU profiling: cpu profiling already in use"
-    assert caught.value.status == 500
-    sigprof.release()
-    sigprof.claim()
-
-
-def test_a_signal_handler_refuses_a_claim(sigprof):
-    """Unless it is one of ours, left over by a fork."""
-    signal.signal(signal.SIGPROF, handle)
-    with pytest.raises(ProfileBusy, match="the application handles SIGPROF with .*handle"):
-        sigprof.claim()
-    sigprof.claim(lambda handler: handler is handle)
-
-
-@pytest.mark.parametrize("action", [signal.SIG_DFL, signal.SIG_IGN])
-def test_a_signal_without_a_handler_can_be_claimed(sigprof, action):
-    """Whether the signal is ignored or not."""
-    signal.signal(signal.SIGPROF, action)
-    sigprof.claim()
-
-
-def test_a_running_timer_refuses_a_claim(sigprof):
-    """Even if its signal is ignored."""
-    signal.signal(signal.SIGPROF, signal.SIG_IGN)
-    signal.setitimer(signal.ITIMER_PROF, 1000)
-    try:
-        with pytest.raises(ProfileBusy, match="the application uses ITIMER_PROF"):
-            sigprof.claim()
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-    sigprof.claim()
-
-
-def test_a_refused_claim_claims_nothing(sigprof):
-    """The next claim succeeds."""
-    signal.signal(signal.SIGPROF, handle)
-    with pytest.raises(ProfileBusy):
-        sigprof.claim()
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN", "lambda *_: None"])
+def test_the_application_may_set_sigprof(engine, handler):
+    """It gets no signal of ours, which by default ends the process; the profile ends there."""
+    program = f"""
+for _ in range(5):
+    profile = asyncio.run(profiled(lambda: signal.signal(signal.SIGPROF, {handler}), 0.4))
+    assert any("stopped early" in each for each in profile.comments), profile.comments
+    assert sum(each.values[1] for each in profile.samples) > 0
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    sigprof.claim()
+profile = asyncio.run(profiled(lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN), 0.4))
+assert not any("stopped early" in each for each in profile.comments), profile.comments
+print("alive")
+"""
+    assert run(program, engine) == "alive\n"
 
 
-def test_a_forked_child_does_not_inherit_the_claim(sigprof, monkeypatch):
-    """A process that was forked in the middle of a profile may take its own."""
-    sigprof.claim()
-    parent = os.getpid()
-    monkeypatch.setattr(os, "getpid", lambda: parent + 1)
-    sigprof.claim()
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("call", ["execv(sys.executable, program)", "execlp(*program)"])
+def test_the_program_that_exec_starts_gets_no_signal(engine, call):
+    """A timer of setitimer goes on in it, where SIGPROF has its default action."""
+    program = f"""
+burns = "import time; end = time.process_time() + 0.3\\nwhile time.process_time() < end: pass"
+program = [sys.executable, "-c", burns + "\\nprint('alive')"]
+if "lp" in "{call}":
+    program = [sys.executable, *program]
+asyncio.run(profiled(lambda: os.{call}))
+"""
+    assert run(program, engine) == "alive\n"
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_exec_that_fails_does_no_harm(engine):
+    program = """
+def fails():
+    try:
+        os.execv("/nowhere", ["nowhere"])
+    except FileNotFoundError:
+        pass
+
+profile = asyncio.run(profiled(fails, 0.4))
+assert any("stopped early" in each for each in profile.comments), profile.comments
+print(signal.getsignal(signal.SIGPROF) is signal.SIG_DFL, signal.getitimer(signal.ITIMER_PROF))
+"""
+    assert run(program, engine) == "True (0.0, 0.0)\n"
