@@ -49,7 +49,9 @@ from asgi_pprof.slices import Slices
 
 _SLICE_S = 0.004
 _PAUSE_S = 0.02
-_MAX_OBJECTS = 200_000
+MAX_OBJECTS = 200_000
+"""How many objects one pass traverses."""
+
 _MAX_HOLDERS = 50_000  # objects traversed for what may cancel a task from outside
 _COUNTS_LIE = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
@@ -59,9 +61,9 @@ async def find_leaked(
     awaited: AwaitedTasks,
     *,
     clock: Callable[[], float] = time.perf_counter,
-) -> set[Task]:
+) -> tuple[set[Task], bool]:
     """
-    Return the tasks that can never be woken.
+    Return the tasks that can never be woken, and whether the search was cut short.
 
     Runs on a loop, in slices, and yields to it at least once if it finds any.
 
@@ -71,16 +73,16 @@ async def find_leaked(
         clock: Test seam for `time.perf_counter`, which bounds the slices.
     """
     if _COUNTS_LIE:
-        return set()
+        return set(), False
     known = list(tasks)
     search = _Search(known, awaited, clock)
     suspects = await search.unreachable(await search.waiting())
     if not suspects:
-        return set()
+        return set(), search.is_cut
     cancellable = await search.held_by_others([task for task, _ in suspects])
     await search.pause()
     found = await search.unreachable(suspects, cancellable, again=True)
-    return {task for task, _ in found}
+    return {task for task, _ in found}, search.is_cut
 
 
 class _Search:
@@ -94,6 +96,8 @@ class _Search:
         self._slices = Slices(_SLICE_S, clock)
         self._kinds = ObjectKinds()
         self._modules = Addresses()
+        self.is_cut = False
+        """Whether there were more than `MAX_OBJECTS` objects; leaks may be missing then."""
 
     async def pause(self) -> None:
         """Let other work run, so that references that were only being passed on are gone."""
@@ -131,10 +135,11 @@ class _Search:
         """
         if not self._modules:
             await self._run(self._add_modules())
-        graph = Graph(self._kinds, self._modules, _MAX_OBJECTS)
+        graph = Graph(self._kinds, self._modules, MAX_OBJECTS)
         try:
             await self._run(graph.start(waiting))
             await self._run(graph.traverse())
+            self.is_cut |= graph.is_cut
             if again and graph.is_cut:
                 return []
             await self._run(graph.count_external())

@@ -19,6 +19,7 @@ import anyio.to_thread
 import pytest
 from fastapi import FastAPI
 
+from asgi_pprof.collectors.goroutine import leak_search
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.leak_search import find_leaked
@@ -35,7 +36,8 @@ CURRENT: contextvars.ContextVar[object] = contextvars.ContextVar("current")
 async def search(tasks=None, **options):
     """Return the leaked ones of these tasks, or of all."""
     scan = await TaskCollector().begin_scan()
-    return await find_leaked(tasks or asyncio.all_tasks(), scan.awaited, **options)
+    found, _ = await find_leaked(tasks or asyncio.all_tasks(), scan.awaited, **options)
+    return found
 
 
 async def leaked():
@@ -905,3 +907,28 @@ async def marked():
     """Return the names of the tasks that the dump of all tasks marks as leaked."""
     tasks = [task async for task in TaskCollector().goroutines()]
     return {dict(task.labels)["task"] for task in tasks if task.leaked}
+
+
+def test_a_search_that_is_cut_says_so(monkeypatch):
+    """In the profile and at the end of the dump; what it has found is right."""
+
+    async def main():
+        async def wait():
+            await asyncio.get_running_loop().create_future()
+
+        tasks = [asyncio.create_task(wait()) for _ in range(3)]
+        await asyncio.sleep(0)
+        collector = LeakCollector(TaskCollector())
+        whole = (await collector.snapshot())()
+        monkeypatch.setattr(leak_search, "MAX_OBJECTS", 2)
+        cut = (await collector.snapshot())()
+        last = [each async for each in collector.goroutines()][-1]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return whole, cut, last
+
+    whole, cut, last = asyncio.run(main(), debug=False)
+    assert whole.comments == ()
+    assert cut.comments == ("the search was cut at 200,000 objects: leaks may be missing",)
+    assert last.state == cut.comments[0]

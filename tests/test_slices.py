@@ -1,0 +1,58 @@
+"""Long work leaves the loop to others."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from asgi_pprof.slices import Slices
+from tests.loops import run
+
+pytestmark = pytest.mark.once
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def iterations_given(others_s: float) -> int:
+    """Return how often the loop iterates after a slice of 4 ms, if each takes others so long."""
+
+    async def main():
+        clock, count = Clock(), 0
+
+        async def others():
+            nonlocal count
+            while True:
+                clock.now += others_s
+                count += 1
+                await asyncio.sleep(0)
+
+        slices = Slices(0.004, clock)
+        clock.now += 0.003
+        assert not slices.is_over()
+        clock.now += 0.002
+        assert slices.is_over()
+        task = asyncio.create_task(others())
+        await slices.yield_to_loop()
+        assert not slices.is_over()
+        task.cancel()
+        return count
+
+    return run(main())
+
+
+def test_an_idle_loop_iterates_once():
+    assert iterations_given(0) == 1
+
+
+def test_a_busy_loop_has_three_times_the_slice():
+    """In as many iterations as that takes, so that none of its tasks waits for many slices."""
+    assert iterations_given(0.001) in (12, 13)
+    assert iterations_given(0.005) == 3
+    assert iterations_given(0.1) == 1
