@@ -62,6 +62,7 @@ from asgi_pprof.registry import DESCRIPTIONS, NamedProfile, Registry
 from asgi_pprof.responses import (
     DumpResponse,
     error_response,
+    failure_response,
     fit_to_request,
     profile_response,
     redirect_response,
@@ -177,7 +178,7 @@ class PprofApp:
             reply = error_response(str(error), error.status)
         except Exception:
             _log_failure("to answer", request.scope.get("path"))
-            reply = error_response("failed to collect profile", 500)
+            reply = failure_response()
         fit_to_request(reply, request, send)
         await reply(request.scope, receive, send)
 

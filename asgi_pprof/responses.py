@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import aclosing, asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
 from starlette.requests import Request
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.encoders.protobuf import encode
-from asgi_pprof.errors import ClientGone
+from asgi_pprof.errors import ClientGone, PprofError
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile
 from asgi_pprof.runtime.tasks import hidden
@@ -53,6 +53,11 @@ def error_response(message: str, status: int) -> Response:
     return text_response(f"{message}\n", status, {"X-Go-Pprof": "1"})
 
 
+def failure_response() -> Response:
+    """Return the response to a request for which there is an error of ours in the log."""
+    return error_response("failed to collect profile", 500)
+
+
 def redirect_response(location: str) -> Response:
     """Return Go's temporary redirect."""
     href = location.replace("&", "&amp;").replace('"', "&#34;").replace("<", "&lt;")
@@ -65,7 +70,8 @@ class DumpResponse(Response):
     A response whose text is sent while it is made.
 
     Args:
-        pieces: The text; what fails here is for the log, and the last line says so.
+        pieces: The text. If it fails before the first are sent, the response is an
+            error, later its last line says so.
         on_failure: Called in an `except` block, to log.
     """
 
@@ -76,37 +82,50 @@ class DumpResponse(Response):
         del self.headers["content-length"]
         self._pieces = pieces
         self._on_failure = on_failure
+        self._is_started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the response; all work ends when the client leaves."""
-        with suppress(ClientGone):
+        """Send the response, or an error; all work ends when the client leaves."""
+        try:
             async with while_connected(receive), aclosing(self._bodies()) as bodies:
-                is_head, first = scope["method"] == "HEAD", await anext(bodies)
-                if len(first) < _BUFFERED:  # then it is all there is
-                    self.headers["content-length"] = str(len(first))
-                start = {"status": self.status_code, "headers": self.raw_headers}
-                await send({"type": "http.response.start", **start})
-                await send(_body(b"" if is_head else first))
-                async for body in bodies:
-                    if is_head:
-                        break
-                    await send(_body(body))
-                await send(_body(b"", more=False))
+                await self._send(bodies, scope["method"] == "HEAD", send)
+        except PprofError as error:
+            await self._fail(error_response(str(error), error.status), scope, receive, send)
+        except Exception:
+            self._on_failure()
+            await self._fail(failure_response(), scope, receive, send)
+
+    async def _send(self, bodies: AsyncGenerator[bytes, None], is_head: bool, send: Send) -> None:
+        first = await anext(bodies)
+        if len(first) < _BUFFERED:  # then it is all there is
+            self.headers["content-length"] = str(len(first))
+        self._is_started = True
+        start = {"status": self.status_code, "headers": self.raw_headers}
+        await send({"type": "http.response.start", **start})
+        await send(_body(b"" if is_head else first))
+        async for body in bodies:
+            if is_head:
+                break
+            await send(_body(body))
+        await send(_body(b"", more=False))
+
+    async def _fail(self, error: Response, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._is_started:
+            await error(scope, receive, send)
+        else:
+            text = "\nfailed: the rest is missing, and the reason is in the log\n"
+            await send(_body(_utf8(text), more=False))
 
     async def _bodies(self) -> AsyncGenerator[bytes, None]:
         texts: list[str] = []
         size = 0
-        try:
-            async with aclosing(self._pieces) as pieces:
-                async for text in pieces:
-                    texts.append(text)
-                    size += len(text)
-                    if size >= _PIECE:
-                        yield _utf8("".join(texts))
-                        texts, size = [], 0
-        except Exception:
-            self._on_failure()
-            texts.append("\nfailed: the rest is missing, and the reason is in the log\n")
+        async with aclosing(self._pieces) as pieces:
+            async for text in pieces:
+                texts.append(text)
+                size += len(text)
+                if size >= _PIECE:
+                    yield _utf8("".join(texts))
+                    texts, size = [], 0
         yield _utf8("".join(texts))
 
 

@@ -11,9 +11,12 @@ import pytest
 
 from asgi_pprof import PprofApp, PprofMiddleware, labels
 from asgi_pprof.collectors.contention import asyncio_waits, threading_waits
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.labels import MAX_LETTERS, clip, current, resolve
+from asgi_pprof.profile import Goroutine
 from asgi_pprof.recorders import UsedRecorders, contention, gc_pauses, set_block_profile_rate
 from asgi_pprof.request_labels import RequestLabels
+from asgi_pprof.stacks import UNKNOWN
 from tests.loops import LOOPS, run
 from tests.programs import run_program
 
@@ -348,6 +351,62 @@ def test_a_client_that_leaves_ends_the_making_of_its_profile(monkeypatch):
     with middleware() as served:
         assert asyncio.run(leave(served)) == (500, b"context canceled\n")
         assert ended.wait(20)
+
+
+# Dumps, which are sent while they are made
+
+
+def dump_that_fails_after(count):
+    async def goroutines(self):
+        for number in range(count):
+            yield Goroutine(number + 1, "running", (UNKNOWN,), (("task", "n" * 1000),))
+        raise ZeroDivisionError
+
+    return goroutines
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("count", [0, 3, 100])
+def test_a_dump_that_fails_is_an_error_or_ends_with_one(monkeypatch, caplog, count):
+    async def main():
+        with middleware() as served:
+            return await asked(served, "goroutine?debug=2")
+
+    monkeypatch.setattr(TaskCollector, "goroutines", dump_that_fails_after(count))
+    status, text = run(main())
+    assert [each.exc_info[0] for each in caplog.records] == [ZeroDivisionError]
+    if count < 100:
+        assert (status, text) == (500, "failed to collect profile\n")
+    else:
+        assert status == 200
+        assert text.startswith("goroutine 1 [running]")
+        assert text.endswith("\nfailed: the rest is missing, and the reason is in the log\n")
+
+
+@pytest.mark.once
+def test_a_dump_is_sent_in_pieces():
+    """So it takes no memory, and no single step of it is long."""
+
+    async def main():
+        sent = []
+
+        async def send(message):
+            sent.append(len(message.get("body", b"")))
+
+        with middleware() as served:
+            async with waiting(count=2000):
+                scope = {"type": "http", "method": "GET", "path": "/debug/pprof/goroutine"}
+                scope |= {"query_string": b"debug=2", "headers": [], "client": ("127.0.0.1", 1)}
+                await served(scope, no_message, send)
+        return sent
+
+    sent = run(main(), debug=False)
+    assert max(sent) < 2 * sum(sent) / 10
+    assert len(sent) > 10
+
+
+async def no_message():
+    await asyncio.sleep(3600)
 
 
 # What is switched on and fails
