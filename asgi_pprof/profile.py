@@ -58,7 +58,7 @@ class Location(NamedTuple):
         return _address(name, filename, self.line)
 
 
-@lru_cache(maxsize=65536)
+@lru_cache(maxsize=8192)  # some 3 MB
 def _address(name: str, filename: str, line: int) -> int:
     name = name.removeprefix("__main__.").removeprefix("__mp_main__.")
     text = f"{filename}\0{line}\0{name}".encode("utf-8", "surrogatepass")
