@@ -92,6 +92,7 @@ release(uint32_t index)
     buckets[index] = (Bucket){.next = unused};
     unused = index;
     count--;
+    refusals = 0;
 }
 
 /* Add one bucket to another; it is released when no block refers to it any more. */
@@ -152,11 +153,12 @@ buckets_drop_labels(void)
 static void
 remove_from_set(uint32_t index)
 {
-    uint32_t *at = &buckets[index].set->bucket;
-    while (*at != index) {
-        at = &buckets[*at].next_of_set;
+    Bucket *bucket = &buckets[index];
+    uint32_t next = bucket->next_of_set, previous = bucket->previous_of_set;
+    if (next != 0) {
+        buckets[next].previous_of_set = previous;
     }
-    *at = buckets[index].next_of_set;
+    *(previous != 0 ? &buckets[previous].next_of_set : &bucket->set->bucket) = next;
 }
 
 static void
@@ -230,6 +232,9 @@ buckets_get(uint32_t stack, uint64_t size_class, LabelSet *set, uint32_t label)
     }
     if (set != NULL) {
         wanted.next_of_set = set->bucket;
+        if (set->bucket != 0) {
+            buckets[set->bucket].previous_of_set = index;
+        }
         set->bucket = index;
     }
     buckets[index] = wanted;
@@ -286,7 +291,7 @@ buckets_label(LabelSet *set, uint32_t label)
         unlink_bucket(index);
         buckets[index].set = NULL;
         buckets[index].label = label;
-        buckets[index].next_of_set = 0;
+        buckets[index].next_of_set = buckets[index].previous_of_set = 0;
         link_or_merge(index);
         index = next;
     }

@@ -21,7 +21,7 @@ typedef struct {
     uint64_t size_class;
     uint64_t alloc_objects, alloc_bytes, live_objects, live_bytes;
     uint32_t next;        /* the next with this hash, or the next unused one */
-    uint32_t next_of_set; /* the next of its set */
+    uint32_t next_of_set, previous_of_set;
     uint32_t merged_into; /* then only the live blocks that still refer to it are counted */
     bool used;
 } Bucket;

@@ -72,7 +72,8 @@ static struct {
     _Atomic int slot_count; /* slots used since the start */
     int unused[MAX_THREADS], unused_count; /* of these, those without a timer */
     int next_check; /* the slot to look at next for an ended thread */
-    StateId seen[MAX_INTERPRETERS]; /* the last of each that has been found */
+    StateId seen[MAX_INTERPRETERS];   /* the last of each that two walks have passed */
+    uint64_t passed[MAX_INTERPRETERS]; /* the last of each that one walk has passed */
     ByteStore samples;
     struct sigaction replaced;
     pthread_t watcher;
@@ -291,7 +292,7 @@ slot_of(pid_t thread)
 
 /*
  * Give a thread a timer, unless it has one. Return whether nothing is left to do for this state:
- * it has the id of the thread that makes it until its own thread begins (3.11).
+ * on 3.11 it has the id of the thread that makes it until its own thread begins.
  */
 static bool
 sample_thread(pid_t thread, StateId state)
@@ -303,7 +304,13 @@ sample_thread(pid_t thread, StateId state)
             return true;
         }
         if (!timer_has_ended(slot_at(index)->timer)) {
-            return false;
+            StateId *known = &cpu.states[index];
+            bool is_settled = PY_VERSION_HEX >= 0x030c0000 ||
+                              state.interpreter != known->interpreter;
+            if (!is_settled && state.state < known->state) {
+                *known = state; /* the other one is the state of a thread that it makes */
+            }
+            return is_settled;
         }
         release_slot(index); /* of a thread that had the same id */
     }
@@ -331,6 +338,7 @@ last_seen(int64_t interpreter)
     }
     if (cpu.seen[i].interpreter != interpreter) {
         cpu.seen[i] = (StateId){interpreter, 0};
+        cpu.passed[i] = 0;
     }
     return &cpu.seen[i];
 }
@@ -354,11 +362,20 @@ sample_new_threads(const PyInterpreterState *interpreter)
         return 0;
     }
     StateId *seen = last_seen(id);
+    uint64_t *passed = &cpu.passed[seen - cpu.seen];
     uint64_t newest = 0, previous = UINT64_MAX;
     int count = 0;
-    while (at != NULL && count < 2 * MAX_THREADS &&
-           reader_copy(&cpu.walker, at, &state, sizeof state) && state.id > seen->state &&
-           state.id < previous) {
+    bool is_whole = false;
+    for (; count < 2 * MAX_THREADS; count++) {
+        is_whole = at == NULL;
+        if (is_whole || !reader_copy(&cpu.walker, at, &state, sizeof state) ||
+            state.interp != interpreter || state.id == 0 || state.id >= previous) {
+            break; /* at the end, or at what a thread that has just ended has left */
+        }
+        is_whole = state.id <= seen->state;
+        if (is_whole) {
+            break;
+        }
         previous = state.id;
         if (state.native_thread_id != 0 &&
             sample_thread((pid_t)state.native_thread_id, (StateId){id, state.id})) {
@@ -368,10 +385,15 @@ sample_new_threads(const PyInterpreterState *interpreter)
             newest = 0; /* it is about to begin: it and those made after it are read once more */
         }
         at = state.next;
-        count++;
     }
-    if (newest != 0) {
-        seen->state = newest;
+    /* A walk that broke off, or ended too early at a state that was freed meanwhile, has missed
+       threads: so each is passed by two walks. */
+    if (is_whole) {
+        uint64_t before = *passed;
+        *passed = newest;
+        if (before != 0) {
+            seen->state = before > seen->state ? before : seen->state;
+        }
     }
     return count;
 }
@@ -506,6 +528,7 @@ forget_slots(void)
     }
     cpu.unused_count = cpu.next_check = 0;
     memset(cpu.seen, 0, sizeof cpu.seen);
+    memset(cpu.passed, 0, sizeof cpu.passed);
 }
 
 bool
@@ -599,7 +622,7 @@ put_signal_back(void)
 void
 cpu_yield(void)
 {
-    if (cpu.started) {
+    if (cpu.active) {
         pthread_mutex_lock(&cpu.mutex);
         atomic_store(&cpu.displaced, true);
         release_slots();
@@ -617,7 +640,9 @@ cpu_stop(void)
     cpu.started = false;
     stop_watcher();
     Py_BEGIN_ALLOW_THREADS
+    pthread_mutex_lock(&cpu.mutex);
     release_slots();
+    pthread_mutex_unlock(&cpu.mutex);
     Py_END_ALLOW_THREADS
     put_signal_back();
     atomic_store(&cpu.on, false);

@@ -24,13 +24,14 @@
 typedef struct {
     ByteStore stacks;
     NameTable *names;
+    uint32_t opened; /* different each time: numbers of stacks are invalid after the next */
 } Tables;
 
 #define TABLE_BIT 31 /* of a bucket's stack: which of the two has it */
 #define STACK_MASK ((1u << TABLE_BIT) - 1)
 
 typedef struct {
-    uint64_t stack; /* with heap.starts in the upper half */
+    uint64_t stack; /* with its table's `opened` in the upper half */
     uint64_t size_class, label;
     uint64_t alloc_objects, alloc_bytes, live_objects, live_bytes;
 } Row;
@@ -40,7 +41,7 @@ static struct {
     uint64_t rate;
     pthread_mutex_t mutex; /* guards all that follows, and the buckets and blocks; held for
                               microseconds, and to copy */
-    uint32_t starts;       /* stacks are invalid after the next one */
+    uint32_t openings; /* of tables, so far */
     Tables tables[2];
     uint32_t current; /* the table that new stacks go to */
     uint32_t moved;   /* the next bucket to move from the other table to this one */
@@ -88,6 +89,12 @@ record_bucket(uint64_t size)
     }
     uint32_t stack = intern_stack(heap.current, heap.stack.places, heap.stack.depth);
     return buckets_get(stack, heap_size_class(size), set, 0);
+}
+
+static bool
+is_in_current_table(uint32_t stack)
+{
+    return stack == 0 || stack >> TABLE_BIT == heap.current;
 }
 
 static void
@@ -144,7 +151,8 @@ on_resized(void *before, void *after, size_t size, bool drawn)
     if (drawn && heap.on) {
         block.address = (uintptr_t)after;
         block.size = size;
-        if (size >= 2 * block.captured_size) {
+        /* While stacks are moved to the other table, no new bucket may have one of this. */
+        if (size >= 2 * block.captured_size || !is_in_current_table(owner.stack)) {
             block.bucket = record_bucket(size);
             block.captured_size = size;
         }
@@ -182,6 +190,7 @@ open_table(uint32_t table)
     heap.tables[table].names = table == 0 ? heap_names : more_heap_names;
     if (names_open(heap.tables[table].names)) {
         if (store_open(&heap.tables[table].stacks, STACK_SLOTS, STACK_UNITS, 1)) {
+            heap.tables[table].opened = ++heap.openings;
             return true;
         }
         names_close(heap.tables[table].names);
@@ -201,7 +210,6 @@ clear_tables(void)
 static bool
 open_tables(void)
 {
-    heap.starts++;
     heap.current = heap.moved = 0;
     if (open_table(0)) {
         if (blocks_open() && buckets_open()) {
@@ -297,9 +305,9 @@ heap_read(void)
             if (bucket != NULL && bucket->alloc_objects != 0) {
                 uint64_t label = bucket->set != NULL ? HEAP_PENDING | bucket->set->number
                                                      : bucket->label;
-                rows[count++] = (Row){(uint64_t)heap.starts << 32 | bucket->stack,
-                                      bucket->size_class, label, bucket->alloc_objects,
-                                      bucket->alloc_bytes, bucket->live_objects,
+                uint64_t opened = heap.tables[bucket->stack >> TABLE_BIT].opened;
+                rows[count++] = (Row){opened << 32 | bucket->stack, bucket->size_class, label,
+                                      bucket->alloc_objects, bucket->alloc_bytes, bucket->live_objects,
                                       bucket->live_bytes};
             }
         }
@@ -361,7 +369,7 @@ heap_used_labels(uint32_t end)
     return used;
 }
 
-/* Copy the places of a stack, and return how many: 0 if its table has been closed. */
+/* Copy the places of a stack in an open table, and return how many; 0 if it is not there. */
 static uint32_t
 copy_places(uint32_t stack, uint32_t *places)
 {
@@ -371,8 +379,12 @@ copy_places(uint32_t stack, uint32_t *places)
         return 0;
     }
     const RecordHeader *record = store_record(stacks, id);
-    memcpy(places, record_key(record), record_size(record));
-    return record_size(record) / (uint32_t)sizeof(uint32_t);
+    uint32_t size = record_size(record);
+    if (size > (MAX_DEPTH + 1) * sizeof(uint32_t)) {
+        return 0;
+    }
+    memcpy(places, record_key(record), size);
+    return size / (uint32_t)sizeof(uint32_t);
 }
 
 PyObject *
@@ -380,7 +392,7 @@ heap_stack(uint64_t numbered)
 {
     /* Copied before any object is made, which may run a finalizer that ends sampling. */
     uint32_t places[MAX_DEPTH + 1], depth = 0, stack = (uint32_t)numbered;
-    if (heap.on && numbered >> 32 == heap.starts) {
+    if (heap.on && numbered >> 32 == heap.tables[stack >> TABLE_BIT].opened) {
         depth = copy_places(stack, places);
     }
     if (depth == 0) {
@@ -428,7 +440,7 @@ heap_compact(uint32_t limit)
     uint32_t other = 1 - heap.current;
     bool is_moving = heap.on && heap.moved != 0;
     if (heap.on && !is_moving && is_nearly_full(&heap.tables[heap.current])) {
-        close_table(other); /* what was moved from it last time has been read by now */
+        close_table(other); /* what was moved from it last time */
         if (open_table(other)) {
             other = heap.current;
             heap.current = 1 - other;

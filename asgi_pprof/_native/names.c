@@ -68,7 +68,7 @@ static NameTable tables[TABLES];
 NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1],
                  *const more_heap_names = &tables[2];
 
-static destructor code_dealloc;
+static destructor code_dealloc; /* NULL while ours is not in place */
 static Reader describer = {.trusted = true};
 
 static _Atomic uint64_t *
@@ -146,7 +146,7 @@ names_open(NameTable *table)
     memset(table->code_cache, 0, sizeof table->code_cache);
     memset(table->place_cache, 0, sizeof table->place_cache);
     table->open = true;
-    if (PyCode_Type.tp_dealloc != forget_and_dealloc) {
+    if (code_dealloc == NULL) {
         code_dealloc = PyCode_Type.tp_dealloc;
         PyCode_Type.tp_dealloc = forget_and_dealloc;
     }
@@ -164,6 +164,7 @@ names_close(NameTable *table)
     /* If another destructor has been put on top of ours, both must stay. */
     if (!any_is_open() && PyCode_Type.tp_dealloc == forget_and_dealloc) {
         PyCode_Type.tp_dealloc = code_dealloc;
+        code_dealloc = NULL;
     }
 }
 
@@ -487,9 +488,17 @@ names_numbered(const NameTable *table, uint32_t place)
 static unsigned
 kind_of(const NameTable *table, unsigned long place)
 {
-    bool is_record = table->store.slots != NULL && place >= PLACE_FIRST &&
-                     place < atomic_load(&table->store.used);
-    return is_record ? record_kind(store_record(&table->store, (uint32_t)place)) : KIND_STRING;
+    if (table->store.slots == NULL || place < PLACE_FIRST ||
+        place >= atomic_load(&table->store.used)) {
+        return KIND_STRING;
+    }
+    /* A number may be of the time before the table was closed: then it is no record's. */
+    const RecordHeader *record = store_record(&table->store, (uint32_t)place);
+    unsigned kind = record_kind(record);
+    bool is_place = (kind == KIND_PLACE || kind == KIND_INSTRUCTION) &&
+                    record_size(record) == sizeof(PlaceKey) &&
+                    store_find(&table->store, kind, record_key(record), sizeof(PlaceKey)) == place;
+    return is_place ? kind : KIND_STRING;
 }
 
 static uint32_t

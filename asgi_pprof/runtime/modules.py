@@ -40,8 +40,7 @@ def code_filename(module: ModuleType | None) -> str:
     filename = namespace.get("__file__")
     if not isinstance(filename, str):
         return ""
-    found = _filename_of(namespace, namespace.get("__name__"))
-    return found if found and not frozen_module(found) else filename
+    return _filename_of(namespace, namespace.get("__name__")) or filename
 
 
 def _filename_of(namespace: dict[str, Any], module: object) -> str:
@@ -51,7 +50,8 @@ def _filename_of(namespace: dict[str, Any], module: object) -> str:
         # A decorator's function has the name of another, and code of its own.
         if type(value) is FunctionType and value.__module__ == module:
             code = value.__code__
-            if code.co_qualname == value.__qualname__ and value.__name__ == code.co_name:
+            is_generated = code.co_filename.startswith("<")  # or frozen
+            if code.co_qualname == value.__qualname__ and not is_generated:
                 return code.co_filename
     return ""
 

@@ -84,8 +84,8 @@ async def collect(duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
         native.cpu_stop()
         _free()
         raise
-    sigprof_claim.unguard()
     native.cpu_stop()
+    sigprof_claim.unguard()
     run.window.end()
     # The thread that reads the samples frees them: the caller may be cancelled meanwhile.
     return await run_in_thread(lambda: _build(run))

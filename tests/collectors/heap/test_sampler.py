@@ -434,6 +434,47 @@ def test_past_allocations_give_up_their_stacks_when_there_are_too_many():
 
 @pytest.mark.slow
 @pytest.mark.oldest_and_newest
+def test_memory_that_grows_while_stacks_are_moved_keeps_its_stack():
+    """In whichever table its bucket is, and through the next move."""
+    program = """
+    from asgi_pprof.native.core import native
+    from asgi_pprof.recorders import heap_sampler
+
+    def fill(prefix):
+        number = 0
+        while not native.heap_compact(1):
+            names = {}
+            source = f"def {prefix}{number}():\\n return [{number}, {number}.5], {number}.5 * 2"
+            exec(compile(source, f"<{prefix}{number}>", "exec"), names)
+            names[f"{prefix}{number}"]()
+            number += 1
+
+    def keep(size):
+        return bytearray(size)
+
+    def live():
+        return sum(s.values[2] for s in heap_sampler.copy().samples()
+                   if any(each.function.name.endswith("keep") for each in s.stack)
+                   and dict(s.labels)["bytes"] > 50_000)
+
+    heap_sampler.enable(1)
+    kept = [keep(60_000 + 5_000 * (number % 9)) for number in range(90)]
+    print(live())
+    for prefix in "ab":
+        fill(prefix)
+        for number, each in enumerate(kept):
+            each.extend(bytes(9_000 + 100 * (number % 10)))
+            native.heap_compact(1)
+        while native.heap_compact(1):
+            pass
+        print(live())
+    heap_sampler.disable()
+    """
+    assert run_program(program).split() == ["90", "90", "90"]
+
+
+@pytest.mark.slow
+@pytest.mark.oldest_and_newest
 def test_new_names_are_known_after_any_number_of_others():
     """A service may make functions for ever. Names of live memory stay, whatever came since."""
     program = """

@@ -203,7 +203,7 @@ def test_labels_that_fail_leave_the_stack():
         return await stalls_of(watch, "hold_by_sleeping")
 
     (stall,) = run(blocked)
-    assert stall["labels"] == {}
+    assert stall["labels"] == {"task": "unreadable: ZeroDivisionError"}
 
 
 @pytest.mark.timing
