@@ -91,10 +91,40 @@ record_bucket(uint64_t size)
     return buckets_get(stack, heap_size_class(size), set, 0);
 }
 
-static bool
-is_in_current_table(uint32_t stack)
+/* Copy the places of a stack in an open table, and return how many; 0 if it is not there. */
+static uint32_t
+copy_places(uint32_t stack, uint32_t *places)
 {
-    return stack == 0 || stack >> TABLE_BIT == heap.current;
+    const ByteStore *stacks = &heap.tables[stack >> TABLE_BIT].stacks;
+    uint32_t id = stack & STACK_MASK;
+    if (stacks->slots == NULL || id == 0 || id >= atomic_load(&stacks->used)) {
+        return 0;
+    }
+    const RecordHeader *record = store_record(stacks, id);
+    uint32_t size = record_size(record);
+    if (size > (MAX_DEPTH + 1) * sizeof(uint32_t)) {
+        return 0;
+    }
+    memcpy(places, record_key(record), size);
+    return size / (uint32_t)sizeof(uint32_t);
+}
+
+/* Return a stack with a number in the table that is filled now; 0 if there is no room. */
+static uint32_t
+to_current(uint32_t stack)
+{
+    uint32_t from = stack >> TABLE_BIT, places[MAX_DEPTH + 1];
+    if (stack == 0 || from == heap.current) {
+        return stack;
+    }
+    uint32_t depth = copy_places(stack, places);
+    for (uint32_t i = 0; i < depth; i++) {
+        if (places[i] >= PLACE_FIRST) {
+            places[i] = names_move(heap.tables[from].names, heap.tables[heap.current].names,
+                                   places[i]);
+        }
+    }
+    return depth != 0 ? intern_stack(heap.current, places, depth) : 0;
 }
 
 static void
@@ -151,13 +181,14 @@ on_resized(void *before, void *after, size_t size, bool drawn)
     if (drawn && heap.on) {
         block.address = (uintptr_t)after;
         block.size = size;
-        /* While stacks are moved to the other table, no new bucket may have one of this. */
-        if (size >= 2 * block.captured_size || !is_in_current_table(owner.stack)) {
+        if (size >= 2 * block.captured_size) {
             block.bucket = record_bucket(size);
             block.captured_size = size;
         }
         else {
-            block.bucket = buckets_get(owner.stack, heap_size_class(size), owner.set, owner.label);
+            /* While stacks are moved to the other table, no new bucket may have one of this. */
+            block.bucket = buckets_get(to_current(owner.stack), heap_size_class(size), owner.set,
+                                       owner.label);
         }
         add_block(&block);
     }
@@ -369,24 +400,6 @@ heap_used_labels(uint32_t end)
     return used;
 }
 
-/* Copy the places of a stack in an open table, and return how many; 0 if it is not there. */
-static uint32_t
-copy_places(uint32_t stack, uint32_t *places)
-{
-    const ByteStore *stacks = &heap.tables[stack >> TABLE_BIT].stacks;
-    uint32_t id = stack & STACK_MASK;
-    if (stacks->slots == NULL || id == 0 || id >= atomic_load(&stacks->used)) {
-        return 0;
-    }
-    const RecordHeader *record = store_record(stacks, id);
-    uint32_t size = record_size(record);
-    if (size > (MAX_DEPTH + 1) * sizeof(uint32_t)) {
-        return 0;
-    }
-    memcpy(places, record_key(record), size);
-    return size / (uint32_t)sizeof(uint32_t);
-}
-
 PyObject *
 heap_stack(uint64_t numbered)
 {
@@ -419,18 +432,7 @@ move_stack(uint32_t index, uint32_t from)
     if (bucket == NULL || bucket->stack == 0 || bucket->stack >> TABLE_BIT != from) {
         return;
     }
-    uint32_t places[MAX_DEPTH + 1], stack = 0;
-    uint32_t depth = bucket->live_objects != 0 ? copy_places(bucket->stack, places) : 0;
-    for (uint32_t i = 0; i < depth; i++) {
-        if (places[i] >= PLACE_FIRST) {
-            places[i] = names_move(heap.tables[from].names, heap.tables[heap.current].names,
-                                   places[i]);
-        }
-    }
-    if (depth != 0) {
-        stack = intern_stack(heap.current, places, depth);
-    }
-    buckets_move(index, stack);
+    buckets_move(index, bucket->live_objects != 0 ? to_current(bucket->stack) : 0);
 }
 
 bool

@@ -352,6 +352,7 @@ static PyMethodDef methods[] = {
 static void
 after_fork_in_child(void)
 {
+    names_after_fork_in_child();
     cpu_after_fork_in_child();
     heap_after_fork_in_child();
 }

@@ -11,6 +11,7 @@
  */
 #include "names.h"
 
+#include <pthread.h>
 #include <stdlib.h>
 
 #include "store.h"
@@ -68,7 +69,10 @@ static NameTable tables[TABLES];
 NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1],
                  *const more_heap_names = &tables[2];
 
-static destructor code_dealloc; /* NULL while ours is not in place */
+static destructor code_dealloc; /* stays: ours may still run in another interpreter */
+static bool is_in_place;        /* ours, or another one on top of ours */
+/* Held to read large code, and before it is freed: that may be another interpreter's. */
+static pthread_mutex_t large_mutex = PTHREAD_MUTEX_INITIALIZER;
 static Reader describer = {.trusted = true};
 
 static _Atomic uint64_t *
@@ -110,10 +114,14 @@ forget_code(NameTable *table, uintptr_t address, bool is_large)
     if (entry >> 32 == address >> 16) {
         atomic_compare_exchange_strong(slot, &entry, 0);
     }
-    for (int i = 0; is_large && i < MAX_LARGE; i++) {
-        if (atomic_load(&table->large[i].code) == address) {
-            forget_large(&table->large[i]);
+    if (is_large) {
+        pthread_mutex_lock(&large_mutex);
+        for (int i = 0; i < MAX_LARGE; i++) {
+            if (atomic_load(&table->large[i].code) == address) {
+                forget_large(&table->large[i]);
+            }
         }
+        pthread_mutex_unlock(&large_mutex);
     }
 }
 
@@ -146,7 +154,8 @@ names_open(NameTable *table)
     memset(table->code_cache, 0, sizeof table->code_cache);
     memset(table->place_cache, 0, sizeof table->place_cache);
     table->open = true;
-    if (code_dealloc == NULL) {
+    if (!is_in_place) {
+        is_in_place = true;
         code_dealloc = PyCode_Type.tp_dealloc;
         PyCode_Type.tp_dealloc = forget_and_dealloc;
     }
@@ -158,13 +167,15 @@ names_close(NameTable *table)
 {
     store_close(&table->store);
     table->open = false;
+    pthread_mutex_lock(&large_mutex);
     for (int i = 0; i < MAX_LARGE; i++) {
         forget_large(&table->large[i]);
     }
+    pthread_mutex_unlock(&large_mutex);
     /* If another destructor has been put on top of ours, both must stay. */
     if (!any_is_open() && PyCode_Type.tp_dealloc == forget_and_dealloc) {
         PyCode_Type.tp_dealloc = code_dealloc;
-        code_dealloc = NULL;
+        is_in_place = false;
     }
 }
 
@@ -363,9 +374,8 @@ find_points(LargeCode *large, const PyCodeObject *code, size_t table_size)
     }
 }
 
-/* Return the line of an instruction in large code, 0 if it is gone. With the GIL. */
 static int32_t
-find_large_line(NameTable *table, uint32_t function, int64_t instruction)
+find_line_of_large(NameTable *table, uint32_t function, int64_t instruction)
 {
     for (int i = 0; i < MAX_LARGE; i++) {
         LargeCode *large = &table->large[i];
@@ -388,6 +398,22 @@ find_large_line(NameTable *table, uint32_t function, int64_t instruction)
         return find_line(&describer, code, size, large->points[low], instruction);
     }
     return 0;
+}
+
+/* Return the line of an instruction in large code, 0 if it is gone. With the GIL. */
+static int32_t
+find_large_line(NameTable *table, uint32_t function, int64_t instruction)
+{
+    pthread_mutex_lock(&large_mutex);
+    int32_t line = find_line_of_large(table, function, instruction);
+    pthread_mutex_unlock(&large_mutex);
+    return line;
+}
+
+void
+names_after_fork_in_child(void)
+{
+    pthread_mutex_init(&large_mutex, NULL); /* the thread that held it does not exist here */
 }
 
 static void
@@ -523,11 +549,13 @@ names_move(NameTable *from, NameTable *to, uint32_t place)
                                      0)) == 0) {
         return PLACE_LOST;
     }
+    pthread_mutex_lock(&large_mutex);
     for (int i = 0; kind == KIND_INSTRUCTION && i < MAX_LARGE; i++) {
         if (atomic_load(&from->large[i].function) == before) {
             remember_large(to, atomic_load(&from->large[i].code), key.function);
         }
     }
+    pthread_mutex_unlock(&large_mutex);
     uint32_t moved = store_intern(&to->store, kind, &key, sizeof key, 0);
     return moved != 0 ? moved : PLACE_LOST;
 }

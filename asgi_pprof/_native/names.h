@@ -49,6 +49,8 @@ PyObject *names_describe(unsigned long numbered);
 /* Return the same place in another table, PLACE_LOST if that is full. With the GIL. */
 uint32_t names_move(NameTable *from, NameTable *to, uint32_t place);
 
+void names_after_fork_in_child(void);
+
 /* Return whether the table will soon be full. */
 bool names_are_nearly_full(const NameTable *table);
 

@@ -140,7 +140,7 @@ class Checker:
             return generated.fault(name, filename, first_line, location.line)
         if filename.endswith(".pyx"):
             return ""  # Cython's, whose source is not here
-        if filename.startswith("<") and re.match(r"<(module|lambda)>|__create_fn__", name):
+        if filename.startswith("<") and re.search(r"(^|\.)<(module|lambda)>|__create_fn__", name):
             return ""  # run once and gone, as in site's files, namedtuple and dataclass
         for (qualname, first), lines in self._codes_of(filename).items():
             if first == first_line and _is_named(name, qualname):
