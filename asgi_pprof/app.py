@@ -291,16 +291,14 @@ def _log_failure(what: str, path: object) -> None:
 def _check_loop(name: str) -> None:
     if asyncio._get_running_loop() is None:
         raise ProfileUnavailable(
-            f"{ascii(name)[1:-1]} needs asyncio, and this server runs another library's loop"
+            f"{name} needs asyncio, and this server runs another library's loop"
         )
 
 
-async def _wait(seconds: float) -> None:
-    end = time.monotonic() + seconds
-    await asyncio.sleep(min(seconds, _LONGEST_WAIT_S))
-    left = end - time.monotonic()
-    if left > 0:  # uvloop's own clock may stop a millisecond short
-        await _wait(left)
+async def _wait(seconds: int) -> None:
+    end = time.monotonic() + seconds  # uvloop's own clock may stop a millisecond short
+    while (left := end - time.monotonic()) > 0:  # noqa: ASYNC110 (nothing else ends it)
+        await asyncio.sleep(min(left, _LONGEST_WAIT_S))
 
 
 async def _once(chunk: bytes) -> AsyncIterator[bytes]:

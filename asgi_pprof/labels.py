@@ -51,6 +51,11 @@ def clip(text: str) -> str:
     return f"{text[:MAX_LETTERS]}... ({len(text)} letters)"
 
 
+def unreadable(error: Exception) -> str:
+    """Return what stands for a value of an object whose class raises this error instead."""
+    return f"unreadable: {type(error).__name__}"
+
+
 def resolve(label_set: LabelSet | None) -> Pairs:
     """Return the labels of a set and of those around it, sorted by key; () for None."""
     pairs: dict[str, str] = {}

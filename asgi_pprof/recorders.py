@@ -11,6 +11,7 @@ import logging
 import math
 import threading
 import weakref
+from contextlib import ExitStack
 from typing import Any, Literal
 
 from asgi_pprof.collectors.contention.collector import Contention, ContentionSettings
@@ -119,15 +120,11 @@ class UsedRecorders:
         """Enable all of them; those that were on go on, in a forked process from the start."""
         with self._lock:
             if not self._on:
-                enabled: list[tuple[Recorder, Any]] = []
-                try:
+                with ExitStack() as undo:
                     for recorder, setting in self._uses:
                         recorder.enable(setting)
-                        enabled.append((recorder, setting))
-                except BaseException:
-                    for recorder, setting in enabled:
-                        recorder.disable(setting)
-                    raise
+                        undo.callback(recorder.disable, setting)
+                    undo.pop_all()
                 self._on = True
             self.resume()
 

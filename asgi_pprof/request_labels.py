@@ -6,7 +6,7 @@ from typing import Any, cast
 
 from starlette.types import Scope
 
-from asgi_pprof.labels import LabelSet, clip
+from asgi_pprof.labels import LabelSet, clip, unreadable
 from asgi_pprof.native.core import LabelNode
 
 
@@ -51,7 +51,7 @@ class RequestLabels(LabelNode):
         try:
             route = clip(route_template(self._routing))
         except Exception as error:  # of a route of the application's own class
-            route = f"unreadable: {type(error).__name__}"
+            route = unreadable(error)
         if route:
             pairs["route"] = route
         return pairs

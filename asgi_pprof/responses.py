@@ -190,8 +190,7 @@ async def profile_response(make_profile: Callable[[], Profile], name: str) -> Re
 
 def fit_to_request(response: Response, request: Request, send: Send) -> None:
     """Adjust a response's headers and body to the request, as net/http does."""
-    is_short = isinstance(response, DumpResponse) or len(response.body) < _BUFFERED
-    if not is_short and request.scope.get("http_version") != "1.0":
+    if len(response.body) >= _BUFFERED and request.scope.get("http_version") != "1.0":
         del response.headers["content-length"]
     if response.media_type == "application/octet-stream" and _is_compressed_outside(request, send):
         # Profiles are gzip already. Compressing middlewares respect this header

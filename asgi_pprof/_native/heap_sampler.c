@@ -169,28 +169,36 @@ static void
 on_resized(void *before, void *after, size_t size, bool drawn)
 {
     pthread_mutex_lock(&heap.mutex);
-    Block block = {.captured_size = 0};
-    Bucket owner = {.stack = 0};
     Block *known = blocks_find((uintptr_t)before);
-    if (known != NULL) {
-        block = *known;
-        owner = *buckets_of_block(known->bucket);
+    if (known != NULL && drawn && size < 2 * known->captured_size) {
+        /* While stacks are moved to the other table, no new bucket may have one of this. */
+        const Bucket *owner = buckets_of_block(known->bucket);
+        uint32_t bucket = buckets_get(to_current(owner->stack), heap_size_class(size), owner->set,
+                                      owner->label);
         buckets_remove(known->bucket, known->size);
-        blocks_remove(known);
-    }
-    if (drawn && heap.on) {
-        block.address = (uintptr_t)after;
+        Block block = *known;
+        block.bucket = bucket;
         block.size = size;
-        if (size >= 2 * block.captured_size) {
-            block.bucket = record_bucket(size);
-            block.captured_size = size;
+        if (after == before) {
+            *known = block;
+            buckets_add(bucket, size, true);
         }
         else {
-            /* While stacks are moved to the other table, no new bucket may have one of this. */
-            block.bucket = buckets_get(to_current(owner.stack), heap_size_class(size), owner.set,
-                                       owner.label);
+            block.address = (uintptr_t)after;
+            blocks_remove(known);
+            add_block(&block);
         }
-        add_block(&block);
+    }
+    else {
+        if (known != NULL) {
+            buckets_remove(known->bucket, known->size);
+            blocks_remove(known);
+        }
+        if (drawn && heap.on) {
+            Block block = {.address = (uintptr_t)after, .size = size, .captured_size = size};
+            block.bucket = record_bucket(size);
+            add_block(&block);
+        }
     }
     pthread_mutex_unlock(&heap.mutex);
 }

@@ -7,7 +7,7 @@ import re
 from contextvars import Context
 from typing import Any, cast
 
-from asgi_pprof.labels import clip, current, resolve
+from asgi_pprof.labels import clip, current, resolve, unreadable
 from asgi_pprof.runtime.tasks import Task
 
 _DEFAULT_NAME = re.compile(r"Task-\d+")
@@ -18,7 +18,7 @@ def task_name(task: Task) -> str:
     try:
         return clip(str(task.get_name())) or "?"
     except Exception as error:  # of a class of the application's
-        return f"unreadable: {type(error).__name__}"
+        return unreadable(error)
 
 
 def is_default_name(name: str) -> bool:

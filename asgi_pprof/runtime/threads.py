@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 from typing import NamedTuple
 
-from asgi_pprof.labels import clip
+from asgi_pprof.labels import clip, unreadable
 
 
 class KnownThread(NamedTuple):
@@ -45,6 +45,6 @@ def _known(thread: threading.Thread) -> KnownThread | None:
     try:
         name = clip(str(thread.name))
     except Exception as error:
-        name = f"unreadable: {type(error).__name__}"
+        name = unreadable(error)
     daemon = threading.Thread.daemon.fget(thread)  # type: ignore[attr-defined]
     return KnownThread(ident, native_id, name, str(daemon).lower(), thread)

@@ -62,32 +62,27 @@ class SigprofClaim:
         """
         claimed_by = self._claimed_by
 
-        def is_ours() -> bool:
-            return self._claimed_by == claimed_by == os.getpid()
+        def give_up_if_ours() -> None:
+            if self._claimed_by == claimed_by == os.getpid():
+                give_up()
 
-        def set_handler(number: Any, handler: Any, /) -> Any:
+        def before_handler(number: Any = None, *_: Any) -> None:
             is_main = threading.get_ident() == threading.main_thread().ident  # else it fails
-            if number == signal.SIGPROF and is_main and is_ours():
-                give_up()
-            return before_signal(number, handler)
+            if number == signal.SIGPROF and is_main:
+                give_up_if_ours()
 
-        def execv(*args: Any, **kwargs: Any) -> Any:
-            if is_ours():
-                give_up()
-            return before_execv(*args, **kwargs)
+        self._call_before(_signal, "signal", before_handler)
+        for name in ("execv", "execve"):
+            self._call_before(os, name, lambda *_, **__: give_up_if_ours())
 
-        def execve(*args: Any, **kwargs: Any) -> Any:
-            if is_ours():
-                give_up()
-            return before_execve(*args, **kwargs)
+    def _call_before(self, owner: Any, name: str, first: Callable[..., None]) -> None:
+        original = getattr(owner, name)
 
-        before_signal, before_execv, before_execve = _signal.signal, os.execv, os.execve
-        self._replace(_signal, "signal", set_handler)
-        self._replace(os, "execv", execv)
-        self._replace(os, "execve", execve)
+        def ours(*args: Any, **kwargs: Any) -> Any:
+            first(*args, **kwargs)
+            return original(*args, **kwargs)
 
-    def _replace(self, owner: Any, name: str, ours: Any) -> None:
-        self._replaced.append((owner, name, getattr(owner, name), ours))
+        self._replaced.append((owner, name, original, ours))
         setattr(owner, name, ours)
 
     def unguard(self) -> None:

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 
 from asgi_pprof.collectors import AlwaysOn
 from asgi_pprof.collectors.goroutine.waits import Task, Wait, Waits
+from asgi_pprof.labels import unreadable
 from asgi_pprof.merge import SampleKey
 from asgi_pprof.profile import (
     Goroutine,
@@ -258,8 +259,8 @@ class Scan:
         try:
             return self._goroutine(task, edges)
         except Exception as error:
-            labels = tuple(sorted(_unreadable(task).items()))
-            return Goroutine(record_of(task).id, _reason(error), (UNKNOWN,), labels)
+            labels = tuple(sorted(_name_label(task).items()))
+            return Goroutine(record_of(task).id, unreadable(error), (UNKNOWN,), labels)
 
     def _goroutine(self, task: Task, edges: Edges) -> Goroutine:
         reading = self._read(task)
@@ -294,7 +295,7 @@ class Scan:
         try:
             return self._sample_key(task)
         except Exception as error:
-            labels = {**_unreadable(task), "state": _reason(error)}
+            labels = {**_name_label(task), "state": unreadable(error)}
             return (UNKNOWN,), tuple(sorted(labels.items()))
 
     def _sample_key(self, task: Task) -> SampleKey:
@@ -387,14 +388,10 @@ class Scan:
         return labels
 
 
-def _unreadable(task: Task) -> dict[str, str]:
+def _name_label(task: Task) -> dict[str, str]:
     labels = {"task": task_name(task)}
     fold_default_name(labels)
     return labels
-
-
-def _reason(error: Exception) -> str:
-    return f"unreadable: {type(error).__name__}"
 
 
 def _running_tasks() -> list[Task]:
