@@ -1,7 +1,7 @@
 """
 The `symbol` endpoint: function names for the addresses in debug=1 texts.
 
-Addresses are hashes, from which no name can be computed, so the latest 16,384
+Addresses are hashes, from which no name can be computed, so the latest 8,192
 locations of the texts served are remembered. Other workers of the same service do
 not know them.
 
@@ -18,7 +18,8 @@ from asgi_pprof.profile import Location, Profile
 from asgi_pprof.slices import Slices
 
 _SLICE_S = 0.001
-_MAX_NAMES = 16_384  # some 4 MB
+_MAX_NAMES = 8_192
+_NAME_BYTES = 250
 _BUFFER = 4096  # the size of bufio's buffer, which must hold an item and its separator
 _MAX_BODY = 16 * 2**20  # 800,000 addresses
 _MAX_ADDRESS = 2**64 - 1
@@ -44,6 +45,10 @@ class AddressBook:
             self._names[address] = location.function.name
         for address in list(self._names)[: max(0, len(self._names) - _MAX_NAMES)]:
             self._names.pop(address, None)
+
+    def memory_bytes(self) -> int:
+        """Return about how much memory the names take."""
+        return _NAME_BYTES * len(self._names)
 
     async def answer(self, chunks: AsyncIterator[bytes]) -> str:
         """

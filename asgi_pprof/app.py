@@ -35,7 +35,7 @@ import os
 import sys
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,17 +53,17 @@ from asgi_pprof.encoders.text import goroutine_text
 from asgi_pprof.errors import BadParameter, PprofError, ProfileUnavailable
 from asgi_pprof.guard import Guard, allow_loopback
 from asgi_pprof.merge import subtract
-from asgi_pprof.offload import run_in_thread
 from asgi_pprof.params import Params
 from asgi_pprof.paths import Target, locate
 from asgi_pprof.profile import Goroutine, Profile
-from asgi_pprof.recorders import HeapEngine, UsedRecorders, gc_pauses, stall_watch
+from asgi_pprof.recorders import HeapEngine, UsedRecorders, gc_pauses, memory_bytes, stall_watch
 from asgi_pprof.registry import DESCRIPTIONS, NamedProfile, Registry
 from asgi_pprof.responses import (
     DumpResponse,
     error_response,
     failure_response,
     fit_to_request,
+    made_in_thread,
     profile_response,
     redirect_response,
     response,
@@ -118,8 +118,10 @@ class PprofApp:
         self._guard = guard
         self._registry = Registry()
         self._cpu = CpuCollector()
-        self._figures = Stats(stall_watch, gc_pauses)
         self._addresses = AddressBook()
+        self._figures = Stats(
+            stall_watch, gc_pauses, lambda: memory_bytes() + self._addresses.memory_bytes()
+        )
         self._recorders = UsedRecorders(
             heap,
             memory_profile_rate,
@@ -238,12 +240,13 @@ class PprofApp:
             return await self._delta(served, params)
         if params.gc and served.collects_garbage:
             gc_pauses.collect()
+        on_failure = partial(_log_failure, "to answer with", name)
         if params.debug >= 2 and served.dump is not None:
-            return DumpResponse(_dump(served.dump()), partial(_log_failure, "to dump", name))
+            return DumpResponse(_dump(served.dump()), on_failure)
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
             return await profile_response(lambda: served.estimate(make_profile()), name)
-        return text_response(await run_in_thread(lambda: self._text(served, make_profile())))
+        return DumpResponse(made_in_thread(self._text(served, make_profile)), on_failure)
 
     async def _delta(self, served: NamedProfile, params: Params) -> Response:
         seconds = params.delta_seconds
@@ -266,9 +269,10 @@ class PprofApp:
 
         return await profile_response(make_delta, f"{served.name}-delta")
 
-    def _text(self, served: NamedProfile, profile: Profile) -> str:
+    def _text(self, served: NamedProfile, make_profile: Callable[[], Profile]) -> Iterator[str]:
+        profile = make_profile()
         self._addresses.remember(profile)
-        return served.text(served.name, profile)
+        yield from served.text(served.name, profile)
 
 
 async def _dump(dump: AsyncGenerator[Goroutine, None]) -> AsyncGenerator[str, None]:

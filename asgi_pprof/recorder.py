@@ -19,7 +19,7 @@ class _Process:
 
     def __init__(self) -> None:
         self._lock = _new_lock()
-        self.recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+        self.shared: weakref.WeakSet[Shared] = weakref.WeakSet()
         self._hooks_forks = False
 
     @property
@@ -33,8 +33,8 @@ class _Process:
     def _renew(self) -> None:
         # The thread that may have held the lock does not exist in the child.
         self._lock = _new_lock()
-        for recorder in list(self.recorders):
-            recorder._renew_after_fork()
+        for each in list(self.shared):
+            each._renew_after_fork()
 
 
 def _new_lock() -> _thread.RLock:
@@ -46,7 +46,21 @@ def _new_lock() -> _thread.RLock:
 _process = _Process()
 
 
-class Recorder:
+class Shared:
+    """What there is once in a process: uses the one lock, and is renewed in a forked child."""
+
+    def __init__(self) -> None:
+        _process.shared.add(self)
+
+    @property
+    def _lock(self) -> _thread.RLock:
+        return _process.lock
+
+    def _renew_after_fork(self) -> None:
+        """Drop, in a forked child, what belongs to the parent: threads, locks, counts."""
+
+
+class Recorder(Shared):
     """
     Records while it has users, each with a setting of its own, such as a rate, or None.
 
@@ -57,15 +71,11 @@ class Recorder:
     def __init__(self) -> None:
         self._settings: list[Any] = []
         """One for each user, the earliest first."""
-        _process.recorders.add(self)
+        super().__init__()
 
     @property
     def _users(self) -> int:
         return len(self._settings)
-
-    @property
-    def _lock(self) -> _thread.RLock:
-        return _process.lock
 
     def enable(self, setting: Any = None) -> None:
         """Add a user with this setting; pair with `disable`, unless this raises."""
@@ -86,6 +96,10 @@ class Recorder:
                 setting = self._settings.pop()
             self._disabled(setting)
 
+    def memory_bytes(self) -> int:
+        """Return about how much memory the records take, without tables of the C core."""
+        return 0
+
     def why_off(self) -> str:
         """Return why nothing is recorded while there are users, "" if there is no such reason."""
         return ""
@@ -95,6 +109,3 @@ class Recorder:
 
     def _disabled(self, setting: Any) -> None:
         raise NotImplementedError
-
-    def _renew_after_fork(self) -> None:
-        """Drop, in a forked child, what belongs to the parent: threads, locks, counts."""

@@ -6,7 +6,7 @@ Source: net/http/pprof, profileDescriptions; runtime/pprof, profiles.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 from asgi_pprof.collectors import SnapshotCollector
@@ -38,7 +38,7 @@ def _as_taken(profile: Profile) -> Profile:
     return profile
 
 
-def _heap_text(name: str, profile: Profile) -> str:
+def _heap_text(name: str, profile: Profile) -> Iterator[str]:
     live_bytes = scale_sampled(profile).total("inuse_space")
     stats = read_mem_stats(gc_pauses, live_bytes, heap_sampler.counters())
     return heap_text(profile, mem_stats_text(stats))
@@ -53,7 +53,7 @@ class NamedProfile:
         name: The name in its URL.
         collector: The source of its samples.
         description: For the index page; custom profiles have none.
-        text: Makes the debug=1 text, given the name and the unscaled samples, as Go does.
+        text: Yields the debug=1 text, given the name and the unscaled samples, as Go does.
         estimate: Scales the samples to estimates of what they stand for.
         dump: Yields the entries of the debug=2 text; None where that is the debug=1 text.
         collects_garbage: Whether `gc=1` runs a collection first.
@@ -64,7 +64,7 @@ class NamedProfile:
     name: str
     collector: SnapshotCollector
     description: str = ""
-    text: Callable[[str, Profile], str] = count_text
+    text: Callable[[str, Profile], Iterator[str]] = count_text
     estimate: Callable[[Profile], Profile] = _as_taken
     dump: Callable[[], AsyncGenerator[Goroutine, None]] | None = None
     collects_garbage: bool = False

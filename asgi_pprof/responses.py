@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -127,6 +127,23 @@ class DumpResponse(Response):
                     yield _utf8("".join(texts))
                     texts, size = [], 0
         yield _utf8("".join(texts))
+
+
+async def made_in_thread(texts: Iterator[str]) -> AsyncGenerator[str, None]:
+    """Yield the texts in pieces, each of them made on a thread."""
+
+    def piece() -> str:
+        made: list[str] = []
+        size = 0
+        for text in texts:
+            made.append(text)
+            size += len(text)
+            if size >= _PIECE:
+                break
+        return "".join(made)
+
+    while text := await run_in_thread(piece):
+        yield text
 
 
 def _body(body: bytes, more: bool = True) -> dict[str, Any]:

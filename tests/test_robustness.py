@@ -384,7 +384,8 @@ def test_a_dump_that_fails_is_an_error_or_ends_with_one(monkeypatch, caplog, cou
 
 
 @pytest.mark.once
-def test_a_dump_is_sent_in_pieces():
+@pytest.mark.parametrize("query", ["debug=1", "debug=2"])
+def test_a_text_is_sent_in_pieces(query):
     """So it takes no memory, and no single step of it is long."""
 
     async def main():
@@ -394,15 +395,30 @@ def test_a_dump_is_sent_in_pieces():
             sent.append(len(message.get("body", b"")))
 
         with middleware() as served:
-            async with waiting(count=2000):
+            async with contextlib.AsyncExitStack() as stack:
+                for number in range(2000):
+                    with labels(number=str(number)):
+                        await stack.enter_async_context(waiting())
                 scope = {"type": "http", "method": "GET", "path": "/debug/pprof/goroutine"}
-                scope |= {"query_string": b"debug=2", "headers": [], "client": ("127.0.0.1", 1)}
+                scope |= {"query_string": query.encode(), "headers": [], "client": ("127.0.0.1", 1)}
                 await served(scope, no_message, send)
         return sent
 
     sent = run(main(), debug=False)
     assert max(sent) < 2 * sum(sent) / 10
     assert len(sent) > 10
+
+
+@pytest.mark.once
+def test_a_text_that_fails_is_an_error(monkeypatch, caplog):
+    async def main():
+        with middleware() as served:
+            return await asked(served, "thread?debug=1")
+
+    monkeypatch.setattr("asgi_pprof.encoders.text._record_text", lambda head, sample: 1 / 0)
+    status, text = run(main())
+    assert [each.exc_info[0] for each in caplog.records] == [ZeroDivisionError]
+    assert (status, text) == (500, "failed to collect profile\n")
 
 
 async def no_message():

@@ -2,7 +2,8 @@
 #include "blocks.h"
 
 #include <stddef.h>
-#include <sys/mman.h>
+
+#include "memory.h"
 
 #define FIRST_SLOTS 4096u /* doubled when half full */
 #define MAX_SLOTS (1u << 20)
@@ -18,18 +19,10 @@ slot_of(uintptr_t address)
     return (uint32_t)(((uint64_t)(address >> 4) * 0x9e3779b97f4a7c15u) >> 32) & (slot_count - 1);
 }
 
-static Block *
-map_slots(uint32_t number)
-{
-    void *memory = mmap(NULL, number * sizeof(Block), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    return memory == MAP_FAILED ? NULL : memory;
-}
-
 bool
 blocks_open(void)
 {
-    slots = map_slots(FIRST_SLOTS);
+    slots = memory_map(FIRST_SLOTS * sizeof(Block));
     slot_count = slots != NULL ? FIRST_SLOTS : 0;
     count = 0;
     return slots != NULL;
@@ -39,7 +32,7 @@ void
 blocks_close(void)
 {
     if (slots != NULL) {
-        munmap(slots, slot_count * sizeof(Block));
+        memory_unmap(slots, slot_count * sizeof(Block));
         slots = NULL;
         slot_count = count = 0;
         for (size_t i = 0; i < BLOCKS_FILTER; i++) {
@@ -64,8 +57,11 @@ put(const Block *block)
 static bool
 grow(void)
 {
-    Block *before = slots, *after = slot_count < MAX_SLOTS ? map_slots(2 * slot_count) : NULL;
+    Block *before = slots, *after = NULL;
     uint32_t number = slot_count;
+    if (number < MAX_SLOTS) {
+        after = memory_map(2 * number * sizeof(Block));
+    }
     if (after == NULL) {
         return count < number / 8 * 7;
     }
@@ -77,7 +73,7 @@ grow(void)
             put(&before[i]);
         }
     }
-    munmap(before, number * sizeof(Block));
+    memory_unmap(before, number * sizeof(Block));
     return true;
 }
 

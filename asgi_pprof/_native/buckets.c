@@ -2,11 +2,12 @@
 #include "buckets.h"
 
 #include <string.h>
-#include <sys/mman.h>
 
-#define MAX_BUCKETS (1u << 17)
-#define HEADS (1u << 14)
-#define FEW 4096 /* if so few were gained, the table is full of what lives */
+#include "memory.h"
+
+#define MAX_BUCKETS (1u << 15)
+#define HEADS (1u << 13)
+#define FEW 1024 /* if so few were gained, the table is full of what lives */
 
 static Bucket *buckets;
 static uint32_t heads[HEADS];
@@ -17,12 +18,10 @@ static BucketLosses losses;
 bool
 buckets_open(void)
 {
-    void *memory = mmap(NULL, MAX_BUCKETS * sizeof(Bucket), PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    buckets = memory_map(MAX_BUCKETS * sizeof(Bucket));
+    if (buckets == NULL) {
         return false;
     }
-    buckets = memory;
     buckets[NO_ROOM].used = true;
     end = NO_ROOM + 1;
     unused = count = refusals = 0;
@@ -39,7 +38,7 @@ buckets_close(void)
                 buckets[i].set->bucket = 0;
             }
         }
-        munmap(buckets, MAX_BUCKETS * sizeof(Bucket));
+        memory_unmap(buckets, MAX_BUCKETS * sizeof(Bucket));
         memset(heads, 0, sizeof heads);
         buckets = NULL;
         end = count = 0;

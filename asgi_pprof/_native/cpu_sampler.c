@@ -6,7 +6,6 @@
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/time.h>
 #include <unistd.h>
@@ -14,6 +13,7 @@
 #include "clocks.h"
 #include "labels.h"
 #include "lists.h"
+#include "memory.h"
 #include "names.h"
 #include "reader.h"
 #include "store.h"
@@ -31,6 +31,7 @@
 #define ENDED_CHECKS 64   /* timers of ended threads are looked for among so many at a time */
 #define SAMPLE_UNITS (1u << 22) /* 64 MiB of address space */
 #define SAMPLE_SLOTS (1u << 20)
+#define NAMES_MIB 64
 #define STOP_PATIENCE_S 5
 
 typedef struct {
@@ -232,9 +233,8 @@ unused_slot(void)
     }
     if (cpu.chunks[index / CHUNK] == NULL) {
         /* Never unmapped: a handler may be late. Only what is used is ever touched. */
-        void *memory = mmap(NULL, CHUNK * sizeof(Slot), PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED) {
+        void *memory = memory_map(CHUNK * sizeof(Slot));
+        if (memory == NULL) {
             return -1;
         }
         cpu.chunks[index / CHUNK] = memory;
@@ -503,7 +503,7 @@ refuse(PyObject *type, const char *reason)
 static bool
 open_tables(void)
 {
-    if (names_open(cpu_names)) {
+    if (names_open(cpu_names, NAMES_MIB)) {
         if (labels_open_marks()) {
             if (store_open(&cpu.samples, SAMPLE_SLOTS, SAMPLE_UNITS, 1)) {
                 return true;

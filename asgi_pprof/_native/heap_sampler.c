@@ -17,8 +17,9 @@
 #include "unwinder.h"
 
 #define SMALL 512 /* pymalloc serves sizes up to this, in classes of 16 bytes */
-#define STACK_SLOTS (1u << 19)
-#define STACK_UNITS (1u << 21) /* 32 MiB of address space */
+#define NAMES_MIB 16 /* some 20,000 functions */
+#define STACK_SLOTS (1u << 16)
+#define STACK_UNITS (1u << 19) /* 8 MiB of address space: some 40,000 stacks */
 
 /* Stacks and the names of their places. When one is full, the other takes what is still needed. */
 typedef struct {
@@ -27,6 +28,8 @@ typedef struct {
     uint32_t opened; /* different each time: numbers of stacks are invalid after the next */
 } Tables;
 
+#define FEW_RECORDS 4096
+#define MOVED_AT_ONCE 32 /* buckets */
 #define TABLE_BIT 31 /* of a bucket's stack: which of the two has it */
 #define STACK_MASK ((1u << TABLE_BIT) - 1)
 
@@ -45,6 +48,8 @@ static struct {
     Tables tables[2];
     uint32_t current; /* the table that new stacks go to */
     uint32_t moved;   /* the next bucket to move from the other table to this one */
+    uint32_t kept;    /* stacks and names in this one when all had been moved */
+    bool is_asked;    /* a pending call will make room */
     uint64_t lost, unreadable;
     Reader reader;
     PyThreadState state;
@@ -135,6 +140,38 @@ add_block(Block *block)
     buckets_add(block->bucket, block->size, is_kept);
 }
 
+static bool
+is_nearly_full(const Tables *tables)
+{
+    return store_is_nearly_full(&tables->stacks) || names_are_nearly_full(tables->names);
+}
+
+static uint32_t
+recorded(const Tables *tables)
+{
+    return atomic_load(&tables->stacks.count) + names_count(tables->names);
+}
+
+/* Return whether room must be made now, though nobody reads the samples. */
+static bool
+wants_room(void)
+{
+    const Tables *current = &heap.tables[heap.current];
+    /* If all that is recorded lives, to move it all would gain nothing. */
+    return !heap.is_asked && (heap.moved != 0 || (is_nearly_full(current) &&
+                                                  recorded(current) - heap.kept > FEW_RECORDS));
+}
+
+static int
+make_room(void *Py_UNUSED(context))
+{
+    pthread_mutex_lock(&heap.mutex);
+    heap.is_asked = false;
+    pthread_mutex_unlock(&heap.mutex);
+    heap_compact(MOVED_AT_ONCE);
+    return 0;
+}
+
 static void
 on_allocated(void *address, size_t size)
 {
@@ -143,6 +180,10 @@ on_allocated(void *address, size_t size)
         Block block = {.address = (uintptr_t)address, .size = size, .captured_size = size};
         block.bucket = record_bucket(size);
         add_block(&block);
+        if (wants_room()) {
+            /* It needs the GIL, and a thread that may do more than allocate. */
+            heap.is_asked = Py_AddPendingCall(make_room, NULL) == 0;
+        }
     }
     pthread_mutex_unlock(&heap.mutex);
 }
@@ -227,7 +268,7 @@ static bool
 open_table(uint32_t table)
 {
     heap.tables[table].names = table == 0 ? heap_names : more_heap_names;
-    if (names_open(heap.tables[table].names)) {
+    if (names_open(heap.tables[table].names, NAMES_MIB)) {
         if (store_open(&heap.tables[table].stacks, STACK_SLOTS, STACK_UNITS, 1)) {
             heap.tables[table].opened = ++heap.openings;
             return true;
@@ -249,7 +290,7 @@ clear_tables(void)
 static bool
 open_tables(void)
 {
-    heap.current = heap.moved = 0;
+    heap.current = heap.moved = heap.kept = 0;
     if (open_table(0)) {
         if (blocks_open() && buckets_open()) {
             return true;
@@ -427,12 +468,6 @@ heap_stack(uint64_t numbered)
     return places_tuple(places, depth);
 }
 
-static bool
-is_nearly_full(const Tables *tables)
-{
-    return store_is_nearly_full(&tables->stacks) || names_are_nearly_full(tables->names);
-}
-
 static void
 move_stack(uint32_t index, uint32_t from)
 {
@@ -461,6 +496,7 @@ heap_compact(uint32_t limit)
     for (uint32_t i = 0; is_moving && i < limit; i++) {
         if (heap.moved >= buckets_end()) {
             heap.moved = 0;
+            heap.kept = recorded(&heap.tables[heap.current]);
             is_moving = false;
         }
         else {
@@ -488,7 +524,7 @@ heap_after_fork_in_parent(void)
 void
 heap_after_fork_in_child(void)
 {
-    heap.on = false;
+    heap.on = heap.is_asked = false;
     clear_tables();
     hooks_after_fork_in_child();
     pthread_mutex_unlock(&heap.mutex);

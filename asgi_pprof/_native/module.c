@@ -5,11 +5,12 @@
  * Each file is built on the files that it includes, without a cycle. The allocator hooks and
  * the labels do not know the heap sampler: they call functions that it registers.
  *
- *   blocks:
  *   clocks:
  *   layout:
+ *   memory:
  *   reader:
- *   store:
+ *   blocks:        memory
+ *   store:         memory
  *   lists:         layout
  *   threads:       layout
  *   gc_timer:      clocks layout
@@ -19,10 +20,10 @@
  *   asyncio_state: layout lists reader threads
  *   unwinder:      layout names reader
  *   frames:        layout lists threads unwinder
- *   cpu_sampler:   clocks labels layout lists names reader store unwinder
- *   buckets:       labels
+ *   cpu_sampler:   clocks labels layout lists memory names reader store unwinder
+ *   buckets:       labels memory
  *   heap_sampler:  blocks buckets hooks labels layout lists names reader store unwinder
- *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels names reader
+ *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels memory names reader
  */
 #include "asyncio_state.h"
 #include "cpu_sampler.h"
@@ -30,6 +31,7 @@
 #include "gc_timer.h"
 #include "heap_sampler.h"
 #include "labels.h"
+#include "memory.h"
 #include "names.h"
 #include "reader.h"
 
@@ -222,6 +224,12 @@ native_heap_stats(NO_ARGUMENTS)
 }
 
 static PyObject *
+native_memory(NO_ARGUMENTS)
+{
+    return PyLong_FromSize_t(memory_resident());
+}
+
+static PyObject *
 native_heap_used_labels(PyObject *Py_UNUSED(module), PyObject *argument)
 {
     unsigned long end = PyLong_AsUnsignedLong(argument);
@@ -320,6 +328,8 @@ static PyMethodDef methods[] = {
      PyDoc_STR("heap_compact(limit): make room for new names and stacks if there is little"
                " left, in steps; return whether there are more.")},
     {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and what was lost.")},
+    {"memory", native_memory, METH_NOARGS,
+     PyDoc_STR("The resident bytes of all tables of the C core.")},
     {"size_class", native_size_class, METH_O,
      PyDoc_STR("size_class(size) -> largest size of its class")},
     {"marked_labels", native_marked_labels, METH_NOARGS,
@@ -350,8 +360,23 @@ static PyMethodDef methods[] = {
 };
 
 static void
+before_fork(void)
+{
+    heap_before_fork();
+    memory_before_fork();
+}
+
+static void
+after_fork_in_parent(void)
+{
+    memory_after_fork();
+    heap_after_fork_in_parent();
+}
+
+static void
 after_fork_in_child(void)
 {
+    memory_after_fork();
     names_after_fork_in_child();
     cpu_after_fork_in_child();
     heap_after_fork_in_child();
@@ -366,7 +391,7 @@ execute(PyObject *module)
         return -1;
     }
     if (!registered) {
-        if (pthread_atfork(heap_before_fork, heap_after_fork_in_parent, after_fork_in_child) != 0) {
+        if (pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child) != 0) {
             PyErr_NoMemory();
             return -1;
         }

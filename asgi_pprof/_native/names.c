@@ -45,7 +45,7 @@ typedef struct {
     size_t point_count;
 } LargeCode;
 
-#define ID_BITS 22 /* 64 MiB in units of 16 bytes */
+#define ID_BITS 22 /* for at most 64 MiB, in units of 16 bytes */
 #define ID_MASK ((1u << ID_BITS) - 1)
 #define INSTRUCTION_BITS 20
 #define CODE_CACHE 4096
@@ -145,9 +145,10 @@ any_is_open(void)
 }
 
 bool
-names_open(NameTable *table)
+names_open(NameTable *table, uint32_t mebibytes)
 {
-    if (!store_open(&table->store, 1u << 18, 1u << ID_BITS, PLACE_FIRST)) {
+    uint32_t units = (mebibytes << 20) / STORE_UNIT;
+    if (!store_open(&table->store, units / 8, units, PLACE_FIRST)) {
         return false;
     }
     /* The ids of the last time are gone, and so may be its code. */
@@ -177,6 +178,12 @@ names_close(NameTable *table)
         PyCode_Type.tp_dealloc = code_dealloc;
         is_in_place = false;
     }
+}
+
+uint32_t
+names_count(const NameTable *table)
+{
+    return atomic_load(&table->store.count);
 }
 
 bool

@@ -3,7 +3,7 @@
  *
  * Names are copied the first time a place is seen, when its code object is certainly alive, so
  * a table refers to no object. Each sampler has its own, which lasts as long as its samples. It
- * reserves 64 MiB of address space, and touches only as much as it uses.
+ * reserves address space, and touches only as much as it uses.
  */
 #ifndef ASGI_PPROF_NAMES_H
 #define ASGI_PPROF_NAMES_H
@@ -26,8 +26,11 @@ enum {
 typedef struct NameTable NameTable;
 extern NameTable *const cpu_names, *const heap_names, *const more_heap_names;
 
-/* Start to number places; pair with names_close. Both need the GIL. False without memory. */
-bool names_open(NameTable *table);
+/*
+ * Start to number places in this much address space, a power of two up to 64; pair with
+ * names_close. Both need the GIL. False without memory.
+ */
+bool names_open(NameTable *table, uint32_t mebibytes);
 void names_close(NameTable *table);
 
 /*
@@ -50,6 +53,8 @@ PyObject *names_describe(unsigned long numbered);
 uint32_t names_move(NameTable *from, NameTable *to, uint32_t place);
 
 void names_after_fork_in_child(void);
+
+uint32_t names_count(const NameTable *table);
 
 /* Return whether the table will soon be full. */
 bool names_are_nearly_full(const NameTable *table);

@@ -2,7 +2,8 @@
 #include "store.h"
 
 #include <string.h>
-#include <sys/mman.h>
+
+#include "memory.h"
 
 #define MAX_PROBES 64
 
@@ -32,9 +33,8 @@ bool
 store_open(ByteStore *store, uint32_t slot_count, uint32_t units, uint32_t first)
 {
     size_t slots = (size_t)slot_count * sizeof(uint32_t), arena = (size_t)units * STORE_UNIT;
-    char *memory = mmap(NULL, slots + arena, PROT_READ | PROT_WRITE,
-                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
+    char *memory = memory_map(slots + arena);
+    if (memory == NULL) {
         return false;
     }
     store->slots = (_Atomic uint32_t *)memory;
@@ -50,8 +50,8 @@ void
 store_close(ByteStore *store)
 {
     if (store->slots != NULL) {
-        munmap((void *)store->slots,
-               (size_t)store->slot_count * sizeof(uint32_t) + (size_t)store->units * STORE_UNIT);
+        memory_unmap((void *)store->slots, (size_t)store->slot_count * sizeof(uint32_t) +
+                                               (size_t)store->units * STORE_UNIT);
         store->slots = NULL;
     }
 }

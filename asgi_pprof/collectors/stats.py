@@ -70,6 +70,7 @@ NAMES = (
     "process_resident_memory_bytes",
     "process_virtual_memory_bytes",
     "process_threads",
+    "asgi_pprof_memory_bytes",
 )
 """All names, in the order of their lines."""
 
@@ -139,6 +140,7 @@ class Stats:
     Args:
         lag: Where the loops' lateness comes from.
         gc_pauses: The timer of garbage collections.
+        own_memory: Returns the bytes that the profiler itself holds.
         clock: Test seam for `time.perf_counter`, which bounds the slices.
     """
 
@@ -146,10 +148,12 @@ class Stats:
         self,
         lag: LagSource,
         gc_pauses: GcPauses,
+        own_memory: Callable[[], int],
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._lag = lag
         self._gc_pauses = gc_pauses
+        self._own_memory = own_memory
         self._clock = clock
         self._tasks = TaskList()
 
@@ -168,6 +172,7 @@ class Stats:
                 *(figure for each in pools for figure in _pool_figures(each)),
                 *_gc_figures(self._gc_pauses),
                 *_process_figures(),
+                Figure("asgi_pprof_memory_bytes", (), self._own_memory()),
             ]
             return figures_text(figures, NAMES)
 

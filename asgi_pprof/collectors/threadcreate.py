@@ -56,6 +56,9 @@ class ThreadStarts(Recorder):
         self._wrapper = self._wrap(self._original)
         threading.Thread.start = self._wrapper  # type: ignore[method-assign]
 
+    def memory_bytes(self) -> int:
+        return self._counter.memory_bytes()
+
     def _disabled(self, setting: Any) -> None:
         # If another library has wrapped our wrapper meanwhile, it stays in place and
         # only delegates.

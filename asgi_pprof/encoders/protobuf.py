@@ -13,8 +13,9 @@ Alloy's validation.
 
 from __future__ import annotations
 
-import gzip
 import sys
+import zlib
+from collections.abc import Iterator
 
 from asgi_pprof.encoders.wire import bytes_field, int_field, packed_field
 from asgi_pprof.offload import yield_gil
@@ -65,16 +66,27 @@ _FUNCTION_FILENAME = 4  # Function: int64, string index
 _START_LINE = 5  # Function: int64
 
 _GZIP_LEVEL = 1  # as Go's runtime/pprof
+_GZIP_WBITS = 31  # the largest window, with gzip's header, which has no time then
+_PIECE = 65_536  # bytes that are compressed at a time
 
 
 def encode(profile: Profile) -> bytes:
     """Return the profile as gzipped protobuf; equal profiles give equal bytes."""
-    return gzip.compress(encode_uncompressed(profile), _GZIP_LEVEL, mtime=0)
+    compressor = zlib.compressobj(_GZIP_LEVEL, wbits=_GZIP_WBITS)
+    compressed, fields, size = [], [], 0
+    for field in _Encoder().profile(profile):
+        fields.append(field)
+        size += len(field)
+        if size >= _PIECE:
+            compressed.append(compressor.compress(b"".join(fields)))
+            fields, size = [], 0
+    compressed.append(compressor.compress(b"".join(fields)))
+    return b"".join((*compressed, compressor.flush()))
 
 
 def encode_uncompressed(profile: Profile) -> bytes:
     """Return the protobuf message without gzip."""
-    return _Encoder().profile(profile)
+    return b"".join(_Encoder().profile(profile))
 
 
 class _Encoder:
@@ -86,21 +98,22 @@ class _Encoder:
         self._locations: dict[Location, int] = {}
         self._tables: list[bytes] = []
 
-    def profile(self, profile: Profile) -> bytes:
-        parts = [
-            bytes_field(_PERIOD_TYPE, self._value_type(profile.period_type)),
-            int_field(_PERIOD, profile.period),
-            *(bytes_field(_SAMPLE_TYPE, self._value_type(kind)) for kind in profile.sample_types),
-            int_field(_DEFAULT_SAMPLE_TYPE, self._string(profile.default_sample_type)),
-            *(bytes_field(_SAMPLE, self._sample(sample)) for sample in profile.samples),
-            *self._tables,
-            int_field(_TIME_NANOS, profile.time_ns),
-            int_field(_DURATION_NANOS, profile.duration_ns),
-            bytes_field(_MAPPING, self._mapping()),
-            packed_field(_COMMENT, map(self._string, profile.comments)),
-        ]
-        parts += (bytes_field(_STRING_TABLE, _utf8(string)) for string in self._strings)
-        return b"".join(parts)
+    def profile(self, profile: Profile) -> Iterator[bytes]:
+        """Yield the message field by field."""
+        yield bytes_field(_PERIOD_TYPE, self._value_type(profile.period_type))
+        yield int_field(_PERIOD, profile.period)
+        for kind in profile.sample_types:
+            yield bytes_field(_SAMPLE_TYPE, self._value_type(kind))
+        yield int_field(_DEFAULT_SAMPLE_TYPE, self._string(profile.default_sample_type))
+        for sample in profile.samples:
+            yield bytes_field(_SAMPLE, self._sample(sample))
+        yield from self._tables
+        yield int_field(_TIME_NANOS, profile.time_ns)
+        yield int_field(_DURATION_NANOS, profile.duration_ns)
+        yield bytes_field(_MAPPING, self._mapping())
+        yield packed_field(_COMMENT, map(self._string, profile.comments))
+        for string in self._strings:
+            yield bytes_field(_STRING_TABLE, _utf8(string))
 
     def _sample(self, sample: Sample) -> bytes:
         yield_gil()

@@ -10,66 +10,66 @@ Source: runtime/pprof/pprof.go; text/tabwriter; runtime/traceback.go.
 
 from __future__ import annotations
 
+import heapq
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Goroutine, Location, Profile, Sample, Stack
 
 _TAB_WIDTH = 8
 _DUMP_HEAD = _DUMP_TAIL = 50  # runtime/traceback.go: inner and outer frames shown
+_RUN = 1000  # samples that are sorted at once
 _BARE_WORD = re.compile(r"[A-Za-z0-9./_]+")
 _ESCAPES = {"\n": r"\n", "\r": r"\r", "\t": r"\t", "\\": r"\\", '"': r"\""}
 _MORE_ESCAPES = {"\a": r"\a", "\b": r"\b", "\f": r"\f", "\v": r"\v"}
 
 
-def count_text(name: str, profile: Profile) -> str:
+def count_text(name: str, profile: Profile) -> Iterator[str]:
     """
-    Return a profile of counts (goroutine, thread, threadcreate, custom) as debug=1 text.
+    Yield a profile of counts (goroutine, thread, threadcreate, custom) as debug=1 text.
 
     Args:
         name: The profile's name; the parser allows no white space in it.
         profile: It has a single sample type.
     """
-    blocks = sorted(
-        (
-            (sample.values[0], _record_text(str(sample.values[0]), sample))
-            for sample in profile.samples
-        ),
-        key=lambda block: (-block[0], block[1]),
-    )
-    total = sum(count for count, _ in blocks)
-    head = f"{name} profile: total {total}\n"
-    return head + "".join(text for _, text in blocks) + _comments(profile)
+    yield f"{name} profile: total {sum(sample.values[0] for sample in profile.samples)}\n"
+    for sample in _sorted(profile.samples, _by_count_then_text):
+        yield _record_text(str(sample.values[0]), sample)
+    yield _comments(profile)
 
 
-def heap_text(profile: Profile, trailer: str) -> str:
+def heap_text(profile: Profile, trailer: str) -> Iterator[str]:
     """
-    Return a heap profile as debug=1 text; `allocs` is the same text.
+    Yield a heap profile as debug=1 text; `allocs` is the same text.
 
     Args:
         profile: It has alloc_objects, alloc_space, inuse_objects and inuse_space.
         trailer: The MemStats lines that follow the records.
     """
-    totals = [sum(values) for values in zip(*(s.values for s in profile.samples), strict=True)]
-    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals or (0, 0, 0, 0)
+    totals = [0, 0, 0, 0]
+    for sample in profile.samples:
+        yield_gil()
+        totals = [total + value for total, value in zip(totals, sample.values, strict=True)]
+    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals
     if alloc_bytes == inuse_bytes:
         # pprof would read two equal pairs as the old format, which has no allocations.
         alloc_bytes += 1
-    lines = [
+    yield (
         f"heap profile: {inuse_objects}: {inuse_bytes} [{alloc_objects}: {alloc_bytes}]"
         f" @ heap/{2 * profile.period}\n"  # the parser divides it by 2
-    ]
-    for sample in sorted(profile.samples, key=lambda sample: sample.values[3]):
+    )
+    for sample in _sorted(profile.samples, lambda sample: sample.values[3]):
         allocs, alloc_space, inuse, inuse_space = sample.values
         head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
-        lines.append(_record_text(head, Sample(sample.stack, sample.values)))
-    return "".join(lines) + "\n" + trailer + _comments(profile)
+        yield _record_text(head, Sample(sample.stack, sample.values))
+    yield f"\n{trailer}{_comments(profile)}"
 
 
-def contention_text(name: str, profile: Profile) -> str:
+def contention_text(name: str, profile: Profile) -> Iterator[str]:
     """
-    Return a profile of waits or stalls as debug=1 text.
+    Yield a profile of waits or stalls as debug=1 text.
 
     A cycle is a nanosecond here, so `cycles/second` is 10^9.
 
@@ -77,18 +77,13 @@ def contention_text(name: str, profile: Profile) -> str:
         name: "block", "mutex" or "stall"; stall has the same text as block.
         profile: It has a count and a delay in nanoseconds.
     """
-    head = "--- mutex:\n" if name == "mutex" else "--- contention:\n"
-    head += "cycles/second=1000000000\n"
+    yield "--- mutex:\n" if name == "mutex" else "--- contention:\n"
+    yield "cycles/second=1000000000\n"
     if name == "mutex":
-        head += "sampling period=1\n"
-    samples = sorted(profile.samples, key=lambda sample: -sample.values[1])
-    return (
-        head
-        + "".join(
-            _record_text(f"{sample.values[1]} {sample.values[0]}", sample) for sample in samples
-        )
-        + _comments(profile)
-    )
+        yield "sampling period=1\n"
+    for sample in _sorted(profile.samples, lambda sample: -sample.values[1]):
+        yield _record_text(f"{sample.values[1]} {sample.values[0]}", sample)
+    yield _comments(profile)
 
 
 def goroutine_dump(goroutines: Iterable[Goroutine]) -> str:
@@ -129,6 +124,23 @@ def _pad_columns(lines: list[list[str]], start: int, end: int, column: int) -> N
         row = stop
 
 
+def _sorted(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> Iterator[Sample]:
+    """Yield samples in order; the sort of a long list would keep the GIL for too long."""
+    runs = []
+    for start in range(0, len(samples), _RUN):
+        yield_gil()
+        runs.append(sorted(samples[start : start + _RUN], key=key))
+    return heapq.merge(*runs, key=key)
+
+
+def _by_count_then_text(sample: Sample) -> tuple[int, str, str]:
+    return -sample.values[0], _addresses(sample.stack), str(sample.labels)
+
+
+def _addresses(stack: Stack) -> str:
+    return " ".join(f"{location.address + 1:#x}" for location in stack)
+
+
 def _comments(profile: Profile) -> str:
     # Go's texts have no comments. Parsers skip lines that begin with #.
     return "".join(f"# {_one_line(comment)}\n" for comment in profile.comments)
@@ -136,8 +148,7 @@ def _comments(profile: Profile) -> str:
 
 def _record_text(head: str, sample: Sample) -> str:
     yield_gil()
-    addresses = " ".join(f"{location.address + 1:#x}" for location in sample.stack)
-    lines = [f"{head} @ {addresses}\n"]
+    lines = [f"{head} @ {_addresses(sample.stack)}\n"]
     if sample.labels:
         pairs = ", ".join(f"{_quote(key)}:{_quote(str(value))}" for key, value in sample.labels)
         lines.append(f"# labels: {{{pairs}}}\n")

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterable
 from asgi_pprof.labels import LabelSet, Pairs, current, resolve
 from asgi_pprof.native.core import native
 
-_MAX_LABELS = 65_536  # different sets of pairs; routes and methods need far fewer
+_MAX_LABELS = 8_192  # different sets of pairs; routes and methods need far fewer
+
+_LABEL_BYTES = 400  # of three pairs, one of whose values nobody else has
 
 
 class LabelInterner:
@@ -86,7 +88,12 @@ class LabelInterner:
             del self._labels[self._pairs[label]]
             self._pairs[label] = ()
         self.reuses += bool(self._unused)
-        self._retry_at = self.refused + _MAX_LABELS // 64
+        if len(self._unused) < _MAX_LABELS // 64:  # nearly all are of memory that is alive
+            self._retry_at = self.refused + _MAX_LABELS // 64
+
+    def memory_bytes(self) -> int:
+        """Return about how much memory the labels take."""
+        return _LABEL_BYTES * len(self._labels)
 
     def pairs(self, label: int) -> Pairs:
         """Return the pairs of a label."""

@@ -25,7 +25,6 @@ import gc
 import inspect
 import itertools
 import operator
-import os
 import sys
 import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -34,6 +33,7 @@ from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, Genera
 from typing import Any, Protocol, TypeAlias, TypeGuard, cast
 
 from asgi_pprof.native.core import native
+from asgi_pprof.recorder import Shared
 
 MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
 
@@ -182,27 +182,20 @@ def no_collections() -> AbstractContextManager[None]:
     return nullcontext() if sys.version_info >= (3, 12) else _collecting_off()
 
 
-class _Collecting:
+class _Collecting(Shared):
     """Switches garbage collection off while there are readers of frames, and on again."""
 
     def __init__(self) -> None:
-        self._begin()
-        self._renewed_by_fork = False
-
-    def _begin(self) -> None:
-        self._lock = threading.RLock()  # a finalizer may read frames at any point, in here too
         self._readers = 0
         self._was_enabled = False
+        super().__init__()
 
-    def _renew(self) -> None:
+    def _renew_after_fork(self) -> None:
         if self._readers and self._was_enabled:
             gc.enable()  # the child has no reader
-        self._begin()
+        self._readers = 0
 
     def off(self) -> None:
-        if not self._renewed_by_fork and hasattr(os, "register_at_fork"):
-            self._renewed_by_fork = True
-            os.register_at_fork(after_in_child=self._renew)
         with self._lock:
             if self._readers == 0:
                 self._was_enabled = gc.isenabled()

@@ -17,7 +17,7 @@ from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
-from asgi_pprof.recorders import gc_pauses, stall_watch
+from asgi_pprof.recorders import gc_pauses, memory_bytes, stall_watch
 
 BATCH = 1000
 MANY = 100_000
@@ -133,7 +133,7 @@ async def _snapshot(collector: TaskCollector, number: int) -> None:
 
 
 async def _count(number: int) -> None:
-    text = await Stats(stall_watch, gc_pauses).text()
+    text = await Stats(stall_watch, gc_pauses, memory_bytes).text()
     assert int(text.split(maxsplit=2)[1]) > number  # loop_tasks is the first
 
 

@@ -26,7 +26,7 @@ from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.stats import NAMES, Stats
 from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, unique
 from asgi_pprof.native.core import native
-from asgi_pprof.recorders import gc_pauses, stall_watch
+from asgi_pprof.recorders import gc_pauses, memory_bytes, stall_watch
 from asgi_pprof.runtime.gc_pauses import PythonTimer
 from tests.loops import LOOPS, run
 from tests.servers import PROFILES, ask, serve, until
@@ -73,7 +73,7 @@ def of_pool(name, values):
 
 
 async def figures():
-    return parse(await Stats(stall_watch, gc_pauses).text())
+    return parse(await Stats(stall_watch, gc_pauses, memory_bytes).text())
 
 
 class OtherLoop:
@@ -415,7 +415,7 @@ def test_reading_many_tasks_lets_the_loop_turn(loop_name):
 
         loop = asyncio.get_running_loop()
         loop.call_soon(turn)
-        found = parse(await Stats(stall_watch, gc_pauses, clock).text())
+        found = parse(await Stats(stall_watch, gc_pauses, memory_bytes, clock).text())
         event.set()
         await asyncio.gather(*tasks)
         return found, turns_at_looks

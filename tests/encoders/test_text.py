@@ -8,13 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from asgi_pprof.encoders.text import (
-    align,
-    contention_text,
-    count_text,
-    goroutine_dump,
-    heap_text,
-)
+from asgi_pprof.encoders import text as encoders
+from asgi_pprof.encoders.text import align, goroutine_dump
 from asgi_pprof.profile import Function, Goroutine, Location, Profile, Sample, ValueType
 
 pytestmark = pytest.mark.once
@@ -26,6 +21,18 @@ DUMPS = sorted(path.name for path in GOLDEN.glob("*debug2*.body"))
 
 def read(name):
     return (GOLDEN / name).read_bytes().decode("utf-8")
+
+
+def count_text(name, profile):
+    return "".join(encoders.count_text(name, profile))
+
+
+def heap_text(profile, trailer):
+    return "".join(encoders.heap_text(profile, trailer))
+
+
+def contention_text(name, profile):
+    return "".join(encoders.contention_text(name, profile))
 
 
 # Columns

@@ -26,7 +26,7 @@ from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.stall.collector import StallCollector
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.collectors.threads import ThreadCollector
-from asgi_pprof.recorders import gc_pauses, stall_watch
+from asgi_pprof.recorders import gc_pauses, memory_bytes, stall_watch
 from asgi_pprof.runtime.frames import capture, current_frames
 from tests.soak import generated, work
 from tests.soak.checks import Checker
@@ -58,7 +58,7 @@ async def profiles(checker: Checker) -> None:
                 checker.count(looks=1)
             async for _ in tasks.goroutines():
                 pass
-            await Stats(stall_watch, gc_pauses).text()
+            await Stats(stall_watch, gc_pauses, memory_bytes).text()
             time.sleep(0.006)  # noqa: ASYNC251 (a stall)
     finally:
         for task in waiting:

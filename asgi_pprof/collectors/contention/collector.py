@@ -90,6 +90,9 @@ class Contention(Recorder):
         self._changes = 0
         self._applying = False
 
+    def memory_bytes(self) -> int:
+        return sum(records.memory_bytes() for records in _RECORDS.values())
+
     def _enabled(self) -> None:
         self._rates.update(self._settings[-1].rates())
         self._apply()

@@ -88,6 +88,10 @@ class ContentionRecords:
         """Return the weight of an event of that length; None if it is not sampled."""
         return self._weigh(nanoseconds, self.rate, self._random)
 
+    def memory_bytes(self) -> int:
+        """Return about how much memory the records take."""
+        return self._counter.memory_bytes()
+
     def add(self, stack: ContendedStack, weight: Weight) -> None:
         """Add an event. Any thread may call this at any moment; it never waits."""
         if len(self._events) >= _MAX_QUEUED:

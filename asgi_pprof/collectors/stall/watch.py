@@ -222,6 +222,9 @@ class StallWatch(Recorder):
         """Return how many stalls have been counted in this process."""
         return self._counter.count()
 
+    def memory_bytes(self) -> int:
+        return self._counter.memory_bytes()
+
     def loops(self) -> list[asyncio.AbstractEventLoop]:
         """Return the watched loops."""
         monitors = list(self._monitors.values())

@@ -318,7 +318,7 @@ def test_go_tool_pprof_reads_it(kind, tmp_path):
         contend_once()
     profile = replace(take(kind), samples=seen.samples(kind))
     (tmp_path / "binary").write_bytes(encode(profile))
-    (tmp_path / "text").write_text(contention_text(kind, profile))
+    (tmp_path / "text").write_text("".join(contention_text(kind, profile)))
     name = "contend_a" if kind == "block" else "hold_b"
     for index, position in (("contentions", 0), ("delay", 1)):
         option = f"-sample_index={index}"

@@ -508,7 +508,7 @@ def test_new_names_are_known_after_any_number_of_others():
     kept = [kept_at_first(), long()]
     before = live("kept_at_first"), live("long")
     for round in range(4):
-        for _ in make(f"made{round}_", 20_000):
+        for _ in make(f"made{round}_", 10_000):
             pass
         def new_one():
             return bytes(70_000)
@@ -520,6 +520,33 @@ def test_new_names_are_known_after_any_number_of_others():
     *rounds, long = run_program(program).splitlines()
     assert rounds == ["1 True"] * 4
     assert long == "[(10002, 1)]"
+
+
+@pytest.mark.oldest_and_newest
+def test_new_names_are_known_though_nobody_reads_the_samples():
+    """Room is made while memory is allocated; else the first profile would lack the new names."""
+    program = """
+    from asgi_pprof.native.core import native
+    from asgi_pprof.recorders import heap_sampler
+    from tests.soak.generated import make_chain
+
+    def kept_at_first():
+        return bytes(70_000)
+
+    heap_sampler.enable(1)
+    kept = [kept_at_first()]
+    for tag in range(16_000):
+        make_chain(tag)(1)
+    def new_one():
+        return bytes(70_000)
+    kept.append(new_one())
+    heap = heap_sampler.copy()
+    for name in ("kept_at_first", "new_one"):
+        print(sum(s.values[2] for s in heap.samples() if dict(s.labels).get("bytes") == 73728
+                  and any(each.function.name.endswith(name) for each in s.stack)))
+    heap_sampler.disable()
+    """
+    assert run_program(program, timeout=120) == "1\n1\n"
 
 
 def test_labels_that_live_long_leave_room_for_others():
