@@ -18,20 +18,16 @@ SampleKey = tuple[Stack, tuple[Label, ...]]
 
 def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Return one sample per stack and labels with the summed values, in order of appearance."""
-    totals: dict[SampleKey, tuple[int, ...]] = {}
+    totals: dict[SampleKey, Sample] = {}
     for sample in samples:
         yield_gil()
         key = (sample.stack, sample.labels)
         known = totals.get(key)
-        if known is None:
-            totals[key] = sample.values
-        else:
-            totals[key] = tuple(a + b for a, b in zip(known, sample.values, strict=True))
-    summed = []
-    for (stack, labels), values in totals.items():
-        yield_gil()
-        summed.append(Sample(stack, values, labels))
-    return tuple(summed)
+        if known is not None:
+            values = tuple(a + b for a, b in zip(known.values, sample.values, strict=True))
+            sample = Sample(known.stack, values, known.labels)
+        totals[key] = sample
+    return tuple(totals.values())
 
 
 def subtract(after: Profile, before: Profile) -> Profile:

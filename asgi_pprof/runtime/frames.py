@@ -179,7 +179,7 @@ def frame_objects(own: FrameType) -> Iterator[dict[int, FrameType]]:
 
 def no_collections() -> AbstractContextManager[None]:
     """Return a manager that switches garbage collection off where making a frame may collect."""
-    return nullcontext() if sys.version_info >= (3, 12) else _collecting_off()
+    return nullcontext() if sys.version_info >= (3, 12) else collecting_off()
 
 
 class _Collecting(Shared):
@@ -213,7 +213,8 @@ _collecting = _Collecting()
 
 
 @contextmanager
-def _collecting_off() -> Iterator[None]:
+def collecting_off() -> Iterator[None]:
+    """Collect no garbage inside the `with`, in any thread."""
     _collecting.off()
     try:
         yield

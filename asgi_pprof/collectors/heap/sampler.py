@@ -37,7 +37,7 @@ from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.native.places import Places
 from asgi_pprof.offload import yield_gil
-from asgi_pprof.profile import Sample, Stack
+from asgi_pprof.profile import Label, Sample, Stack
 from asgi_pprof.recorder import Recorder
 
 ENGINE = "native"
@@ -185,11 +185,15 @@ class SampledHeap:
 
     def _rows(self) -> Iterator[Sample]:
         places = Places()
+        # Most rows share their stack, or their label and size, with others.
         stacks: dict[int, Stack] = {}
+        labels: dict[tuple[int, int], tuple[Label, ...]] = {}
         for stack, size, label, *values in _ROW.iter_unpack(self.rows):
             if stack not in stacks:
                 stacks[stack] = places.stack(native.heap_stack(stack))
-            pairs = self.labels.get(label, ())
-            if size:  # else the samples have various sizes
-                pairs = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
-            yield Sample(stacks[stack], tuple(values), pairs)
+            if (label, size) not in labels:
+                pairs = self.labels.get(label, ())
+                if size:  # else the samples have various sizes
+                    pairs = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
+                labels[label, size] = pairs
+            yield Sample(stacks[stack], tuple(values), labels[label, size])

@@ -14,22 +14,32 @@ from functools import lru_cache
 from types import CodeType
 from typing import Any
 
+from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Function, Location
 from asgi_pprof.runtime.modules import loaded_modules
 from asgi_pprof.stacks import Symbols
 
+_MAX_LOCATIONS = 16_384
+
 
 class LineNames:
-    """Locations by file and line, cached for one collection."""
+    """Locations by file and line, of which 16,384 are remembered."""
 
     def __init__(self) -> None:
         self._symbols = Symbols()
         self._locations: dict[tuple[str, int], Location] = {}
 
+    def begin(self) -> None:
+        """Look at the modules that are loaded now; call it before each profile."""
+        self._symbols = Symbols()
+        if len(self._locations) >= _MAX_LOCATIONS:
+            self._locations.clear()
+
     def location(self, filename: str, line: int) -> Location:
         """Return the location of a line in the innermost function that has the line."""
         known = self._locations.get((filename, line))
         if known is None:
+            yield_gil()
             qualname, start_line = _functions(filename).get(line, ("<unknown>", 0))
             name = self._symbols.qualify(filename, qualname)
             known = Location(Function(name, filename, start_line), line)
@@ -37,7 +47,7 @@ class LineNames:
         return known
 
 
-@lru_cache(maxsize=256)  # some 40 kB a file of 1,000 lines
+@lru_cache(maxsize=64)  # some 40 kB a file of 1,000 lines
 def _functions(filename: str) -> dict[int, tuple[str, int]]:
     """Return the qualified name and the first line of the innermost function, by line."""
     functions: dict[int, tuple[str, int]] = {}

@@ -12,10 +12,13 @@ lives, or during one `?seconds=N`.
 
 What it costs: code that only allocates takes 7 times as long with one frame per stack,
 16 times with 25; a FastAPI request takes 3 to 11 times the CPU time. A snapshot holds
-the GIL while it copies the traces, for 0.3 us per live block. Nothing while it is off.
+the GIL while it copies the traces, for 0.3 us per live block, since tracemalloc gives
+out all of them or none. So traces of more than 500,000 blocks are copied only where
+we have started tracing. Nothing while it is off.
 
 What it misses: memory from before tracing began and that of C libraries; frames beyond
-the traceback limit (16 here); functions: it knows lines, and `sources` names the
+the traceback limit (16 here); stacks beyond the 16,384 largest, whose sums are one
+sample; functions: it knows lines, and `sources` names the
 innermost of the functions that a line belongs to.
 
 Source: CPython, Modules/_tracemalloc.c, Lib/tracemalloc.py; runtime/mprof.go.
@@ -23,6 +26,7 @@ Source: CPython, Modules/_tracemalloc.c, Lib/tracemalloc.py; runtime/mprof.go.
 
 from __future__ import annotations
 
+import heapq
 import os
 import threading
 import tracemalloc
@@ -30,22 +34,28 @@ from _tracemalloc import _get_traces
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 from asgi_pprof.collectors.heap.sizes import size_class
 from asgi_pprof.collectors.heap.sources import LineNames
-from asgi_pprof.errors import PprofError
+from asgi_pprof.errors import PprofError, ProfileUnavailable
 from asgi_pprof.merge import sum_samples
-from asgi_pprof.profile import Location, Sample, Stack
+from asgi_pprof.offload import yield_gil
+from asgi_pprof.profile import Location, Sample, Stack, pseudo_location
 from asgi_pprof.recorder import Recorder
+from asgi_pprof.runtime.frames import collecting_off
 from asgi_pprof.runtime.modules import code_filename
 from asgi_pprof.stacks import TRUNCATED, UNKNOWN
 
 ENGINE = "tracemalloc"
 
 _TRACED_FRAMES = 16
-_MAX_PEAKS = 65_536  # sites whose peak is remembered
+_MAX_TRACES = 500_000  # of an application's own tracing
+_TRACE_BYTES = 48  # that tracemalloc takes for a trace; more, if there are many tracebacks
+_MAX_SITES = 16_384  # that have samples of their own
+_OTHERS = pseudo_location("other stacks: beyond the 16,384 largest")
 
 # In tracemalloc's form: (file, line) of each frame, leaf first.
 _Frames = tuple[tuple[str, int], ...]
@@ -100,10 +110,23 @@ class Tracing(Recorder):
             self.disable()
 
     def copy(self) -> Traces:
-        """Return a copy of all traces, on any thread; it is empty if tracing has been stopped."""
+        """
+        Return a copy of all traces, on any thread; it is empty if tracing has been stopped.
+
+        Raises:
+            ProfileUnavailable: The application traces too many blocks.
+        """
+        blocks = tracemalloc.get_tracemalloc_memory() // _TRACE_BYTES
+        if self._witness is None and blocks > _MAX_TRACES:
+            raise ProfileUnavailable(
+                f"the application's own tracemalloc traces up to {blocks:,} blocks, and to copy"
+                f" more than {_MAX_TRACES:,} would stop the process for too long;"
+                " call tracemalloc.stop() or trace for a shorter time"
+            )
         starts = self._starts  # first: old traces must not count for a later start
         # Not by take_snapshot(), which would raise in that case.
-        traces = cast("list[_Trace]", _get_traces())
+        with collecting_off():  # millions of new tuples would cause full collections
+            traces = cast("list[_Trace]", _get_traces())
         return Traces(traces, tracemalloc.get_traceback_limit(), starts)
 
 
@@ -139,26 +162,24 @@ class Traces:
             "alloc_objects and alloc_space are lower bounds:"
             " tracemalloc forgets blocks when they are freed",
         ]
-        if peaks.full:
-            comments.append(
-                f"alloc_* of stacks beyond the first {_MAX_PEAKS} count live blocks only"
-            )
         return tuple(comments)
 
 
 class Peaks:
-    """The maximum of objects and bytes seen alive at each site; at least these were allocated."""
+    """
+    The maximum of objects and bytes seen alive at each site; at least these were allocated.
+
+    The first snapshot's largest sites have a peak of their own, and later ones while
+    there is room; all others share one, so that no peak ever falls.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._peaks: dict[_Site, _Usage] = {}
+        self._others = _NONE
         self._starts = 0
+        self._names = LineNames()
         self.last_count = 0
-
-    @property
-    def full(self) -> bool:
-        """Return whether there is no room for new sites."""
-        return len(self._peaks) >= _MAX_PEAKS
 
     def samples(self, live: dict[_Site, _Usage], starts: int) -> tuple[Sample, ...]:
         """Return peak and live usage by site, given the number of starts of tracing."""
@@ -167,30 +188,46 @@ class Peaks:
                 # Tracing has been started again, without traces: a delta starts at 0.
                 self._starts = starts
                 self._peaks.clear()
-            for site, (objects, size) in live.items():
-                peak = self._peaks.get(site)
-                if peak is not None:
-                    self._peaks[site] = max(peak[0], objects), max(peak[1], size)
-                elif not self.full:
-                    self._peaks[site] = objects, size
+                self._others = _NONE
+            others = self._update(live)
             peaks = dict(self._peaks)
-        names = LineNames()
-        samples = sum_samples(
-            Sample(
-                _stack(site[0], names),
-                (*peak, *live.get(site, _NONE)),
-                (("bytes", site[1]),),
+            self._names.begin()
+            samples = sum_samples(
+                Sample(
+                    _stack(site[0], self._names),
+                    (*peak, *live.get(site, _NONE)),
+                    (("bytes", site[1]),),
+                )
+                for site, peak in peaks.items()
             )
-            for site, peak in {**live, **peaks}.items()
-        )
+            if self._others != _NONE:
+                samples += (Sample((_OTHERS,), (*self._others, *others)),)
         self.last_count = len({sample.stack for sample in samples})
         return samples
+
+    def _update(self, live: dict[_Site, _Usage]) -> _Usage:
+        """Update the peaks; return the usage of the sites that have no peak of their own."""
+        room = _MAX_SITES - len(self._peaks)
+        new = ((used[1], site) for site, used in live.items() if site not in self._peaks)
+        for _, site in heapq.nlargest(room, new, key=itemgetter(0)) if room else ():
+            self._peaks[site] = _NONE
+        objects, size = 0, 0
+        for site, used in live.items():
+            yield_gil()
+            peak = self._peaks.get(site)
+            if peak is None:
+                objects, size = objects + used[0], size + used[1]
+            else:
+                self._peaks[site] = max(peak[0], used[0]), max(peak[1], used[1])
+        self._others = max(self._others[0], objects), max(self._others[1], size)
+        return objects, size
 
 
 def _sites(traces: list[_Trace]) -> dict[_Site, _Usage]:
     """Return the live usage by site, without that of this package."""
     live: dict[_Site, _Usage] = {}
     for domain, size, frames, depth in traces:
+        yield_gil()
         if domain == 0:  # Python's own memory
             site = (frames, depth), size_class(size)
             objects, total = live.get(site, _NONE)

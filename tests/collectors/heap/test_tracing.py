@@ -9,7 +9,7 @@ import pytest
 
 from asgi_pprof.collectors.heap.collector import HeapCollector
 from asgi_pprof.collectors.heap.tracing import Peaks
-from asgi_pprof.errors import PprofError
+from asgi_pprof.errors import PprofError, ProfileUnavailable
 from asgi_pprof.merge import subtract
 from asgi_pprof.recorders import heap_sampler, heap_tracing
 from tests.valid import check_valid
@@ -146,16 +146,44 @@ def test_allocs_is_the_same_data_with_another_default():
     assert profiles[0].sample_types == profiles[1].sample_types
 
 
-def test_old_sites_are_bounded(monkeypatch):
-    """When the table is full, new sites count their live blocks, and a comment says so."""
-    monkeypatch.setattr("asgi_pprof.collectors.heap.tracing._MAX_PEAKS", 1)
+def test_sites_are_bounded(monkeypatch):
+    """The largest have a sample each, and the sums of all others stay right and never fall."""
+    monkeypatch.setattr("asgi_pprof.collectors.heap.tracing._MAX_SITES", 2)
     collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
     with heap_tracing.on():
-        kept = keep_blocks(10, 900)
-        profile = snapshot(collector)
-        del kept
-    assert all(sample.values[0] >= sample.values[2] for sample in profile.samples)
-    assert any("beyond the first 1" in comment for comment in profile.comments)
+        kept = [keep_blocks(10, 900), keep_blocks(10, 90_000), keep_blocks(10, 700)]
+        first = snapshot(collector)
+        del kept[1:]
+        second = snapshot(collector)
+    assert [len(profile.samples) for profile in (first, second)] == [3, 3]
+    before, after = (
+        {sample.stack[0].function.name: sample.values for sample in profile.samples}
+        for profile in (first, second)
+    )
+    assert all(name in after for name in before)
+    assert any("keep_blocks" in name for name in before)
+    assert before["<other stacks: beyond the 16,384 largest>"][2] >= 20
+    for name, values in before.items():
+        assert after[name][0] >= values[0] >= values[2]
+        assert after[name][1] >= values[1] >= values[3]
+
+
+def test_tracing_of_the_applications_own_is_not_copied_without_a_bound(monkeypatch):
+    """To copy millions of traces would stop the process; ours, which was asked for, is copied."""
+    monkeypatch.setattr("asgi_pprof.collectors.heap.tracing._MAX_TRACES", 1000)
+    collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+    tracemalloc.start()
+    try:
+        few = snapshot(collector)
+        kept = keep_blocks(2000, 10)
+        with pytest.raises(ProfileUnavailable, match="traces up to [0-9,]+ blocks"):
+            snapshot(collector)
+    finally:
+        tracemalloc.stop()
+    with heap_tracing.on():
+        kept = keep_blocks(2000, 10)
+        assert snapshot(collector).total("inuse_objects") >= len(kept)
+    assert few.samples
 
 
 def test_tracing_stopped_by_the_application_fails_the_window():
