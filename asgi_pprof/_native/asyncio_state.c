@@ -216,7 +216,7 @@ asyncio_tasks(void)
 
 #endif
 
-/* A thread's loop and task, from its state; before 3.13 the dict that has the loop. */
+/* A thread's loop and task, from its state. Before 3.13 `loop` is the dict that has the loop. */
 typedef struct {
     unsigned long ident;
     PyObject *loop;

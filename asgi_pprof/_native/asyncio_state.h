@@ -1,15 +1,15 @@
 /*
- * Reads what asyncio keeps where Python code cannot read it: tasks and running loops.
+ * Reads state of asyncio that Python code cannot read: tasks and running loops.
  *
  * From CPython 3.14 on each thread's state has a linked list of the tasks made in that thread,
  * and the interpreter has one of the tasks of ended threads. The offset of the link in a task
  * is private to _asynciomodule.c, so it is measured: a task that has just been made is the last
  * one of its thread's list, and the link lies within it. The lists are checked while they are
- * walked. Where one is not as expected the result is None, and the caller uses Python's own
+ * walked. If one is not as expected, the result is None, and the caller uses Python's own
  * registries.
  *
- * All of this needs the GIL, which guards lists and loops, and takes the lock of the list of
- * threads, for which it never waits long.
+ * The functions need the GIL, which guards lists and loops. They take the lock of the list of
+ * threads, and never wait long for it.
  *
  * Source: Modules/_asynciomodule.c, register_task, set_running_loop;
  * InternalDocs/asyncio.md.
@@ -19,7 +19,7 @@
 
 #include "layout.h"
 
-/* Learn where tasks are linked, from a task just made in this thread; false if it cannot. */
+/* Learn the offset of the link from a task just made in this thread; false if that fails. */
 bool asyncio_learn(PyObject *task);
 
 /*

@@ -86,7 +86,7 @@ blocks_insert(const Block *block)
     put(block);
     _Atomic uint8_t *filter = blocks_filter_of(block->address);
     uint8_t known = atomic_load_explicit(filter, memory_order_relaxed);
-    if (known < UINT8_MAX) { /* a counter that is full stays full */
+    if (known < UINT8_MAX) { /* a counter at its maximum stays there */
         atomic_store_explicit(filter, known + 1, memory_order_relaxed);
     }
     return true;

@@ -13,7 +13,7 @@
 typedef struct {
     uintptr_t address; /* 0: an empty slot */
     uint64_t size;
-    uint64_t captured_size; /* its size when its stack was recorded */
+    uint64_t captured_size; /* the block's size when its stack was recorded */
     uint32_t bucket;
 } Block;
 
@@ -40,10 +40,10 @@ blocks_may_have(const void *address)
 bool blocks_open(void);
 void blocks_close(void);
 
-/* Add a block; false if there is no room. May move all other blocks. */
+/* Add a block; false if there is no room. It may move all other blocks. */
 bool blocks_insert(const Block *block);
 Block *blocks_find(uintptr_t address);
-/* Remove a block; may move others. */
+/* Remove a block; this may move others. */
 void blocks_remove(Block *block);
 
 uint32_t blocks_count(void);

@@ -7,12 +7,12 @@
 
 #define MAX_BUCKETS (1u << 15)
 #define HEADS (1u << 13)
-#define FEW 1024 /* if so few were gained, the table is full of what lives */
+#define FEW 1024 /* a clean-up that leaves fewer free buckets than this has failed */
 
 static Bucket *buckets;
 static uint32_t heads[HEADS];
 static uint32_t end, unused, count;
-static uint32_t refusals; /* left before it is tried again to gain room */
+static uint32_t refusals; /* how many requests to refuse before the next clean-up */
 static BucketLosses losses;
 
 bool
@@ -94,7 +94,7 @@ release(uint32_t index)
     refusals = 0;
 }
 
-/* Add one bucket to another; it is released when no block refers to it any more. */
+/* Merge a bucket into another; release it once no live block refers to it. */
 static void
 merge(uint32_t from, uint32_t into)
 {
@@ -110,7 +110,7 @@ merge(uint32_t from, uint32_t into)
     }
 }
 
-/* Put a bucket whose key has changed where its key belongs. */
+/* Link a bucket whose key has changed, or merge it into the bucket that has this key. */
 static void
 link_or_merge(uint32_t index)
 {
@@ -133,6 +133,7 @@ drop_label(uint32_t index)
     link_or_merge(index);
 }
 
+/* Return whether nothing of a bucket is alive. */
 static bool
 is_past(const Bucket *bucket)
 {
@@ -171,7 +172,7 @@ drop_stack(uint32_t index)
     merge(index, NO_ROOM);
 }
 
-/* Take the stacks from those past allocations that have no more than the mean of their bytes. */
+/* Remove the stacks of those past buckets whose bytes are at most the mean of past buckets. */
 static void
 drop_stacks(void)
 {
@@ -303,7 +304,7 @@ buckets_move(uint32_t bucket, uint32_t stack)
         drop_stack(bucket);
     }
     else {
-        /* The buckets of a set stay: one that is merged is no longer in the set's list. */
+        /* A bucket that is going to be merged must leave its set's list; others stay in it. */
         unlink_bucket(bucket);
         buckets[bucket].stack = stack;
         if (buckets[bucket].set != NULL && find(&buckets[bucket]) != 0) {

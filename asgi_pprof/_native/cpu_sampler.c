@@ -27,8 +27,8 @@
 #define CHUNK 64 /* slots that are allocated at a time */
 #define MAX_INTERPRETERS 64
 #define WATCH_NS 40000000 /* so new threads are found within 50 ms */
-#define WATCH_SHARE 50    /* and at most so much of one CPU is used for that: 2 % */
-#define ENDED_CHECKS 64   /* timers of ended threads are looked for among so many at a time */
+#define WATCH_SHARE 50    /* the watcher sleeps this many times as long as it works: 2 % of a CPU */
+#define ENDED_CHECKS 64   /* slots that each round checks for ended threads, and some more */
 #define SAMPLE_UNITS (1u << 22) /* 64 MiB of address space */
 #define SAMPLE_SLOTS (1u << 20)
 #define NAMES_MIB 64
@@ -42,19 +42,19 @@ typedef struct {
 
 #define SAMPLE_KEY_SIZE(depth) (offsetof(SampleKey, places) + (depth) * sizeof(uint32_t))
 
-/* What belongs to a thread's timer, and the memory that its handler works in. */
+/* The timer of one thread, and the memory that its signal handler uses. */
 typedef struct {
     timer_t timer;
     _Atomic bool busy; /* its handler runs */
     _Atomic uint64_t samples, periods, unreadable, lost, skipped, unlabelled, own_ns;
-    uint64_t since_ns, spent_ns; /* by the thread's clock: its first signal, and for samples */
+    uint64_t since_ns, spent_ns; /* the thread's CPU time at its first signal, and in samples */
     Reader reader;
     PyThreadState state;
     Stack stack;
     SampleKey key;
 } Slot;
 
-/* What tells apart all thread states there ever are: numbers, which only grow. */
+/* Identifies a thread state: no later one has the same two numbers. */
 typedef struct {
     int64_t interpreter;
     uint64_t state;
@@ -69,12 +69,12 @@ static struct {
     Budget budget;
     Slot *chunks[MAX_THREADS / CHUNK];
     pid_t threads[MAX_THREADS]; /* by slot; 0: it has no timer */
-    StateId states[MAX_THREADS]; /* by slot: the one by which the thread was found */
+    StateId states[MAX_THREADS]; /* by slot: the state in which the thread's id was found */
     _Atomic int slot_count; /* slots used since the start */
     int unused[MAX_THREADS], unused_count; /* of these, those without a timer */
-    int next_check; /* the slot to look at next for an ended thread */
-    StateId seen[MAX_INTERPRETERS];   /* the last of each that two walks have passed */
-    uint64_t passed[MAX_INTERPRETERS]; /* the last of each that one walk has passed */
+    int next_check; /* the next slot to check for an ended thread */
+    StateId seen[MAX_INTERPRETERS];   /* by interpreter: the newest state that two walks passed */
+    uint64_t passed[MAX_INTERPRETERS]; /* by interpreter: the newest that one walk passed */
     ByteStore samples;
     struct sigaction replaced;
     pthread_t watcher;
@@ -218,7 +218,7 @@ release_slot(int index)
 static int
 unused_slot(void)
 {
-    /* A slot whose handler still runs goes to the other end. */
+    /* A slot whose handler still runs is moved to the other end. */
     for (int i = 0; i < cpu.unused_count; i++) {
         int index = cpu.unused[--cpu.unused_count];
         if (!atomic_load(&slot_at(index)->busy)) {
@@ -232,7 +232,7 @@ unused_slot(void)
         return -1;
     }
     if (cpu.chunks[index / CHUNK] == NULL) {
-        /* Never unmapped: a handler may be late. Only what is used is ever touched. */
+        /* Never unmapped, because a handler may run late. Unused pages are never touched. */
         void *memory = memory_map(CHUNK * sizeof(Slot));
         if (memory == NULL) {
             return -1;
@@ -291,8 +291,8 @@ slot_of(pid_t thread)
 }
 
 /*
- * Give a thread a timer, unless it has one. Return whether nothing is left to do for this state:
- * on 3.11 it has the id of the thread that makes it until its own thread begins.
+ * Give a thread a timer, unless it has one. Return whether this thread state need not be read
+ * again. On 3.11 a state has the id of the thread that makes it until its own thread begins.
  */
 static bool
 sample_thread(pid_t thread, StateId state)
@@ -308,11 +308,11 @@ sample_thread(pid_t thread, StateId state)
             bool is_settled = PY_VERSION_HEX >= 0x030c0000 ||
                               state.interpreter != known->interpreter;
             if (!is_settled && state.state < known->state) {
-                *known = state; /* the other one is the state of a thread that it makes */
+                *known = state; /* the newer state is that of a thread which this one starts */
             }
             return is_settled;
         }
-        release_slot(index); /* of a thread that had the same id */
+        release_slot(index); /* it is of an ended thread that had the same id */
     }
     index = unused_slot();
     if (index < 0) {
@@ -322,7 +322,7 @@ sample_thread(pid_t thread, StateId state)
         cpu.states[index] = state;
     }
     else {
-        cpu.unsampled += errno != EINVAL; /* else it has ended */
+        cpu.unsampled += errno != EINVAL; /* EINVAL: the thread has ended */
         cpu.unused[cpu.unused_count++] = index;
     }
     return true;
@@ -344,12 +344,12 @@ last_seen(int64_t interpreter)
 }
 
 /*
- * Sample the threads that an interpreter has made since the last time; return how many they are.
- * Each new one is put before the others, and has the next number.
+ * Sample the threads that an interpreter has started since the last walk; return the number of
+ * states read. CPython puts a new state at the head of the list, and gives it the next number.
  *
- * Nothing is locked, and threads come and go. So this reads as carefully as a signal handler,
- * and an id is only a hint: the kernel refuses to make a timer for anything that is not a
- * thread of this process.
+ * No lock is held, and threads start and end meanwhile. So this copies memory as the signal
+ * handler does, and an id is only a hint: the kernel refuses to make a timer for anything that
+ * is not a thread of this process.
  */
 static int
 sample_new_threads(const PyInterpreterState *interpreter)
@@ -370,7 +370,7 @@ sample_new_threads(const PyInterpreterState *interpreter)
         is_whole = at == NULL;
         if (is_whole || !reader_copy(&cpu.walker, at, &state, sizeof state) ||
             state.interp != interpreter || state.id == 0 || state.id >= previous) {
-            break; /* at the end, or at what a thread that has just ended has left */
+            break; /* the end of the list, or the freed state of a thread that has just ended */
         }
         is_whole = state.id <= seen->state;
         if (is_whole) {
@@ -382,12 +382,12 @@ sample_new_threads(const PyInterpreterState *interpreter)
             newest = newest > state.id ? newest : state.id;
         }
         else {
-            newest = 0; /* it is about to begin: it and those made after it are read once more */
+            newest = 0; /* it has not begun: read it and all newer states again next time */
         }
         at = state.next;
     }
-    /* A walk that broke off, or ended too early at a state that was freed meanwhile, has missed
-       threads: so each is passed by two walks. */
+    /* A walk that broke off, or that ended early at a freed state, has missed threads. So a state
+       counts as seen only when two walks have passed it. */
     if (is_whole) {
         uint64_t before = *passed;
         *passed = newest;
@@ -398,7 +398,7 @@ sample_new_threads(const PyInterpreterState *interpreter)
     return count;
 }
 
-/* Delete timers of threads that have ended, among some of the slots. */
+/* Check some of the slots, and delete the timers of threads that have ended. */
 static void
 release_ended(int checks)
 {
@@ -455,7 +455,7 @@ watch(void *unused)
         if (signal_is_ours()) {
             update_timers();
         }
-        else { /* the application has taken it: it must get no more signals from us */
+        else { /* the application has taken SIGPROF, and must get no more of our signals */
             atomic_store(&cpu.displaced, true);
             release_slots();
             break;
@@ -569,7 +569,7 @@ cpu_start(long hz, Budget budget)
     sigaction(SIGPROF, &ours, &cpu.replaced);
     cpu.started = cpu.active = true;
     atomic_store(&cpu.on, true);
-    /* Of all other threads, the watcher makes the timers: a thousand take 20 ms. */
+    /* The watcher makes the timers of all other threads: a thousand timers take 20 ms. */
     const PyThreadState *state = PyThreadState_Get();
     sample_thread((pid_t)syscall(SYS_gettid), (StateId){state->interp->id, state->id});
     if (!start_watcher()) {
@@ -612,7 +612,7 @@ static void
 put_signal_back(void)
 {
     if (signal_is_ours()) {
-        /* To ignore a signal discards one that is pending; the default action ends the process. */
+        /* Ignoring the signal discards a pending one, whose default action ends the process. */
         struct sigaction ignore = {.sa_handler = SIG_IGN};
         sigaction(SIGPROF, &ignore, NULL);
         sigaction(SIGPROF, &cpu.replaced, NULL);
@@ -701,7 +701,7 @@ next_sample(uint32_t *id, SampleKey *key, uint32_t *depth, uint64_t *periods)
         const RecordHeader *record = store_record(samples, *id);
         *id = store_next(samples, *id, sizeof(uint64_t));
         *periods = atomic_load((const _Atomic uint64_t *)record_extra(record));
-        if (*periods != 0) { /* else two handlers added this at once; the other has the count */
+        if (*periods != 0) { /* 0: two handlers added this stack, and the other record counts */
             memcpy(key, record_key(record), record_size(record));
             *depth = (record_size(record) - (uint32_t)SAMPLE_KEY_SIZE(0)) / sizeof(uint32_t);
             return true;
@@ -735,7 +735,7 @@ cpu_read(uint32_t *id, int limit)
 PyObject *
 cpu_threads(void)
 {
-    /* A copy: to make objects may collect garbage, and a finalizer may end sampling. */
+    /* Copy first: making objects may collect garbage, and a finalizer may stop the sampler. */
     pthread_mutex_lock(&cpu.mutex);
     int count = atomic_load(&cpu.slot_count), watcher = cpu.watcher_id;
     pid_t *threads = malloc(((size_t)count + 1) * sizeof(pid_t));

@@ -12,7 +12,7 @@
 
 typedef struct {
     uint64_t samples;    /* signals handled */
-    uint64_t periods;    /* periods they stand for: the kernel checks timers on its tick only */
+    uint64_t periods;    /* periods they stand for: the kernel checks timers only on its tick */
     uint64_t unreadable; /* periods whose stack could not be read */
     uint64_t lost;       /* periods for which there was no room */
     uint64_t skipped;    /* periods without a stack, because samples had cost too much */
@@ -20,24 +20,24 @@ typedef struct {
     uint64_t own_ns;     /* CPU time of the handler */
     uint64_t watcher_ns; /* CPU time of the thread that finds new threads */
     uint64_t unsampled;  /* threads that got no timer */
-    bool displaced;      /* sampling ended because somebody else took SIGPROF */
+    bool displaced;      /* sampling ended early: SIGPROF was taken, or given back by cpu_yield */
 } CpuStats;
 
 /*
- * What taking samples may cost a thread: one `share`-th of its CPU time, and `credit_ns` once,
- * for names that are seen for the first time. Beyond that no stacks are taken.
+ * The CPU time that samples may cost a thread: one `share`-th of the thread's own, and
+ * `credit_ns` once, for names that are seen for the first time. Beyond that no stacks are taken.
  */
 typedef struct {
     uint64_t credit_ns, share;
 } Budget;
 
-/* Start; with the GIL. False with an exception set: already in use, or the system refuses. */
+/* Start; needs the GIL. False with an exception set: already in use, or the system refuses. */
 bool cpu_start(long hz, Budget budget);
 
-/* Give SIGPROF back at once; the rest is up to cpu_stop. With the GIL. */
+/* Give SIGPROF back at once; cpu_stop must still be called. Needs the GIL. */
 void cpu_yield(void);
 
-/* Stop, and put everything back. Samples stay until cpu_free. Both need the GIL. */
+/* Stop, and restore SIGPROF. Samples are kept until cpu_free. Both need the GIL. */
 void cpu_stop(void);
 void cpu_free(void);
 

@@ -18,7 +18,7 @@ typedef struct {
 
 typedef struct {
     unsigned long ident;
-    size_t first, count;          /* its part of the places */
+    size_t first, count;          /* its range in the array of places */
     Py_ssize_t found;             /* frames above the one with the variables; -1: none has them */
     PyObject *names;              /* strong: the request's tuple of the code and the names */
     PyObject *values[MAX_LOCALS]; /* strong, or NULL */
@@ -38,7 +38,7 @@ typedef struct {
     size_t index;
 } ThreadStack;
 
-/* What to read. */
+/* What to read of which threads. */
 typedef struct {
     unsigned long *idents; /* NULL: all threads */
     size_t ident_count;
@@ -274,7 +274,7 @@ is_asked_for(const Request *request, const PyThreadState *state)
 static void
 clear(ThreadStacks *stacks)
 {
-    /* The object is emptied first: to release a reference may run code that uses the object. */
+    /* The object is emptied first: releasing a reference may run code that uses the object. */
     Thread *threads = stacks->threads;
     Place *places = stacks->places;
     size_t thread_count = stacks->thread_count, place_count = stacks->place_count;
@@ -385,9 +385,9 @@ frames_current(PyObject *Py_UNUSED(module), PyObject *args, PyObject *kwargs)
     return stacks;
 }
 
-/* --- Python objects of what was read ---------------------------------------------- */
+/* --- ThreadStacks and ThreadStack --------------------------------------------------- */
 
-/* Takes a copy: to make a tuple may collect garbage, and so free the stacks' memory. */
+/* Takes a copy, because making a tuple may collect garbage and so free the stacks' memory. */
 static PyObject *
 pair_of(Place place)
 {
@@ -650,7 +650,7 @@ generator_frame(PyObject *object)
         return NULL;
     }
     PyGenObject *generator = (PyGenObject *)object;
-    /* A generator ends in two steps, and code may run in between: any later state is ended. */
+    /* Every later state counts as ended: a generator ends in two steps, between which code runs. */
     return generator->gi_frame_state > FRAME_EXECUTING ? NULL : (Frame *)&generator->gi_iframe;
 }
 

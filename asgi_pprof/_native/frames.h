@@ -1,10 +1,10 @@
 /*
- * Reads where threads and coroutines are from their interpreter frames, under the GIL.
+ * Reads the stacks of threads and coroutines from their interpreter frames, under the GIL.
  *
  * No frame object is made: making one may collect garbage (CPython 3.11), whose finalizers let
  * other threads run, and by then the frame may have ended. All frames of one moment are copied
- * into memory of our own, with references of our own, before the first Python object is made of
- * them. Nothing in between runs other code.
+ * into memory of our own, with references of our own, before any Python object is made of them.
+ * No other code runs in between.
  *
  * Sources: Python/pystate.c, _PyThread_CurrentFrames; Include/internal/pycore_frame.h;
  * Python/ceval.c, which says when a frame may be read.
@@ -28,8 +28,8 @@ extern PyTypeObject ThreadStack_Type;
  * Args:
  *   idents: A sequence of the threads' numbers; None for all.
  *   depth: How many frames of each are kept, from the innermost one on.
- *   locals_of: A tuple of tuples (code, name, ...). The values of these variables are kept,
- *     of the innermost frame that runs one of these codes.
+ *   locals_of: A tuple of tuples (code, name, ...). Of each thread, the innermost frame that
+ *     runs one of these codes is found, and the values of the named variables are kept.
  */
 PyObject *frames_current(PyObject *module, PyObject *args, PyObject *kwargs);
 
@@ -42,7 +42,7 @@ PyObject *frames_running(PyObject *module, PyObject *coroutine);
 /* generator_frame(generator or coroutine): return (code, offset); None if it has ended. */
 PyObject *frames_of_generator(PyObject *module, PyObject *generator);
 
-/* awaited(generator or coroutine): return what it awaits; None if it is not suspended there. */
+/* awaited(generator or coroutine): return the awaited object; None if it is not suspended there. */
 PyObject *frames_awaited(PyObject *module, PyObject *generator);
 
 /* generator_local(generator, name): return a variable's value; None if unset or unknown. */

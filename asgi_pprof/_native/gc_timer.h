@@ -1,8 +1,8 @@
 /*
  * GcTimer, an entry of `gc.callbacks` that times garbage collections.
  *
- * A callback runs in the middle of whatever allocates. One written in Python may let other
- * threads run there, and would do so in every application that uses us; so this one is in C.
+ * A callback runs inside any code that allocates. A callback in Python may let other threads run
+ * there, in every application that uses this package; so this one is written in C.
  *
  * Sources: Modules/gcmodule.c, invoke_gc_callback; runtime/mstats.go, PauseNs and PauseEnd.
  */

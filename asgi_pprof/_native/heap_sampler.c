@@ -21,16 +21,17 @@
 #define STACK_SLOTS (1u << 16)
 #define STACK_UNITS (1u << 19) /* 8 MiB of address space: some 40,000 stacks */
 
-/* Stacks and the names of their places. When one is full, the other takes what is still needed. */
+/* Stacks, and the names of their places. There are two tables: when one is nearly full, the stacks
+   that are still needed are moved to the other. */
 typedef struct {
     ByteStore stacks;
     NameTable *names;
-    uint32_t opened; /* different each time: numbers of stacks are invalid after the next */
+    uint32_t opened; /* the number of this opening; it makes earlier stack numbers invalid */
 } Tables;
 
 #define FEW_RECORDS 4096
 #define MOVED_AT_ONCE 32 /* buckets */
-#define TABLE_BIT 31 /* of a bucket's stack: which of the two has it */
+#define TABLE_BIT 31 /* the bit of a bucket's stack that tells which table has the stack */
 #define STACK_MASK ((1u << TABLE_BIT) - 1)
 
 typedef struct {
@@ -42,12 +43,12 @@ typedef struct {
 static struct {
     bool on;
     uint64_t rate;
-    pthread_mutex_t mutex; /* guards all that follows, and the buckets and blocks; held for
-                              microseconds, and to copy */
-    uint32_t openings; /* of tables, so far */
+    pthread_mutex_t mutex; /* guards all that follows, the buckets and the blocks; held for
+                              microseconds, and while the buckets are copied */
+    uint32_t openings; /* how often a table has been opened */
     Tables tables[2];
     uint32_t current; /* the table that new stacks go to */
-    uint32_t moved;   /* the next bucket to move from the other table to this one */
+    uint32_t moved;   /* the next bucket whose stack is moved to this table; 0: none is moved */
     uint32_t kept;    /* stacks and names in this one when all had been moved */
     bool is_asked;    /* a pending call will make room */
     uint64_t lost, unreadable;
@@ -114,7 +115,7 @@ copy_places(uint32_t stack, uint32_t *places)
     return size / (uint32_t)sizeof(uint32_t);
 }
 
-/* Return a stack with a number in the table that is filled now; 0 if there is no room. */
+/* Return a stack's number in the current table, to which it is moved; 0 if there is no room. */
 static uint32_t
 to_current(uint32_t stack)
 {
@@ -212,7 +213,7 @@ on_resized(void *before, void *after, size_t size, bool drawn)
     pthread_mutex_lock(&heap.mutex);
     Block *known = blocks_find((uintptr_t)before);
     if (known != NULL && drawn && size < 2 * known->captured_size) {
-        /* While stacks are moved to the other table, no new bucket may have one of this. */
+        /* While stacks are being moved, a new bucket must have a stack of the current table. */
         const Bucket *owner = buckets_of_block(known->bucket);
         uint32_t bucket = buckets_get(to_current(owner->stack), heap_size_class(size), owner->set,
                                       owner->label);
@@ -246,7 +247,7 @@ on_resized(void *before, void *after, size_t size, bool drawn)
 
 static const HookSampler hook_sampler = {on_allocated, on_freed, on_resized};
 
-/* A label set dies: its samples have this label from now on. */
+/* Called when a label set dies: from now on its samples have this label. */
 static void
 on_label_set_death(LabelSet *set, uint32_t label)
 {
@@ -374,7 +375,8 @@ heap_read(void)
     Row *rows = NULL;
     size_t count = 0;
     bool failed = false;
-    /* Without the GIL: a thread that waits for the lock meanwhile holds the GIL. */
+    /* The GIL is released, so that other threads run while the mutex is waited for. Those that
+       sample an allocation during the copy wait for the mutex and hold the GIL. */
     Py_BEGIN_ALLOW_THREADS
     pthread_mutex_lock(&heap.mutex);
     if (heap.on) {
@@ -411,9 +413,9 @@ heap_pending(void)
         const Bucket *bucket = buckets_at(i);
         LabelSet *set = bucket != NULL ? bucket->set : NULL;
         if (set == NULL || set->bucket != i || !labels_can_be_asked(set)) {
-            continue; /* each set once: at the first of its buckets */
+            continue; /* each set is listed once, at the first of its buckets */
         }
-        /* The reference comes first: to make the tuple may end other sets. */
+        /* Take the reference first: making the tuple may free label sets. */
         PyObject *kept = Py_NewRef(set);
         list_append_new(&list, Py_BuildValue("(KN)",
                                              (unsigned long long)(HEAP_PENDING | set->number),
@@ -422,10 +424,6 @@ heap_pending(void)
     return list;
 }
 
-/*
- * Return new bytes with a byte for each label below `end`: whether anything has it. Labels of
- * which nothing is alive are dropped first.
- */
 PyObject *
 heap_used_labels(uint32_t end)
 {
@@ -452,7 +450,7 @@ heap_used_labels(uint32_t end)
 PyObject *
 heap_stack(uint64_t numbered)
 {
-    /* Copied before any object is made, which may run a finalizer that ends sampling. */
+    /* Copy first: making an object may run a finalizer that stops the sampler. */
     uint32_t places[MAX_DEPTH + 1], depth = 0, stack = (uint32_t)numbered;
     if (heap.on && numbered >> 32 == heap.tables[stack >> TABLE_BIT].opened) {
         depth = copy_places(stack, places);
@@ -485,7 +483,7 @@ heap_compact(uint32_t limit)
     uint32_t other = 1 - heap.current;
     bool is_moving = heap.on && heap.moved != 0;
     if (heap.on && !is_moving && is_nearly_full(&heap.tables[heap.current])) {
-        close_table(other); /* what was moved from it last time */
+        close_table(other); /* its stacks were moved when the tables were last swapped */
         if (open_table(other)) {
             other = heap.current;
             heap.current = 1 - other;

@@ -1,6 +1,6 @@
 /*
  * Samples memory by the stack that allocated it. Hooks around Python's allocators draw one
- * allocation in so many bytes; its stack is recorded, and when it is freed.
+ * allocation in `rate` bytes on average. The sampler records its stack, and that it is freed.
  *
  * Sources: Go, runtime/mprof.go; hooks.h.
  */
@@ -20,40 +20,40 @@ typedef struct {
     uint64_t unreadable;
 } HeapStats;
 
-/* Start to sample; with the GIL. False with an exception set. */
+/* Start to sample; needs the GIL. False with an exception set. */
 bool heap_start(uint64_t rate);
-/* Stop, and remove the hooks; they stay, and only delegate, where others are built on them. */
+/* Stop, and remove the hooks. They stay, and only delegate, if other hooks are on top of them. */
 void heap_stop(void);
 
-/* Return whether it samples, and the hooks are still called: another tool may remove them. */
+/* Return whether the sampler is on and its hooks are called: another tool may remove them. */
 bool heap_check(void);
 
 HeapStats heap_stats(void);
 
 /*
  * Return new bytes: one row for each stack, size class and label, of native uint64: stack, size
- * class, label, allocated objects and bytes, live objects and bytes. All are as sampled, not
- * scaled. A label above HEAP_PENDING is not known yet: it is the label of the set that
- * `heap_pending` returns under this number.
+ * class, label, allocated objects and bytes, live objects and bytes. The numbers are as sampled,
+ * not scaled. A label above HEAP_PENDING stands for a living label set: `heap_pending` returns
+ * the set under this number.
  */
 #define HEAP_PENDING ((uint64_t)1 << 63)
 PyObject *heap_read(void);
 
-/* Return a new list of (number, label set), of all living sets that have samples. */
+/* Return a new list of (number, label set) of all living sets that have samples. */
 PyObject *heap_pending(void);
 
 /* Return a new tuple of a stack's places; PLACE_LOST if it is not known any more. */
 PyObject *heap_stack(uint64_t stack);
 
 /*
- * Return new bytes with a byte for each label below `end`: whether anything has it. Past
- * allocations give up their labels first.
+ * Remove the labels of allocations of which nothing is alive. Then return new bytes: one byte for
+ * each label below `end`, which says whether a sample has it.
  */
 PyObject *heap_used_labels(uint32_t end);
 
 /*
- * Make room for new names and stacks if there is little left: keep those of live memory, at
- * most `limit` of them in one call. Return whether there are more. With the GIL.
+ * Make room for new names and stacks if little is left: keep only those of live memory. One call
+ * does at most `limit` buckets. Return whether another call is needed. Needs the GIL.
  */
 bool heap_compact(uint32_t limit);
 

@@ -17,7 +17,7 @@
 #define THREAD_LOCAL __thread
 #endif
 
-/* Each thread has its own counters, so that hooks share no memory that they write. */
+/* Each thread has its own counters, so that threads write to no shared memory. */
 typedef struct Counters {
     int64_t left; /* bytes until the next sample, which is due below 0 */
     int64_t gap;  /* the initial value of `left` */
@@ -31,7 +31,7 @@ typedef struct Counters {
 typedef struct {
     PyMemAllocatorDomain domain;
     PyMemAllocatorEx ours, original;
-    bool installed; /* as far as we know, ours is in the chain */
+    bool installed; /* whether we believe ours to be in the chain */
 } Hook;
 
 static Hook hooks[HOOKS];
@@ -132,9 +132,9 @@ draw(Counters *c)
 }
 
 /*
- * Every path ends in a call of the original, which the compiler makes a jump. So to count an
- * allocation before it is made costs half of what it costs to count it afterwards (a loop that
- * makes lists and tuples takes 1.05 instead of 1.10 times as long as without hooks).
+ * Every path ends in a call of the original, which the compiler makes a jump. So counting an
+ * allocation before it is made costs half of counting it afterwards (a loop that makes lists and
+ * tuples takes 1.05 instead of 1.10 times as long as without hooks).
  */
 
 /* Count an allocation, and return whether a sample is due. */
@@ -304,7 +304,7 @@ uninstall(Hook *hook)
 {
     PyMemAllocatorEx current;
     PyMem_GetAllocator(hook->domain, &current);
-    /* Ours must stay, and only delegate, if other hooks are built on it, or if interpreters
+    /* Ours must stay, and only delegate, if other hooks are on top of it, or if interpreters
        with another GIL may be calling it. */
     if (is_ours(&current, hook) && threads_share_our_gil()) {
         PyMem_SetAllocator(hook->domain, &hook->original);

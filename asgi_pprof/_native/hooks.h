@@ -12,25 +12,25 @@ typedef struct {
     uint64_t mallocs, frees, bytes;
 } HookTotals;
 
-/* What the hooks call. The caller holds a GIL, which may be another interpreter's. */
+/* Functions that the hooks call, with a GIL held, which may be another interpreter's. */
 typedef struct {
     /* A drawn allocation has been made. */
     void (*allocated)(void *address, size_t size);
     /* A block that may be in the table of sampled blocks is about to be freed. */
     void (*freed)(void *address);
-    /* Such a block has been reallocated; `drawn`: and the reallocation is to be sampled. */
+    /* Such a block has been reallocated; `drawn` says whether to sample the reallocation. */
     void (*resized)(void *before, void *after, size_t size, bool drawn);
 } HookSampler;
 
 /*
  * Set the counters to 0, and draw one allocation in `rate` bytes (0: none) in all threads, for
- * this sampler, which must stay valid for ever. With the GIL. False with an exception set:
+ * this sampler, which must stay valid for ever. Needs the GIL. False with an exception set:
  * RuntimeError while there are interpreters with another GIL.
  */
 bool hooks_install(uint64_t rate, const HookSampler *sampler);
 /*
- * Draw no more, and remove the hooks. They stay, and only delegate, where other hooks are built
- * on them, or while there are interpreters with another GIL.
+ * Stop drawing, and remove the hooks. They stay, and only delegate, if other hooks are on top of
+ * them, or while there are interpreters with another GIL.
  */
 void hooks_uninstall(void);
 /* Return whether the hooks are called: another tool may have removed them. */

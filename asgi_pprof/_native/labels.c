@@ -6,7 +6,7 @@
 
 #define MAGIC 0x61736769706c6273u
 #define MARK_SLOTS (1u << 18)
-#define MARK_UNITS (1u << 17) /* one a set: as many as a CPU profile's samples may have */
+#define MARK_UNITS (1u << 17) /* a unit for each set that a CPU profile's samples may have */
 
 static PyObject *variable;
 static int32_t variable_hash;
@@ -88,7 +88,7 @@ labelset_dealloc(PyObject *object)
     if (Py_TYPE(object) == &LabelSet_Type && PyObject_CallFinalizerFromDealloc(object) < 0) {
         return;
     }
-    /* Another finalizer may have allocated in its context since the set was stored. */
+    /* Since the labels were stored, a finalizer may have allocated memory under this set. */
     report_death(self);
     self->magic = 0;
     if (self->next != NULL) {
@@ -121,7 +121,7 @@ PyTypeObject LabelSet_Type = {
     .tp_dealloc = labelset_dealloc,
 };
 
-/* Learn the types from a context that gets so many variables that its root is an array. */
+/* Learn the types from a context that gets variables until its mapping's root is an array. */
 static bool
 learn_types(void)
 {

@@ -1,9 +1,9 @@
 /*
- * What differs from one CPython version to the next, in one place.
+ * The differences between CPython versions, in one place.
  *
  * The structures come from the interpreter's own internal headers, so their offsets are those
  * of the version that this is compiled for; layouts do not change within a minor version. The
- * functions here say which field means what.
+ * functions here document the fields.
  *
  * 3.11  Include/internal/pycore_frame.h; the frame is found through tstate->cframe
  * 3.12  the same; frames on the C stack stand between calls (FRAME_OWNED_BY_CSTACK)
@@ -68,7 +68,7 @@ frame_code(const Frame *frame)
 #endif
 }
 
-/* Return the address of the frame's current instruction; before 3.13, of the last one begun. */
+/* Return the address of the frame's current instruction; before 3.13, of the last one started. */
 static inline const char *
 frame_instruction(const Frame *frame)
 {

@@ -301,7 +301,7 @@ static PyMethodDef methods[] = {
     {"cpu_stop", native_cpu_stop, METH_NOARGS,
      PyDoc_STR("Stop sampling; samples stay until cpu_free.")},
     {"cpu_yield", native_cpu_yield, METH_NOARGS,
-     PyDoc_STR("Give SIGPROF back at once; cpu_stop does the rest.")},
+     PyDoc_STR("Give SIGPROF back at once; cpu_stop must still be called.")},
     {"cpu_free", native_cpu_free, METH_NOARGS, PyDoc_STR("Drop the samples.")},
     {"cpu_read", native_cpu_read, METH_VARARGS,
      PyDoc_STR("cpu_read(position, limit) -> ([(places, label set's number, periods)],"
@@ -311,10 +311,11 @@ static PyMethodDef methods[] = {
     {"cpu_stats", native_cpu_stats, METH_NOARGS,
      PyDoc_STR("Counters of the sampling, and its cost.")},
     {"heap_start", native_heap_start, METH_O,
-     PyDoc_STR("heap_start(rate): take one sample in `rate` bytes.")},
+     PyDoc_STR("heap_start(rate): take one sample in `rate` bytes on average.")},
     {"heap_stop", native_heap_stop, METH_NOARGS, PyDoc_STR("Stop sampling, and drop the samples.")},
     {"heap_check", native_heap_check, METH_NOARGS,
-     PyDoc_STR("Return whether it samples: another tool may have removed the hooks.")},
+     PyDoc_STR("Return whether the sampler is on and its hooks are called: another tool may have"
+               " removed them.")},
     {"heap_read", native_heap_read, METH_NOARGS,
      PyDoc_STR("Rows of seven native uint64: stack, size class, label, allocated objects"
                " and bytes, live objects and bytes, as sampled.")},
@@ -322,12 +323,13 @@ static PyMethodDef methods[] = {
     {"heap_pending", native_heap_pending, METH_NOARGS,
      PyDoc_STR("[(label, label set)] of labels that are not stored yet.")},
     {"heap_used_labels", native_heap_used_labels, METH_O,
-     PyDoc_STR("heap_used_labels(end) -> a byte for each label: whether any sample has it. Past"
-               " allocations give up their labels first.")},
+     PyDoc_STR("heap_used_labels(end) -> a byte for each label: whether any sample has it. Labels"
+               " of allocations of which nothing is alive are removed first.")},
     {"heap_compact", native_heap_compact, METH_O,
-     PyDoc_STR("heap_compact(limit): make room for new names and stacks if there is little"
-               " left, in steps; return whether there are more.")},
-    {"heap_stats", native_heap_stats, METH_NOARGS, PyDoc_STR("Exact counters, and what was lost.")},
+     PyDoc_STR("heap_compact(limit): make room for new names and stacks if little is left;"
+               " return whether another call is needed.")},
+    {"heap_stats", native_heap_stats, METH_NOARGS,
+     PyDoc_STR("Exact counters, and the numbers of lost samples, labels and stacks.")},
     {"memory", native_memory, METH_NOARGS,
      PyDoc_STR("The resident bytes of all tables of the C core.")},
     {"size_class", native_size_class, METH_O,
@@ -335,7 +337,7 @@ static PyMethodDef methods[] = {
     {"marked_labels", native_marked_labels, METH_NOARGS,
      PyDoc_STR("Living label sets that CPU samples may have.")},
     {"learn_tasks", native_learn_tasks, METH_O,
-     PyDoc_STR("learn_tasks(task) -> whether asyncio_tasks works now: `task` is an"
+     PyDoc_STR("learn_tasks(task) -> whether asyncio_tasks can be used. `task` must be an"
                " _asyncio.Task just made in this thread.")},
     {"asyncio_tasks", native_asyncio_tasks, METH_NOARGS,
      PyDoc_STR("All registered tasks of all threads; None before 3.14, before learn_tasks"
@@ -352,7 +354,7 @@ static PyMethodDef methods[] = {
     {"generator_frame", frames_of_generator, METH_O,
      PyDoc_STR("generator_frame(generator) -> (code, offset); None if it has ended")},
     {"awaited", frames_awaited, METH_O,
-     PyDoc_STR("awaited(generator) -> what it awaits; None if it is not suspended there")},
+     PyDoc_STR("awaited(generator) -> the awaited object; None if it is not suspended there")},
     {"generator_local", frames_generator_local, METH_VARARGS,
      PyDoc_STR("generator_local(generator, name) -> its value; None if it has none")},
     {"close", native_close, METH_NOARGS, PyDoc_STR("Stop everything for good.")},

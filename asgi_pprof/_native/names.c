@@ -4,8 +4,9 @@
  * table is open we replace the destructor of code objects: ours forgets the address, and then
  * calls the original.
  *
- * To find a line takes as long as the code is. Of large code a place has the instruction, whose
- * line is found when it is described; if the code is gone by then, it is not known.
+ * Finding a line takes time in proportion to the size of the code. So a place in large code has
+ * the instruction, and its line is found when the place is described. If the code has been freed
+ * by then, the line is not known.
  *
  * Sources: Objects/codeobject.c (code_dealloc), Objects/locations.md (line table).
  */
@@ -21,7 +22,7 @@ enum { KIND_STRING, KIND_FUNCTION, KIND_PLACE, KIND_INSTRUCTION };
 typedef struct {
     uint32_t name, file; /* ids of strings */
     int32_t first_line;
-    /* Tells apart functions with one name and first line, as of a module that is reloaded. */
+    /* Distinguishes functions with the same name and first line, as after a module is reloaded. */
     uint64_t table_hash;
 } FunctionKey;
 
@@ -30,18 +31,18 @@ typedef struct {
     int32_t line; /* or instruction */
 } PlaceKey;
 
-/* A position in a line table, and what is known there. */
+/* A position in a line table, and the instruction and the line there. */
 typedef struct {
     size_t at;
     int64_t instruction;
-    int32_t line, found;
+    int32_t line, found; /* `found`: the line of the last instruction that has one */
 } LinePoint;
 
-/* Large code that lives and has places. */
+/* A large code object that is alive and has places. */
 typedef struct {
     _Atomic uintptr_t code; /* its address; 0: an empty slot */
     _Atomic uint32_t function;
-    LinePoint *points; /* one every LINE_WINDOW bytes; NULL before the first is asked for */
+    LinePoint *points; /* one for every LINE_WINDOW bytes; NULL until a line is asked for */
     size_t point_count;
 } LargeCode;
 
@@ -57,9 +58,9 @@ typedef struct {
 struct NameTable {
     bool open;
     ByteStore store;
-    /* By the address of a code object: the rest of the address, and the id of its function. */
+    /* By address of a code object. An entry has the rest of the address, and the function's id. */
     _Atomic uint64_t code_cache[CODE_CACHE];
-    /* By function and instruction: both, and the id of the place. */
+    /* By function and instruction. An entry has both, and the id of the place. */
     _Atomic uint64_t place_cache[PLACE_CACHE];
     LargeCode large[MAX_LARGE];
 };
@@ -69,9 +70,9 @@ static NameTable tables[TABLES];
 NameTable *const cpu_names = &tables[0], *const heap_names = &tables[1],
                  *const more_heap_names = &tables[2];
 
-static destructor code_dealloc; /* stays: ours may still run in another interpreter */
-static bool is_in_place;        /* ours, or another one on top of ours */
-/* Held to read large code, and before it is freed: that may be another interpreter's. */
+static destructor code_dealloc; /* never cleared: ours may still run in another interpreter */
+static bool is_in_place;        /* whether our destructor is set, or another one on top of it */
+/* Held while large code is read, and before it is freed, perhaps by another interpreter. */
 static pthread_mutex_t large_mutex = PTHREAD_MUTEX_INITIALIZER;
 static Reader describer = {.trusted = true};
 
@@ -151,7 +152,7 @@ names_open(NameTable *table, uint32_t mebibytes)
     if (!store_open(&table->store, units / 8, units, PLACE_FIRST)) {
         return false;
     }
-    /* The ids of the last time are gone, and so may be its code. */
+    /* The ids of the last opening are invalid, and its code objects may have been freed. */
     memset(table->code_cache, 0, sizeof table->code_cache);
     memset(table->place_cache, 0, sizeof table->place_cache);
     table->open = true;
@@ -322,7 +323,7 @@ hash_lines(Reader *reader, const PyCodeObject *code, size_t size)
     return hash;
 }
 
-/* Move on by one entry: some instructions, and their line unless they have none. */
+/* Read one entry: it covers some instructions, which have one line or none. */
 static void
 next_entry(LineTable *table, LinePoint *point)
 {
@@ -349,7 +350,7 @@ first_point(const PyCodeObject *code)
     return (LinePoint){0, 0, code->co_firstlineno, code->co_firstlineno};
 }
 
-/* Return an instruction's line; if it has none, that of the last one before it that has. */
+/* Return an instruction's line; if it has none, that of the last instruction before with a line. */
 static int32_t
 find_line(Reader *reader, const PyCodeObject *code, size_t table_size, LinePoint from,
           int64_t instruction)
@@ -407,7 +408,7 @@ find_line_of_large(NameTable *table, uint32_t function, int64_t instruction)
     return 0;
 }
 
-/* Return the line of an instruction in large code, 0 if it is gone. With the GIL. */
+/* Return the line of an instruction in large code; 0 if the code has been freed. Needs the GIL. */
 static int32_t
 find_large_line(NameTable *table, uint32_t function, int64_t instruction)
 {
@@ -430,7 +431,7 @@ remember_large(NameTable *table, uintptr_t address, uint32_t function)
         LargeCode *large = &table->large[i];
         uintptr_t empty = 0;
         if (atomic_load(&large->code) == address) {
-            return; /* the code cache has been used for another one meanwhile */
+            return; /* it is known; only its slot in the code cache was used for another code */
         }
         if (atomic_compare_exchange_strong(&large->code, &empty, address)) {
             atomic_store(&large->function, function);
@@ -449,7 +450,7 @@ uint32_t
 names_place(NameTable *names, Reader *reader, PyCodeObject *address, const char *instruction)
 {
     const char *bytecode = (const char *)address + CODE_SIZE;
-    /* From 1, because a frame before its first instruction may be at -1. */
+    /* Counted from 1, because a frame before its first instruction may be at -1. */
     int64_t at = (instruction - bytecode) / (int64_t)sizeof(_Py_CODEUNIT) + 1;
     bool cacheable = at >= 0 && at < 1 << INSTRUCTION_BITS;
     uint32_t function = known_function(names, (uintptr_t)address);
@@ -525,7 +526,7 @@ kind_of(const NameTable *table, unsigned long place)
         place >= atomic_load(&table->store.used)) {
         return KIND_STRING;
     }
-    /* A number may be of the time before the table was closed: then it is no record's. */
+    /* A number may be from before the table was closed; then no record may begin there. */
     const RecordHeader *record = store_record(&table->store, (uint32_t)place);
     unsigned kind = record_kind(record);
     bool is_place = (kind == KIND_PLACE || kind == KIND_INSTRUCTION) &&
@@ -581,7 +582,7 @@ names_describe(unsigned long numbered)
     memcpy(&function, record_key(store_record(&table->store, key.function)), sizeof function);
     int line = kind == KIND_PLACE ? key.line : find_large_line(table, key.function, key.line);
     PyObject *name = describe_string(table, function.name);
-    PyObject *file = describe_string(table, function.file); /* to make a string collects nothing */
+    PyObject *file = describe_string(table, function.file); /* this collects no garbage */
     if (name == NULL || file == NULL) {
         Py_XDECREF(name);
         Py_XDECREF(file);

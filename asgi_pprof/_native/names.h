@@ -2,8 +2,8 @@
  * Numbers places in code: (qualified name, file, first line, line).
  *
  * Names are copied the first time a place is seen, when its code object is certainly alive, so
- * a table refers to no object. Each sampler has its own, which lasts as long as its samples. It
- * reserves address space, and touches only as much as it uses.
+ * a table refers to no object. Each sampler has its own tables, which last as long as its
+ * samples. A table reserves address space, and touches only as much as it uses.
  */
 #ifndef ASGI_PPROF_NAMES_H
 #define ASGI_PPROF_NAMES_H
@@ -19,7 +19,7 @@ enum {
     PLACE_NO_FRAME,   /* no Python frame at all */
     PLACE_LOST,       /* the table is full */
     PLACE_HIDDEN,     /* a frame that CPython does not show either */
-    PLACE_SKIPPED,    /* no stack was taken: that had cost too much CPU already */
+    PLACE_SKIPPED,    /* no stack was taken, since earlier samples had cost too much CPU */
     PLACE_FIRST = 16, /* the first that is in code */
 };
 
@@ -40,16 +40,17 @@ void names_close(NameTable *table);
 uint32_t names_place(NameTable *table, Reader *reader, PyCodeObject *code,
                      const char *instruction);
 
-/* Return a place with its table, as names_describe takes it. Those of cpu_names stay the same. */
+/* Return the number of a place and its table, for names_describe. A place in cpu_names is its own
+   number. */
 uint32_t names_numbered(const NameTable *table, uint32_t place);
 
 /*
  * Return a new tuple (name, file, first line, line); ValueError if the place is not in code. The
- * line is 0 if it is not known: in code of thousands of lines that is gone.
+ * line is 0 if it is not known, because the code had thousands of lines and has been freed.
  */
 PyObject *names_describe(unsigned long numbered);
 
-/* Return the same place in another table, PLACE_LOST if that is full. With the GIL. */
+/* Return the same place in another table; PLACE_LOST if that table is full. Needs the GIL. */
 uint32_t names_move(NameTable *from, NameTable *to, uint32_t place);
 
 void names_after_fork_in_child(void);

@@ -4,11 +4,11 @@
  * A signal may arrive while a pointer is half written, so a signal handler must not follow any
  * pointer. process_vm_readv(2) on our own process copies, and fails where a plain read would
  * crash. A call costs about 1.6 us, and each further piece in the same call 0.65 us (measured).
- * So memory is read in blocks, which neighbours share, and the blocks that one sample has used
- * are read in one call at the beginning of the next: much of a stack stays where it was.
+ * So memory is read in blocks, which neighbouring objects share. The blocks that one sample has
+ * used are read in one call at the beginning of the next, because much of a stack stays the same.
  *
- * With the GIL held, and the interpreter between two steps (in an allocator hook), memory is
- * trusted, and copied plainly.
+ * In an allocator hook the GIL is held and no pointer is half written. The hook's reader is
+ * `trusted`: it copies without a system call.
  */
 #ifndef ASGI_PPROF_READER_H
 #define ASGI_PPROF_READER_H
@@ -30,7 +30,7 @@ typedef struct {
     uint32_t count;                      /* blocks that have been copied */
     uint64_t used;                       /* a bit for each block that this sample has used */
     uintptr_t addresses[READER_BLOCKS];
-    /* Buffers are here because a handler has no stack to spare. */
+    /* The buffers are here, because a signal handler may have little stack. */
     struct iovec vectors[READER_BLOCKS];
     char blocks[READER_BLOCKS][READER_BLOCK];
     char raw[4 * READER_TEXT];

@@ -3,9 +3,9 @@
 #include <sched.h>
 
 /*
- * Threads hold the lock for moments only, and never while they wait for the GIL. We try it and
- * do not block on it: CPython 3.13 does not export the kind of wait that keeps the GIL, and a
- * wait that releases the GIL can deadlock.
+ * Threads hold this lock for moments only, and never while they wait for the GIL. We only try to
+ * take it and never block: CPython 3.13 does not export the kind of wait that keeps the GIL, and
+ * a wait that releases the GIL can deadlock.
  */
 #define LOCK_TRIES 1000
 

@@ -10,7 +10,7 @@
 
 #include "layout.h"
 
-/* Lock the list of thread states; with the GIL. False if it stays locked by another thread. */
+/* Lock the list of thread states; needs the GIL. False if another thread keeps it locked. */
 bool threads_lock(void);
 void threads_unlock(void);
 
