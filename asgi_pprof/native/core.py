@@ -19,7 +19,7 @@ def _load() -> tuple[Any, str]:
     if os.environ.get(_SWITCH) == "0":
         return None, f"switched off by {_SWITCH}=0"
     try:
-        # A statement, by which tools that freeze programs find it.
+        # An import statement, so that tools that freeze programs find the module.
         import asgi_pprof._native as found
     except ImportError as error:
         return None, str(error)

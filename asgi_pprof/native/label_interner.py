@@ -1,9 +1,9 @@
 """
 Stores the labels of native samples, which outlive the label sets they were taken under.
 
-A sample has the number of its label set. A set that dies after it was sampled is
-stored here, with the labels it has by then. A living set is asked for its labels
-when the profile is read, because its route may still become known.
+A sample has the number of its label set. When a sampled set dies, the labels that
+it has by then are stored here. The labels of a living set are read when the profile
+is read, because its route may still become known.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ class LabelInterner:
     """
     Numbers the different pairs of dead label sets. These numbers are called labels.
 
-    They are bounded: those that no sample has any more are used again.
+    Their number is bounded: a label that no sample has any more is used again.
 
     Args:
-        used_labels: Tells of each label below a limit whether any sample has it.
+        used_labels: Gets a limit, and returns for each label below it whether a sample has it.
     """
 
     def __init__(self, used_labels: Callable[[int], bytes]) -> None:
@@ -37,7 +37,7 @@ class LabelInterner:
         self._active: list[int] = []  # numbers of the sets that are being stored
         self._by_number: dict[int, Pairs] = {}
         self.reuses = 0
-        """How often labels have been released, after which they may stand for other pairs."""
+        """How often labels have been released; each time, some may stand for other pairs."""
         self.refused = 0
         """The number of label sets for which there was no label."""
 
@@ -45,9 +45,9 @@ class LabelInterner:
         """
         Store the pairs of a dying label set, and return their label.
 
-        Called in the middle of the set's deallocation, so it does nothing else. The
-        set is `marked` if CPU samples have its number, and `waited_for` if memory
-        samples wait for its label; otherwise that is 0.
+        This is called during the set's deallocation. The set is `marked` if CPU samples
+        have its number, and `waited_for` if memory samples wait for its label. If none
+        waits, the result is 0.
         """
         self._active.append(number)
         try:
@@ -79,9 +79,9 @@ class LabelInterner:
         return 0
 
     def _release(self) -> None:
-        """Release the labels that no sample has; where there are none, not for every set."""
+        """Release the labels that no sample has. This is not tried again for every refused set."""
         if self.refused < self._retry_at or len(self._active) > 1:
-            return  # the other set that is being stored may have a new label that is not used yet
+            return  # another set that is being stored may have a label that no sample has yet
         used = self._used_labels(len(self._pairs))
         self._unused = [label for label in range(1, len(used)) if not used[label]]
         for label in self._unused:
@@ -100,12 +100,12 @@ class LabelInterner:
         return self._pairs[label]
 
     def by_number(self, living: Iterable[LabelSet]) -> dict[int, Pairs]:
-        """Return pairs by the number of their set, for CPU samples that have just ended."""
+        """Return pairs by the number of their set, for the samples of the last CPU profile."""
         asked = {label_set.number: resolve(label_set) for label_set in living}
         return {**self._by_number, **asked}
 
     def forget_cpu(self) -> None:
-        """Drop what only the samples of the last CPU profile needed."""
+        """Forget the pairs that were stored only for the samples of the last CPU profile."""
         self._by_number.clear()
 
 

@@ -1,6 +1,4 @@
-"""
-Turns places, which the C core numbers, into locations.
-"""
+"""Turns places, which the C core numbers, into locations."""
 
 from __future__ import annotations
 

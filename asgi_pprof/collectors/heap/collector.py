@@ -32,7 +32,7 @@ _SAMPLE_TYPES = (
 
 class HeapCollector:
     """
-    Reads the engine that is on.
+    Takes profiles from the engine that is on.
 
     Args:
         sampler: The native engine.
@@ -68,7 +68,7 @@ class HeapCollector:
         return nullcontext() if self._sampler.resume() else self._tracing.on()
 
     async def snapshot(self) -> Callable[[], Profile]:
-        """Take allocated and live memory, not scaled; without an engine only a comment."""
+        """Copy allocated and live memory, not scaled; without an engine, only a comment."""
         time_ns = time.time_ns()
         if self._sampler.resume():
             heap = await run_in_thread(self._sampler.copy)

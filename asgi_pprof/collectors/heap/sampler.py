@@ -2,16 +2,16 @@
 The native engine of the heap profiles: memory by the stack that allocated it.
 
 What is measured: allocations in the "mem" and "obj" domains of Python's allocators
-(objects, lists, dicts, strings, bytes), by stack, size class and labels: those since
-sampling began, and those still alive.
+(objects, lists, dicts, strings, bytes) since sampling began, and those still alive,
+by stack, size class and labels.
 
 How: hooks around the allocators count bytes down and sample one allocation in
 512 KiB with its stack, at exponential distances as in Go. A sampled block is
-remembered until it is freed; a resized block counts as a new allocation. The
-numbers are those of the samples; `scale_sampled` makes estimates of them.
+tracked until it is freed; a resized block counts as a new allocation. The numbers
+are those of the samples; `scale_sampled` makes estimates of them.
 
-What it costs: 2 to 6 % of the time of code that only allocates (16 % if it only
-creates ints), on a request less than the noise. Memory is bounded; samples for
+What it costs: code that only allocates takes 2 to 6 % longer (16 % if it only
+creates ints), a request less than can be measured. Memory is bounded; samples for
 which there is no room are counted as lost.
 
 What it misses: the "raw" domain and the memory of C libraries (numpy's buffers,
@@ -44,10 +44,10 @@ ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
 
 _ROW = struct.Struct("=7Q")
-_PENDING = 1 << 63  # from here on, labels are those of sets that are alive
+_PENDING = 1 << 63  # labels above this stand for living label sets
 MAX_RATE = 2**62
 _TRIES = 3
-_COMPACTED = 32  # stacks in one call, which keeps the GIL
+_COMPACTED = 32  # stacks that are moved in one call, which keeps the GIL
 
 
 class HeapSampler(Recorder):
@@ -118,12 +118,12 @@ class HeapSampler(Recorder):
         return count
 
     def copy(self) -> SampledHeap:
-        """Return a copy of the samples, on any thread; no other one is held up by much."""
+        """Return a copy of the samples. Any thread may call it; it delays the others little."""
         while native.heap_compact(_COMPACTED):
             yield_gil()
         for _ in range(_TRIES):
             reuses = book.reuses
-            # Before the rows: these references keep the sets, and so their numbers, alive.
+            # The sets are listed before the rows are read: the references keep the sets alive.
             pending: dict[int, Any] = dict(native.heap_pending())
             rows = native.heap_read()
             pending.update(pair for pair in native.heap_pending() if pair[0] not in pending)
@@ -131,7 +131,7 @@ class HeapSampler(Recorder):
             used = {row[2] for row in _ROW.iter_unpack(rows)}
             labels.update((label, book.pairs(label)) for label in used if label < _PENDING)
             if used <= labels.keys() and book.reuses == reuses:
-                break  # else a set came and went meanwhile; its labels are in the book by now
+                break  # else a set has been created and has died meanwhile: it is stored by now
         return SampledHeap(rows, labels, self._rate, tuple(self._comments()))
 
     def _start(self) -> bool:

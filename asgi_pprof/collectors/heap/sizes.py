@@ -20,8 +20,8 @@ def size_class(size: int) -> int:
     """
     Return the size of the class of blocks that a size belongs to.
 
-    The classes are those of pymalloc up to 512 bytes, and eight to each doubling
-    beyond. As in Go, blocks whose sizes differ by a few bytes share a sample.
+    The classes are those of pymalloc up to 512 bytes; beyond, each doubling has eight.
+    As in Go, blocks whose sizes differ by a few bytes share a sample.
     """
     if size <= _SMALL:
         return max(16, -(-size // 16) * 16)

@@ -1,8 +1,8 @@
 """
-Functions by file and line, which is all that tracemalloc knows.
+Finds functions by file and line, because tracemalloc records nothing else.
 
 Names and lines are those of the code objects in the compiled module. The module's
-loader returns that, normally from the .pyc file; without a loader the source is
+loader returns its code, normally from the .pyc file; without a loader the source is
 compiled again.
 """
 

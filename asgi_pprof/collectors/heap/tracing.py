@@ -14,12 +14,12 @@ What it costs: code that only allocates takes 7 times as long with one frame per
 16 times with 25; a FastAPI request takes 3 to 11 times the CPU time. A snapshot holds
 the GIL while it copies the traces, for 0.3 us per live block, since tracemalloc gives
 out all of them or none. So traces of more than 500,000 blocks are copied only where
-we have started tracing. Nothing while it is off.
+we have started tracing. While off it costs nothing.
 
 What it misses: memory from before tracing began and that of C libraries; frames beyond
 the traceback limit (16 here); stacks beyond the 16,384 largest, whose sums are one
-sample; functions: it knows lines, and `sources` names the
-innermost of the functions that a line belongs to.
+sample; functions: it records lines, and `sources` names the innermost function that has
+the line.
 
 Source: CPython, Modules/_tracemalloc.c, Lib/tracemalloc.py; runtime/mprof.go.
 """
@@ -123,17 +123,17 @@ class Tracing(Recorder):
                 f" more than {_MAX_TRACES:,} would stop the process for too long;"
                 " call tracemalloc.stop() or trace for a shorter time"
             )
-        starts = self._starts  # first: old traces must not count for a later start
-        # Not by take_snapshot(), which would raise in that case.
+        starts = self._starts  # read first: old traces must not count for a later start
+        # take_snapshot() would raise an error if tracing has been stopped.
         with collecting_off():  # millions of new tuples would cause full collections
             traces = cast("list[_Trace]", _get_traces())
         return Traces(traces, tracemalloc.get_traceback_limit(), starts)
 
 
 class _Witness:
-    """An object whose allocation is traced as long as tracing has not been stopped since."""
+    """An object whose allocation stays traced until tracing is stopped."""
 
-    __slots__ = ()  # for an object with a dictionary CPython 3.11 looks up a wrong address
+    __slots__ = ()  # for an object with a dictionary, CPython 3.11 looks up a wrong address
 
     def is_traced(self) -> bool:
         return tracemalloc.get_object_traceback(self) is not None
@@ -185,7 +185,7 @@ class Peaks:
         """Return peak and live usage by site, given the number of starts of tracing."""
         with self._lock:
             if self._starts != starts:
-                # Tracing has been started again, without traces: a delta starts at 0.
+                # Tracing has been started again, with no traces, so a delta starts at 0.
                 self._starts = starts
                 self._peaks.clear()
                 self._others = _NONE

@@ -16,8 +16,8 @@ durations are right to some milliseconds.
 
 What it costs: nothing in a request's way. An idle service pays only for the
 thread's wakeups. A loop that is seen in an iteration gets one callback, the probe,
-13 a second at most. Smaller thresholds cost more in proportion. One descriptor a
-loop.
+13 a second at most. Smaller thresholds cost more in proportion. Each loop takes one
+descriptor.
 
 What it misses: a stall is one iteration, with one stack, however many callbacks ran
 in it. A callback's own labels are not known, only a task's. After operators, which

@@ -56,7 +56,7 @@ class State(Enum):
 class Event(Enum):
     """What a scan finds."""
 
-    STOPPED = "nobody runs the loop"
+    STOPPED = "the loop does not run"
     PENDING = "the probe has not run"
     WAITING = "no probe is pending, and the loop is certain to wait for events"
     ITERATING = "no probe is pending, and the loop is in an iteration since a known moment"
@@ -77,7 +77,7 @@ TRANSITIONS = {
         Event.UNCERTAIN: State.PROBED,
     },
     State.PROBED: {
-        Event.STOPPED: State.UNKNOWN,  # nobody expects it to iterate: this delay is no stall
+        Event.STOPPED: State.UNKNOWN,  # the loop need not iterate now: this delay is no stall
         Event.PENDING: State.PROBED,
         # After these the probe has run, which ends the delay.
         Event.WAITING: State.IDLE,

@@ -105,7 +105,7 @@ class StallWatch(Recorder):
 
     def _renew_after_fork(self) -> None:
         # A forked process has neither the thread nor the loops. Descriptors stay open: by now
-        # their numbers may be somebody else's.
+        # their numbers may belong to other files.
         self._begin()
 
     def _enabled(self) -> None:
@@ -140,7 +140,7 @@ class StallWatch(Recorder):
             self._change()
 
     def detach(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Stop watching a loop once nobody needs it watched; ignored if it is not watched."""
+        """Stop watching a loop once no user needs it; ignored if it is not watched."""
         with self._lock:
             monitor = self._monitor(loop)
             if monitor is None:
