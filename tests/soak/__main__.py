@@ -1,8 +1,8 @@
 """
-Run everything at once under both samplers, and check every profile.
+Run both samplers under all kinds of work at once, and check every profile.
 
-Exit code 1 if a profile says what cannot be true, a child fails or anything
-hangs; a crash prints the stacks of all threads.
+The exit code is 1 if a profile contains something impossible, a child process
+fails or anything hangs. A crash prints the stacks of all threads.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _NAMES = list(dict.fromkeys(name for names in _SLICES.values() for name in names
 
 
 class Soak:
-    """One run."""
+    """One run of the soak."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -50,7 +50,7 @@ class Soak:
         return time.monotonic() >= self.deadline
 
     async def run(self) -> None:
-        """Run all that was asked for until the time is over."""
+        """Run the selected work until the time is over."""
         threads = [
             threading.Thread(target=self._repeat, args=(name, each), name=name)
             for name, each in self._thread_work().items()
@@ -59,7 +59,8 @@ class Soak:
             threads.append(threading.Thread(target=self._heap, name="heap"))
         for thread in threads:
             thread.start()
-        # Not before: one of them makes stacks small, for all threads that start meanwhile.
+        # The work begins only when all threads are started: `work.threads` sets a small stack
+        # size, which would hold for every thread that starts meanwhile.
         self.begin.set()
         tasks = [
             self._repeat_task(name, each)
@@ -92,7 +93,7 @@ class Soak:
                 self.checker.fail(f"{name}: {traceback.format_exc()}")
                 return
             self.checker.count(**{f"{name} rounds": 1})
-            # Most of the time is for the samplers' readers, or few profiles would be taken.
+            # Each thread sleeps twice as long as it works: otherwise few profiles would be taken.
             time.sleep(min(2 * (time.monotonic() - started), _PAUSE_S))
 
     async def _repeat_task(self, name: str, each: Callable[[], Awaitable[None]]) -> None:
@@ -114,7 +115,7 @@ class Soak:
             stop = asyncio.Event()
             task = asyncio.create_task(cpu_native.collect(length, stop, self.options.hz))
             if fate != "whole":
-                # Now and then while the profile is being made of what was sampled.
+                # Above 1.0 the profile is ended after sampling, while its samples are read.
                 await asyncio.sleep(length * random.uniform(0.2, 1.1))
                 if fate == "stopped":
                     stop.set()
@@ -126,7 +127,7 @@ class Soak:
                 self.checker.count(cancelled=1)
                 continue
             except ProfileBusy:
-                # The cancelled one before it is still being made of what was sampled.
+                # The samples of the cancelled profile before it are still being read.
                 busy += 1
                 if busy > _MOST_BUSY:
                     self.checker.fail("cpu: busy for ever")
@@ -167,7 +168,7 @@ class Soak:
             }
         )
         heap_sampler.disable()
-        if random.random() < 0.5:  # read when another sampling has begun
+        if random.random() < 0.5:  # read the copy after sampling has started again
             heap_sampler.enable(self.options.rate)
             time.sleep(0.05)
             copied.samples()
@@ -233,16 +234,17 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run it, and return the exit code."""
+    """Run the soak and return its exit code."""
     options = _parse()
     if native is None and options.sampling:
         sys.stderr.write(f"soak: no native core: {reason}\n")
         return 2
     faulthandler.enable()
     faulthandler.dump_traceback_later(options.seconds + _GRACE_S, exit=True)
-    sys.unraisablehook = lambda _: None  # generators that are collected at the recursion limit
+    # Generators that are collected at the recursion limit raise errors that no code can catch.
+    sys.unraisablehook = lambda _: None
     random.seed(options.seed)
-    sys.setswitchinterval(0.001)  # more threads caught between two steps
+    sys.setswitchinterval(0.001)  # threads switch more often, at more different instructions
     gc.collect()
     soak = Soak(options)
     asyncio.run(soak.run())

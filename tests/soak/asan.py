@@ -1,21 +1,20 @@
 """
-Run the soak with a C core that AddressSanitizer and UBSan watch.
+Run the soak with a C core compiled with AddressSanitizer and UBSan.
 
-The core is compiled into a temporary copy of the source tree. Only its own
-code is instrumented: every read and write it does, not the interpreter's.
+The core is compiled in a temporary copy of the source tree. Only the core's own
+reads and writes are instrumented, not the interpreter's.
 
-- `PYTHONMALLOC=malloc`: objects come from the sanitizer's allocator one by one,
-  so that reading one that has been freed is an error. Within pymalloc's arenas
-  it would not be.
-- `detect_leaks=0`: CPython itself lets static types, interned strings and more
-  be until the process ends, and so do we on purpose: names and the slots that a
-  late signal may still use.
-- no suppressions: the handler reads by process_vm_readv, which fails where there
-  is nothing, and a sanitizer has nothing to say about that.
+- `PYTHONMALLOC=malloc`: each object comes from the sanitizer's allocator, so
+  reading a freed object is an error. In pymalloc's arenas it would go unnoticed.
+- `detect_leaks=0`: CPython never frees static types, interned strings and more.
+  The C core never frees the slots of threads, which a late signal may still use.
+- No report is suppressed: the signal handler reads with process_vm_readv, which
+  fails on unmapped memory and is not checked by the sanitizer.
 
-Children are watched as well. The sanitizer of GCC before 14 does not renew its own
-locks in a child that is forked from a process with threads; should one hang,
-`--without fork,multiprocessing` tells. Arguments go to the soak.
+The sanitizer checks child processes as well. GCC's sanitizer before 14 does not
+renew its own locks in a child forked from a process with threads. If a child
+hangs, run again with `--without fork,multiprocessing` to see whether that is the
+cause. All arguments are passed to the soak.
 """
 
 from __future__ import annotations
@@ -58,10 +57,10 @@ def _find(compiler: str, library: str) -> str:
 
 
 def main() -> int:
-    """Compile, run, and return the soak's exit code."""
+    """Compile the core, run the soak, and return its exit code."""
     compiler = os.environ.get("CC", "gcc")
-    # With libstdc++, or the first exception that C++ throws (greenlet does) ends the process:
-    # the sanitizer looks for what throws them when it is loaded, and only then.
+    # libstdc++ is preloaded too. The sanitizer looks up the function that throws C++ exceptions
+    # only while it is loaded; without it, the first C++ exception (greenlet's) ends the process.
     libraries = [_find(compiler, name) for name in ("libasan.so", "libstdc++.so.6")]
     with tempfile.TemporaryDirectory() as folder:
         for name in ("asgi_pprof", "tests"):

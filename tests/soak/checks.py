@@ -1,9 +1,9 @@
 """
-Whether a profile says only what can be true.
+Check that a profile contains nothing impossible.
 
-Every function must be one that exists where the profile says it is, with a
-line of its own; chains of generated functions must be in order; labels must be
-those of whoever set them.
+Every function must exist in its file at its first line, and the sampled line must
+be inside it. Chains of generated functions must be in order. Labels must be those
+that the sampled code has set.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ Codes = dict[tuple[str, int], set[int]]
 
 class Checker:
     """
-    Checks profiles and counts; may be used by several threads.
+    Checks profiles, and counts samples and errors. Several threads may use it.
 
     Args:
-        scripts: Sources that are run under whatever file name.
+        scripts: Sources of code that may run under any file name.
     """
 
     def __init__(self, scripts: Iterable[str] = ()) -> None:
@@ -57,8 +57,8 @@ class Checker:
         self._codes: dict[str, Codes] = {}
         self._good: set[Location] = set()
         self._good_stacks: set[Stack] = set()
-        # Once, while nothing else runs: a tuple that another thread is still filling must
-        # not be seen by anybody, or filling it fails.
+        # Only here, while no other thread runs: gc.get_objects also returns a tuple that
+        # another thread is still filling, and this reference would make the filling fail.
         self._without_file: dict[str, list[CodeType]] = defaultdict(list)
         for each in gc.get_objects():
             if type(each) is FunctionType and each.__code__.co_filename.startswith("<"):
@@ -66,7 +66,7 @@ class Checker:
         self._scripts = [compile(script, "<script>", "exec") for script in scripts]
 
     def fail(self, message: str) -> None:
-        """Note what went wrong."""
+        """Add an error to the report."""
         with self._lock:
             self.counts["errors"] += 1
             if len(self.errors) < _MAX_ERRORS:
@@ -90,7 +90,7 @@ class Checker:
             self.count(**{f"{kind} samples": number, f"{kind} {outcome}": number})
 
     def check_stacks(self, samples: Iterable[Sample], kind: str) -> None:
-        """Check the stacks alone, of a profile whose labels are not those of contexts."""
+        """Check only the stacks, for profiles whose labels are not those of a context."""
         for sample in samples:
             if sample.stack not in self._good_stacks:
                 self._check_stack(sample, kind)
@@ -121,7 +121,7 @@ class Checker:
         for tenant in tenants:
             said = labels.get("tenant")
             if said is None and kind == "heap":
-                # A set that was born and has died while a snapshot was being copied.
+                # Its label set was created and died while a snapshot was being copied.
                 self.count(**{"heap unlabelled": sample.values[0]})
             elif said != tenant:
                 self.fail(f"{kind}: tenant {tenant} is labelled {labels}: {_text(sample)}")
@@ -139,9 +139,9 @@ class Checker:
         if generated.is_generated(filename):
             return generated.fault(name, filename, first_line, location.line)
         if filename.endswith(".pyx"):
-            return ""  # Cython's, whose source is not here
+            return ""  # compiled by Cython; the source is not installed
         if filename.startswith("<") and re.search(r"(^|\.)<(module|lambda)>|__create_fn__", name):
-            return ""  # run once and gone, as in site's files, namedtuple and dataclass
+            return ""  # code that runs once, as in site's files, namedtuple and dataclass
         for (qualname, first), lines in self._codes_of(filename).items():
             if first == first_line and _is_named(name, qualname):
                 return "" if location.line in lines else "no line of that function"

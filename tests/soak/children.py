@@ -1,8 +1,8 @@
 """
-Child processes that profile themselves, and some that end in the middle of it.
+Child processes that profile themselves, and some that end during a profile.
 
-A forked child begins while its parent's profiles run. It must be able to take
-its own, at once, and end with code 0.
+A child is forked while its parent takes profiles. The child must be able to take
+its own profiles at once, and must end with code 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _LOOK_S = 0.02
 _LOOKS = 3000
 
 ENDINGS = {
-    # How a process ends in the middle of its profiles, and with which code.
+    # How a process ends while it takes profiles, and its exit code.
     "return": 0,
     "exit": 3,
     "os_exit": 4,
@@ -46,7 +46,7 @@ ENDINGS = {
 
 
 def profile_itself(hz: int, rate: int) -> int:
-    """Take a CPU profile and a heap profile of this process, check them, return an exit code."""
+    """Take and check a CPU and a heap profile of this process; return the exit code."""
     checker = Checker([work.SCRIPT])
     stop = threading.Event()
     heap_sampler.enable(rate)
@@ -80,7 +80,7 @@ def profile_itself(hz: int, rate: int) -> int:
 def fork(checker: Checker, hz: int, rate: int) -> None:
     """Fork a child that profiles itself."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of threads: that is what this is about
+        warnings.simplefilter("ignore")  # the warning of a fork while threads run
         with work.alone_with_interpreters:
             child = os.fork()
     if child == 0:
@@ -99,14 +99,14 @@ def fork(checker: Checker, hz: int, rate: int) -> None:
 
     ended_with = _wait(poll)
     if ended_with is None:
-        os.kill(child, signal.SIGABRT)  # faulthandler, which it has inherited, says where it was
+        os.kill(child, signal.SIGABRT)  # the inherited faulthandler prints the child's stacks
         os.waitpid(child, 0)
     _expect(checker, "fork", ended_with, 0)
 
 
 def _wait(poll: Callable[[], int | None]) -> int | None:
-    """Return the exit code as soon as there is one, None for a child that hangs."""
-    # Counted in looks, not by the clock: both may be stopped together for a while.
+    """Return the exit code as soon as there is one; None if the child hangs."""
+    # The limit is a number of polls, not a time: both processes may be stopped for a while.
     for _ in range(_LOOKS):
         if (code := poll()) is not None:
             return code
@@ -119,7 +119,7 @@ def _multiprocessing_main(hz: int, rate: int) -> None:
 
 
 def processes(checker: Checker, hz: int, rate: int) -> None:
-    """Run a child of each of multiprocessing's kinds."""
+    """Run a child by one of multiprocessing's start methods, chosen at random."""
     kind = random.choice(("fork", "fork", "spawn", "forkserver"))
     process = multiprocessing.get_context(kind).Process(
         target=_multiprocessing_main, args=(hz, rate)
@@ -137,7 +137,7 @@ def processes(checker: Checker, hz: int, rate: int) -> None:
 
 
 def endings(checker: Checker, hz: int, rate: int) -> None:
-    """Run a child that ends in the middle of its profiles."""
+    """Run a child that ends while it takes profiles."""
     how = random.choice(list(ENDINGS))
     command = [sys.executable, "-X", "faulthandler", "-m", "tests.soak.children", how]
     with (
@@ -168,7 +168,7 @@ CHILDREN: dict[str, Callable[[Checker, int, int], None]] = {
 }
 
 
-# --- in a child that is to end --------------------------------------------------------
+# --- in the child that ends during a profile ------------------------------------------
 
 
 def _profile_for_ever(hz: int) -> None:
@@ -188,7 +188,7 @@ def _burn_for_ever() -> None:
 
 
 class _AtTheEnd:
-    """What module teardown finalizes: it runs Python code, and lets go of the sampler."""
+    """Finalized when the module is torn down: runs Python code and disables the sampler."""
 
     def __del__(self) -> None:
         work.burn(100)
@@ -215,7 +215,7 @@ def _end(how: str, hz: int, rate: int) -> None:
         case "exception":
             raise work.Odd("on purpose")
         case "interrupt":
-            # A shell starts background jobs with SIGINT ignored, and children inherit that.
+            # A shell starts background jobs with SIGINT ignored, and child processes inherit it.
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.raise_signal(signal.SIGINT)
         case "terminate":
@@ -231,7 +231,7 @@ def _end(how: str, hz: int, rate: int) -> None:
 
 
 def _begin_again() -> None:
-    # Registered before the core's own callback, so called after it.
+    # This callback was registered before the core's own, so it is called after it.
     with contextlib.suppress(Exception):
         heap_sampler.resume()
         heap_sampler.enable(512)
@@ -245,7 +245,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "late":
         import atexit
 
-        # Callbacks run last in, first out: this one has to be older than the core's.
+        # Callbacks run in reverse order: this one must be registered before the core's.
         atexit.unregister(native.close)
         atexit.register(_begin_again)
         atexit.register(native.close)

@@ -1,23 +1,23 @@
 """
-Code that is made, run and thrown away, with names that prove themselves.
+Generated code that is run and thrown away, with names that contain a checksum.
 
-Each tag gives a chain of three functions, a -> b -> c. The name of a function
-holds its tag and a checksum of it; the file's name, the first line and even
-the width of the characters follow from the tag. A name put together from parts
-of two, or read from memory that is somebody else's by now, does not pass.
+Each tag gives a chain of three functions, a -> b -> c. A function's name contains
+its tag and a checksum of the tag. The file's name, the first line and the width of
+the characters depend on the tag too. So a name that was mixed from two names, or
+read from memory that has been reused, is recognised as wrong.
 """
 
 from __future__ import annotations
 
 import re
-import unicodedata  # noqa: F401 (compiling names beyond ASCII imports it: not in the middle of a fork)
+import unicodedata  # noqa: F401 (compiling non-ASCII names imports it; not during a fork)
 import zlib
 from collections.abc import Callable
 
-TAGS = 4000  # used in turn: the table of names is for the life of the process
+TAGS = 4000  # tags are reused, so that no sampler's table of names gets full
 PARTS = "abc"
 
-# One byte a character as ASCII and not, two bytes, four.
+# Strings of one byte a character (ASCII and Latin-1), of two bytes, and of four.
 _LETTERS = ("g", "gé", "gλ", "g𐐀")
 _LINES = 4  # of each function
 _NAME = re.compile(r"(g\D?)(\d+)_([0-9a-f]{8})_([abc])", re.ASCII)
@@ -40,12 +40,12 @@ def {name}_c(n):
 
 
 def spell(tag: int) -> str:
-    """Return what all names of a tag begin with."""
+    """Return the beginning of all names of a tag."""
     return f"{_LETTERS[tag % len(_LETTERS)]}{tag}_{zlib.crc32(str(tag).encode()):08x}"
 
 
 def make_chain(tag: int) -> Callable[[int], object]:
-    """Return a new function a, which calls b, which calls c; their code is nobody else's."""
+    """Return a new function a, which calls b, which calls c; each has a new code object."""
     name = spell(tag)
     source = "\n" * _shift(tag) + _SOURCE.format(name=name)
     namespace: dict[str, Callable[[int], object]] = {}
@@ -54,12 +54,12 @@ def make_chain(tag: int) -> Callable[[int], object]:
 
 
 def is_generated(filename: str) -> bool:
-    """Tell whether a file name claims to be one of ours."""
+    """Tell whether a file name looks like that of generated code."""
     return filename.startswith("<soak ")
 
 
 def read_name(name: str) -> tuple[int, str] | None:
-    """Return tag and part of a function's name, None if it is not whole."""
+    """Return tag and part of a function's name; None if the name is wrong."""
     match = _NAME.fullmatch(name)
     if match is None or name != f"{spell(int(match[2]))}_{match[4]}":
         return None
@@ -67,7 +67,7 @@ def read_name(name: str) -> tuple[int, str] | None:
 
 
 def fault(name: str, filename: str, first_line: int, line: int) -> str:
-    """Return what is wrong with a place in generated code, "" if nothing."""
+    """Return what is wrong with a location in generated code; "" if it is right."""
     match = _FILE.fullmatch(filename)
     if match is None or filename != f"<soak {spell(int(match[2]))}>":
         return "no such file was generated"
@@ -90,10 +90,10 @@ def fault(name: str, filename: str, first_line: int, line: int) -> str:
 
 def order_fault(names: list[str]) -> str:
     """
-    Return what is wrong with the generated functions of a stack, "" if nothing.
+    Return what is wrong with the order of a stack's generated functions; "" if it is right.
 
     Args:
-        names: Of all its functions, leaf first; at most one chain is entered at a time.
+        names: Names of the stack's functions, leaf first. A stack contains one chain at most.
     """
     found = [(at, *known) for at, name in enumerate(names) if (known := read_name(name))]
     if not found:

@@ -1,10 +1,10 @@
 """
-Looks at everybody's frames from outside, and what makes them dangerous.
+The soak's slice `looks`: read other threads' stacks under what makes that dangerous.
 
-All that reads frames of other threads is called all the time (thread, goroutine,
-goroutineleak, block, mutex, stats, the watch for stalls) while frames are made
-and go, garbage is collected at every step, and callbacks and finalizers of such
-collections let other threads run.
+All code that reads other threads' frames runs without a pause (thread, goroutine,
+goroutineleak, block, mutex, stats, the stall monitor). Meanwhile frames are created
+and destroyed, garbage is collected at every step, and callbacks and finalizers of
+these collections let other threads run.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _contention = Contention()
 
 
 async def profiles(checker: Checker) -> None:
-    """Take every profile that reads frames from outside, with this loop watched meanwhile."""
+    """Take every profile that reads other threads' frames, while this loop is monitored."""
     loop = asyncio.get_running_loop()
     stall_watch.set_threshold(5)
     stall_watch.attach(loop)
@@ -79,7 +79,7 @@ async def _stream() -> Any:
 
 
 def looks(checker: Checker) -> None:
-    """Look at all threads, as often as can be."""
+    """Read the stacks of all threads for 0.2 s without a pause."""
     end = time.monotonic() + 0.2
     while time.monotonic() < end:
         stacks = current_frames()
@@ -96,7 +96,7 @@ def _deep(depth: int, then: Callable[[], object]) -> object:
 
 
 def stacks() -> None:
-    """Deep and shallow ones, of functions that come and go."""
+    """Run deep and shallow stacks of functions that are created and destroyed."""
     for _ in range(20):
         chain = generated.make_chain(next(_tags) % generated.TAGS)
         for depth in (0, 3, 12, 150):
@@ -120,7 +120,7 @@ def _let_go(*_: object) -> None:
 
 
 def collections() -> None:
-    """Garbage is collected at every step, with callbacks that sleep, for a moment."""
+    """Collect garbage at every step for a moment, with callbacks that sleep."""
     before = gc.get_threshold()
     gc.callbacks.append(_let_go)
     gc.set_threshold(random.choice((1, 5, 50)), *before[1:])
@@ -139,7 +139,7 @@ SCRIPT = "def freed(): namespace.clear()"
 
 
 def freed_code() -> None:
-    """Code is freed by its own call, with a callback that waits, while the frame is there yet."""
+    """Free code objects by their own calls: a weakref callback sleeps while the frame exists."""
     for _ in range(20):
         namespace: dict[str, Any] = {}
         exec(SCRIPT, namespace)
@@ -170,7 +170,7 @@ class _Forever:
 
 
 def closed_generators() -> None:
-    """Generators and coroutines that are closed by the collection of garbage."""
+    """Let the garbage collector close generators and coroutines."""
     for depth in (1, 5, 40):
         left: list[Any] = [_closed_by_the_collector(depth), _never_ends(_Forever())]
         next(left[0])
@@ -181,12 +181,12 @@ def closed_generators() -> None:
 
 
 def variables() -> None:
-    """Variables are let go of one by one as their function returns, by finalizers that wait."""
+    """Return from functions whose variables are cleared one by one, by finalizers that sleep."""
 
     def function(number: int) -> None:
         first = [number] * 50
         second = _LetsGo()
-        second.me = None  # type: ignore[assignment]  # so that it dies with its variable
+        second.me = None  # type: ignore[assignment]  # no cycle: it dies with its variable
         third = [first, number]
         del third
 
@@ -195,7 +195,7 @@ def variables() -> None:
 
 
 def greenlets() -> None:
-    """Stacks that are switched, left and collected."""
+    """Switch between greenlets, and let unfinished ones be collected with their stacks."""
 
     def run(depth: int) -> None:
         for _ in range(3):
@@ -210,7 +210,7 @@ def greenlets() -> None:
 
 
 def short_threads() -> None:
-    """Threads that begin and end at once."""
+    """Start threads that end at once."""
     started = [threading.Thread(target=work.burn, args=(number,)) for number in range(20)]
     for thread in started:
         thread.start()
@@ -232,4 +232,4 @@ THREADS: dict[str, Callable[[], None]] = {
     "short_threads": short_threads,
 }
 WITH = ["threads", "exec", "garbage", "loops", "interpreters", "own_gils", "coroutines"]
-"""What else runs in this slice."""
+"""Work from `work.py` that runs in this slice too."""

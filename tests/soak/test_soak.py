@@ -1,4 +1,4 @@
-"""The short forms of the soak, in processes of their own: a crash fails a test, not the run."""
+"""Short runs of the soak, in subprocesses: a crash there fails a test, not the test run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def soak(*arguments: str, **variables: str) -> None:
-    """Run the soak; a failure shows its output."""
+    """Run the soak; the assertion's message is its output."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.soak", *arguments, "--verbose"],
         cwd=_ROOT,
@@ -33,7 +33,7 @@ def soak(*arguments: str, **variables: str) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(native is None, reason=f"no native core: {reason}")
 def test_nothing_torn_crashed_or_hanging():
-    """Run everything at once for some seconds; `make soak` is the long form."""
+    """Run the slice `samplers` for 8 seconds; `make soak` is the long form."""
     soak("--seconds", "8")
 
 
@@ -47,7 +47,7 @@ WHILE_LOOKED_AT = {
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("what", WHILE_LOOKED_AT)
 def test_looking_at_threads_crashes_nobody(what):
-    """Threads run any code, and finalizers run in the middle of reading their stacks."""
+    """Stacks are read while threads run dangerous code and finalizers run during the reads."""
     sampling = () if native else ("--no-sampling",)
     soak("--only", f"looks,profiles,{WHILE_LOOKED_AT[what]}", "--seconds", "3", *sampling)
 
@@ -55,6 +55,6 @@ def test_looking_at_threads_crashes_nobody(what):
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
 def test_without_the_c_core_nobody_is_looked_at_beside_other_interpreters():
-    """CPython's own functions for that would touch the frames of all interpreters."""
+    """`sys._current_frames` would touch the frames of all interpreters, so it is not called."""
     only = f"looks,profiles,{WHILE_LOOKED_AT['interpreters']}"
     soak("--only", only, "--seconds", "3", "--no-sampling", ASGI_PPROF_NATIVE="0")

@@ -1,8 +1,8 @@
 """
-What the samplers are to survive, each as a function for a thread of its own.
+The work that the samplers must survive: each function runs in a thread of its own.
 
-A piece of work does one short round and is called again until the time is over.
-All of them leave memory, threads and children as they found them.
+A function does one short round, and is called again until the time is over.
+It leaves no memory, threads or children behind.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import uvloop
 from asgi_pprof.labels import labels
 from tests.soak import generated
 
-_some_of_it: deque[object] = deque(maxlen=500)  # what stays alive for a while
+_some_of_it: deque[object] = deque(maxlen=500)  # keeps objects alive for a while
 
 
 def burn(rounds: int = 300) -> int:
@@ -52,7 +52,7 @@ def work_of_nobody() -> int:
 
 
 def threads() -> None:
-    """Threads start and end: plain, with small stacks, without `threading`, in pools."""
+    """Start and end threads: plain ones, with small stacks, without `threading`, in pools."""
     before = threading.stack_size(random.choice((0, 512 * 1024)))
     started = [threading.Thread(target=burn, args=(number * 50,)) for number in range(6)]
     for thread in started:
@@ -74,13 +74,13 @@ def threads() -> None:
         thread.join()
 
 
-# --- code that comes and goes ---------------------------------------------------
+# --- code that is created and destroyed -----------------------------------------
 
 _tags = iter(range(10**12))
 
 
 def exec() -> None:
-    """Code is compiled, run and destroyed, and its address used again."""
+    """Compile, run and destroy code, so that new code gets the same addresses."""
     for _ in range(20):
         function = generated.make_chain(next(_tags) % generated.TAGS)
         kept = [function(random.randrange(30)) for _ in range(3)]
@@ -89,7 +89,7 @@ def exec() -> None:
         del function
 
 
-# --- frames that leave in other ways ---------------------------------------------
+# --- frames that end by an exception or at the recursion limit -------------------
 
 
 class Odd(Exception):
@@ -106,7 +106,7 @@ def _raise_at(depth: int) -> None:
 
 
 def exceptions() -> None:
-    """Exceptions unwind, are chained and grouped, and their tracebacks keep frames."""
+    """Raise exceptions through many frames, chain and group them, and keep their tracebacks."""
     for depth in (1, 20, 150):
         try:
             _raise_at(depth)
@@ -133,7 +133,7 @@ class Endless:
 
 
 def recursion() -> None:
-    """The recursion limit is hit, from Python and through C."""
+    """Hit the recursion limit, from Python and through C."""
     for dive in (
         lambda: _recurse(0),
         lambda: _recurse_through_c(0),
@@ -165,7 +165,7 @@ def _count_down(depth: int) -> Generator[int]:
 
 
 def generators() -> None:
-    """Generators are run, left in the middle, closed, thrown into and collected."""
+    """Exhaust generators, close them unfinished, throw into them, and let them be collected."""
     for depth in (3, 30, 90):
         sum(_count_down(depth))
         left = _count_down(depth)
@@ -180,7 +180,7 @@ def generators() -> None:
         in_a_circle.append(in_a_circle)
 
 
-# --- coroutines, on loops of several kinds --------------------------------------------
+# --- coroutines, on several kinds of loop ---------------------------------------------
 
 
 async def _ticks(number: int) -> AsyncGenerator[int]:
@@ -201,7 +201,7 @@ async def _deep(depth: int) -> int:
 
 
 async def coroutines() -> None:
-    """Tasks, nested awaits, async generators left in the middle, cancellation."""
+    """Run tasks, nested awaits, async generators that are left unfinished, and cancellations."""
     async with asyncio.TaskGroup() as group:
         for depth in (1, 5, 40):
             group.create_task(_deep(depth))
@@ -221,7 +221,7 @@ async def coroutines() -> None:
 
 
 def loops() -> None:
-    """uvloop and anyio, in a thread, with threads of their own."""
+    """Run uvloop and anyio in this thread, with worker threads of their own."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         for _ in range(5):
             runner.run(coroutines())
@@ -275,7 +275,7 @@ def _tenant_thread(tenant: int) -> None:
 
 
 def tenants() -> None:
-    """Threads that work for one tenant after the other, and for several at once."""
+    """Run one thread for each tenant, all at once, and unlabelled work before and after."""
     work_of_nobody()
     started = [threading.Thread(target=_tenant_thread, args=(each,)) for each in range(4)]
     for thread in started:
@@ -305,15 +305,15 @@ async def _serve_more(tenant: int) -> None:
 
 
 async def tenant_tasks() -> None:
-    """Tasks that take turns on one thread, each for a tenant of its own."""
+    """Run twelve tasks in turn on one thread, each for one of four tenants."""
     await asyncio.gather(*(_serve(number % 4) for number in range(12)))
 
 
-# --- what else moves under a sampler ---------------------------------------------------------
+# --- garbage, debuggers, tracemalloc, programs ------------------------------------------------
 
 
 class Cyclic:
-    """Garbage whose finalizer runs Python code."""
+    """A cycle whose finalizer runs Python code."""
 
     def __init__(self) -> None:
         self.itself = self
@@ -324,7 +324,7 @@ class Cyclic:
 
 
 def garbage() -> None:
-    """Cycles with finalizers and weak references are collected."""
+    """Collect cycles that have finalizers and weak references, and grow a bytearray."""
     watched = [weakref.ref(Cyclic(), lambda _: burn(3)) for _ in range(30)]
     gc.collect(random.randrange(3))
     del watched
@@ -335,7 +335,7 @@ def garbage() -> None:
 
 
 def tracing() -> None:
-    """Debuggers' hooks come and go: they change bytecode in place from 3.12 on."""
+    """Set and remove debuggers' hooks, which change bytecode in place from 3.12 on."""
     sys.setprofile(lambda *event: None)
     burn(200)
     sys.setprofile(None)
@@ -357,7 +357,7 @@ def tracing() -> None:
 
 
 def tracemallocs() -> None:
-    """tracemalloc comes on top of the heap sampler's hooks and goes."""
+    """Start tracemalloc on top of the heap sampler's hooks, and stop it."""
     with alone_with_interpreters:
         tracemalloc.start(3)
         burn()
@@ -367,7 +367,7 @@ def tracemallocs() -> None:
 
 
 def commands() -> None:
-    """Programs are started: vfork and exec."""
+    """Start a program (vfork and exec)."""
     subprocess.run([sys.executable, "-S", "-c", "pass"], check=True, timeout=60)
     time.sleep(0.2)
 
@@ -393,10 +393,10 @@ thread.join()
 """
 
 
-# What sub-interpreters do not go together with, without us as well (CPython 3.11). A child
-# forked while one lives tears it down under locks that nobody will release
-# (interpreter_clear); tracemalloc waits for the GIL that its own thread has
-# (tracemalloc_raw_alloc, PyGILState_Ensure).
+# CPython 3.11 itself, without our samplers, hangs if a sub-interpreter lives during a fork or
+# while tracemalloc is on. A forked child destroys the sub-interpreter and waits for locks that
+# no thread will release (interpreter_clear). tracemalloc waits for the GIL that its own thread
+# holds (tracemalloc_raw_alloc, PyGILState_Ensure). So this lock keeps them apart.
 alone_with_interpreters = threading.Lock()
 
 
@@ -416,12 +416,12 @@ def _interpreter(isolated: bool) -> None:
 
 
 def interpreters() -> None:
-    """Sub-interpreters come and go, one after the other, with this one's GIL."""
+    """Run a script in a new sub-interpreter that shares this interpreter's GIL."""
     _interpreter(isolated=False)
 
 
 def own_gils() -> None:
-    """Sub-interpreters with a GIL of their own (3.12 on): Python in parallel."""
+    """Run a script in a sub-interpreter with its own GIL (from 3.12 on), so in parallel."""
     if sys.version_info >= (3, 12):
         _interpreter(isolated=True)
     time.sleep(0.05)
