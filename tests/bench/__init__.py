@@ -1,5 +1,5 @@
 """
-What asgi_pprof costs and how true its CPU profile is: `python -m tests.bench`.
+Measures what asgi_pprof costs and how accurate its profiles are: `python -m tests.bench`.
 
-Every number that the documentation quotes comes from here.
+Figures in the documentation come from here.
 """

@@ -12,17 +12,17 @@ from tests.bench import (
     contention,
     heap,
     inprocess,
-    looks,
     overhead,
     pause,
     stalls,
     tasks,
+    thread_stacks,
 )
 from tests.bench.report import conditions, progress, say, spread, table
 
 
 def idle(options: argparse.Namespace) -> None:
-    """CPU per request with the middleware while nobody takes a profile"""
+    """CPU per request with the middleware while no profile is taken"""
     requests = 2 * overhead.TURNS * overhead.TURN
     for title, without, with_it in (
         ("the middleware without the heap sampler / the bare application", "bare", "without_heap"),
@@ -64,7 +64,7 @@ def allocating(options: argparse.Namespace) -> None:
 
 
 def sample(options: argparse.Namespace) -> None:
-    """One sample of the CPU"""
+    """The cost of one CPU sample"""
     rows = []
     for what, cost in (
         ("a FastAPI request", overhead.measure_sample(options.seconds, options.loop)),
@@ -76,7 +76,7 @@ def sample(options: argparse.Namespace) -> None:
 
 
 def accuracy_of_shares(options: argparse.Namespace) -> None:
-    """CPU profile against the truth"""
+    """CPU profile compared with the truth"""
     for title, endpoint, burner in (
         ("`async` endpoint", "loop", False),
         ("`def` endpoint", "thread", False),
@@ -92,7 +92,7 @@ def accuracy_of_shares(options: argparse.Namespace) -> None:
 
 
 def heap_truth(options: argparse.Namespace) -> None:
-    """Heap profile against the truth"""
+    """Heap profile compared with the truth"""
     rounds = options.rounds or 20
     rows = []
     for holder in heap.HOLDERS:
@@ -125,7 +125,7 @@ def pauses(options: argparse.Namespace) -> None:
             for part in (0.99, 0.999, 1)
         ]
         rows.append((each.what, each.requests, len(each.gaps), *numbers))
-    headings = "ms|requests|ticks|99 %|99.9 %|most|less wait for a CPU: 99 %|99.9 %|most"
+    headings = "ms|requests|ticks|99 %|99.9 %|most|without waits for a CPU: 99 %|99.9 %|most"
     say(table(headings.split("|"), rows))
 
 
@@ -136,14 +136,14 @@ def many_tasks(options: argparse.Namespace) -> None:
         cost = tasks.measure_creation(loop, options.rounds or 40)
         more_us = f"{cost.tracked_us - cost.plain_us:.2f}"
         rows.append((loop, f"{cost.plain_us:.2f}", f"{cost.tracked_us:.2f}", more_us))
-    say(table(("us a task made", "without", "with tracking", "more"), rows), "")
+    say(table(("us to create a task", "without", "with tracking", "more"), rows), "")
     rows = []
     for alike in (True, False):
         for each in tasks.measure_reading(options.loop, tasks.MANY, alike):
             numbers = (each.seconds, each.gap_ms, each.idle_gap_ms, each.memory_mb)
             what = f"{each.what}, {'all at one place' if alike else 'at 1,000 places'}"
             rows.append((what, *(f"{number:.1f}" for number in numbers)))
-    headings = f"{tasks.MANY} tasks|seconds|longest gap, ms|the same, nobody asking|MB more"
+    headings = f"{tasks.MANY} tasks|seconds|longest gap, ms|the same without a request|MB more"
     say(table(headings.split("|"), rows))
 
 
@@ -155,17 +155,17 @@ def contention_cost(options: argparse.Namespace) -> None:
 
 
 def stall_watch_cost(options: argparse.Namespace) -> None:
-    """CPU of an idle service that is watched for stalls"""
+    """CPU of an idle service whose loop is monitored for stalls"""
     say(table(stalls.HEADINGS, stalls.rows(options.rounds or 6, seconds=20)))
 
 
-def thread_looks(options: argparse.Namespace) -> None:
-    """One look at the stacks of threads"""
+def reading_stacks(options: argparse.Namespace) -> None:
+    """Reading the stacks of threads once"""
     rows = [
         (each.what, f"{each.python_us:.1f}", f"{each.native_us:.1f}")
-        for each in looks.measure(options.rounds or 40)
+        for each in thread_stacks.measure(options.rounds or 40)
     ]
-    say(table(("us a look", "by frame objects", "in C"), rows))
+    say(table(("us to read", "by frame objects", "in C"), rows))
 
 
 PARTS = {
@@ -180,7 +180,7 @@ PARTS = {
     "tasks": many_tasks,
     "contention": contention_cost,
     "stalls": stall_watch_cost,
-    "looks": thread_looks,
+    "stacks": reading_stacks,
 }
 
 
@@ -204,7 +204,7 @@ def _say_accuracy(title: str, runs: list[accuracy.Accuracy]) -> None:
     say(f"### {title}", "", f"Mean of {len(runs)} runs; samples in named functions: {samples}.")
     say(*(f"Comment: {comment}." for comment in mean.comments), "")
     rows: list[tuple[str, ...]] = []
-    # Where the profile has none of the functions, their shares are no errors of some size.
+    # If the profile has none of the functions, the errors of their shares mean nothing.
     seen = mean.samples > 0
     for clocked, counted in seen * list(zip(mean.clocked, mean.counted, strict=True)):
         shares = (clocked.truth, counted.truth, clocked.estimate)
@@ -233,11 +233,11 @@ def _say_accuracy(title: str, runs: list[accuracy.Accuracy]) -> None:
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the selected parts."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     add = parser.add_argument
     add("--part", choices=PARTS, action="append", help="what to measure; may be repeated (all)")
-    add("--rounds", type=int, help="of all but sample and accuracy (see the tables)")
+    add("--rounds", type=int, help="rounds of all parts but sample and accuracy")
     add("--seconds", type=int, default=15, help="length of a profile in profiling and sample (15)")
     add("--samples", type=int, default=3000, help="length of a profile in accuracy (3000)")
     add("--runs", type=int, default=3, help="profiles of each kind in accuracy (3)")

@@ -1,9 +1,10 @@
 """
 Compares shares in the CPU profile with the true ones.
 
-Shares are of all named functions together, so neither the ends of the measurement nor
-the server's own work affect them; the CPU time outside them is given separately.
-tests/bench/work.py tells how the truth is measured.
+A share is a function's part of the CPU time of all named functions. So neither the
+start and end of the measurement nor the server's own work affect it. The CPU time
+outside the named functions is given separately. tests/bench/work.py says how the
+truth is measured.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Accuracy:
         counted: The same, by number of calls x calibrated cost.
         others: Shares of the process's whole CPU time: that in no named function,
             and that of threads other than the loop's.
-        comments: The profile's.
+        comments: The profile's comments.
     """
 
     samples: int
@@ -104,9 +105,9 @@ def measure(
 
     Args:
         endpoint: "loop" for an async endpoint, "thread" for a `def` one.
-        samples: The minimum number of samples, without the burner's.
+        samples: The minimum number of samples, not counting the burner's.
         loop: "asyncio" or "uvloop".
-        burner: Whether another thread burns CPU, which takes three quarters of it.
+        burner: Whether another thread burns CPU; it uses three quarters of the CPU time.
         hz: Samples per second of CPU time. Periods shorter than the kernel's tick
             (often 4 ms) end several at a time, and such samples are not independent.
         env: The service's environment, in addition to this process's.

@@ -132,7 +132,7 @@ def _turn(kind: Callable[[], object], calls: int, sampled: bool) -> float:
     if sampled:
         heap_sampler.enable(DEFAULT_RATE)
     try:
-        for _ in range(max(1, calls // 20)):  # so that the stacks are no longer new
+        for _ in range(max(1, calls // 20)):  # the first samples of new stacks cost more
             kind()
         start = time.thread_time()
         for _ in range(calls):

@@ -38,7 +38,7 @@ async def variant(name: str) -> None:
 
 @service.get("/cpu")
 async def cpu_time_ns() -> int:
-    # Of all threads; getrusage and ps have a resolution of 10 ms only.
+    # The CPU time of all threads; getrusage and ps have a resolution of only 10 ms.
     return time.process_time_ns()
 
 

@@ -4,7 +4,7 @@ CPU time per request while block is recorded, as a ratio to the bare application
 The method is that of overhead.py: two servers are measured in short turns, and
 swap roles in each round. Each round measures all rates, so that their ratios
 come from one run. There is no middleware: this is what recording alone costs.
-"off" is a server that has recorded before.
+"off" is measured on a server that has recorded before.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ async def set_rates(rate_ns: int, fraction: int) -> None:
 
 @app.get("/cpu")
 async def cpu_time_ns() -> int:
-    # Of all threads; getrusage and ps have a resolution of 10 ms only.
+    # The CPU time of all threads; getrusage and ps have a resolution of only 10 ms.
     return time.process_time_ns()
 
 

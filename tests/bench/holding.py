@@ -53,13 +53,13 @@ def _at_depth(depth: int, make: Callable[[], object]) -> object:
 
 @app.get("/hold/{mib}")
 def hold(mib: int) -> int:
-    """Allocate that much more, a quarter for each kind, and return the resident bytes."""
+    """Allocate that many MiB, a quarter for each kind, and return the resident bytes."""
     for kind in KINDS:
         end, depth = _resident() + mib * _MIB // len(KINDS), 0
         while _resident() < end:
             depth = (depth + 1) % 40
             _kept.extend(_at_depth(depth, kind) for _ in range(20))
-    # Without it, the collector's pauses over these objects would hide the others.
+    # Otherwise the garbage collector's pauses over these objects would hide all others.
     gc.freeze()
     return _resident()
 
@@ -77,7 +77,7 @@ async def tick(state: bool) -> None:
 
 @app.get("/gaps")
 async def gaps() -> Response:
-    """Return and drop the pairs (gap, part of it without a CPU), in milliseconds."""
+    """Return and drop the pairs (gap, time in it that the thread waited for a CPU), in ms."""
     found = json.dumps(_gaps)
     _gaps.clear()
     return Response(found)

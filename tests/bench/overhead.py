@@ -2,9 +2,9 @@
 The ratio of the CPU times per request of two variants of an application.
 
 The servers' CPU clocks are read, so the client and other processes do not count. Two
-servers are asked in short turns, so that a slower machine (by a neighbour on the same
-core, or the clock rate) slows both: with turns of a second, times differed by 10 % on
-a shared machine, and so did the ratios. After each round the servers exchange roles,
+servers get requests in short turns, so that a machine that gets slower (by a neighbour
+on the same core, or the clock rate) slows both: with turns of a second, times differed
+by 10 % on a shared machine, and so did the ratios. After each round the servers exchange roles,
 and the ratio is the geometric mean of two rounds: two processes of the same program
 differ by some per cent as long as they live.
 """
@@ -45,7 +45,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class SampleCost:
-    """The time the sampler measured of itself, and the mean depth of the stacks."""
+    """The CPU time that the sampler measured of itself, and the mean depth of the stacks."""
 
     engine: str
     samples: int
@@ -64,10 +64,10 @@ def compare(without: str, with_it: str, rounds: int, loop: str) -> list[Pair]:
 
 def compare_profiling(rounds: int, seconds: int, loop: str) -> list[Pair]:
     """
-    Compare the middleware during a CPU profile and its encoding with that at rest.
+    Compare the middleware during a CPU profile and its encoding with the middleware at rest.
 
-    The server works during half of that time only, so the costs of a profile per
-    second, unlike those per sample, are counted twice.
+    The profiled server works during only half of the time. So the costs of a profile
+    per second, unlike those per sample, count twice.
     """
 
     async def one_round(take_turns: TakeTurns, profiled: ServerProcess) -> tuple[float, float]:

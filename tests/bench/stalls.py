@@ -1,7 +1,7 @@
 """
-What watching for stalls costs an idle service.
+Measures what monitoring for stalls costs an idle service.
 
-The loop of one uvicorn process is watched and not watched in turn.
+The loop of one uvicorn process is monitored and not monitored by turns.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from asgi_pprof.recorders import stall_watch
 from tests.bench.report import progress
 from tests.servers import ServerProcess, serve_process
 
-HEADINGS = ("% of a CPU, idle uvicorn", "not watched", "watched", "paired difference")
+HEADINGS = ("% of a CPU, idle uvicorn", "not monitored", "monitored", "paired difference")
 
 app = FastAPI()
 
 
 @app.get("/watch/{on}")
 async def watch(on: bool) -> None:
-    """Start or stop watching this loop."""
+    """Start or stop monitoring this loop."""
     loop = asyncio.get_running_loop()
     (stall_watch.attach if on else stall_watch.detach)(loop)
 
@@ -44,7 +44,7 @@ class Share:
     def row(self, name: str) -> tuple[str, ...]:
         """Return the medians without, with, and of the differences of pairs."""
         pairs = zip(self.with_it, self.without, strict=True)
-        more = median(watched - bare for watched, bare in pairs)
+        more = median(monitored - bare for monitored, bare in pairs)
         return name, *(f"{each:.3f}" for each in (median(self.without), median(self.with_it), more))
 
 
@@ -54,7 +54,7 @@ def rows(rounds: int, seconds: float) -> list[tuple[str, ...]]:
 
 
 def measure(rounds: int, seconds: float, loop: str) -> Share:
-    """Return the shares of an idle uvicorn, in turn without and with the watch."""
+    """Return the shares of an idle uvicorn, by turns without and with the monitor."""
     share = Share([], [])
     with serve_process("tests.bench.stalls:app", loop) as server:
         for _ in range(rounds):
@@ -67,7 +67,7 @@ def measure(rounds: int, seconds: float, loop: str) -> Share:
 
 
 def _idle(server: ServerProcess, seconds: float) -> float:
-    time.sleep(0.5)  # for the request before to be over
+    time.sleep(0.5)  # until the previous request is over
     before = int(server.visit("/cpu").body)
     time.sleep(seconds)
     used_ns = int(server.visit("/cpu").body) - before

@@ -1,4 +1,4 @@
-"""What tracking and reading tasks costs: per task made, and for very many at once."""
+"""Measures what tracking and reading tasks costs: per created task, and for 100,000 at once."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Reading(NamedTuple):
     One way to read all tasks.
 
     Args:
-        seconds: From asking to the answer.
-        gap_ms: The longest time the loop ran nothing else meanwhile.
-        idle_gap_ms: The same for as long with no request.
-        memory_mb: What the process grew by at most.
+        seconds: From the request to the answer.
+        gap_ms: The longest time in which the loop ran nothing else meanwhile.
+        idle_gap_ms: The same in an equally long time without a request.
+        memory_mb: How much the peak of the process's memory grew.
     """
 
     what: str
@@ -134,7 +134,7 @@ async def _snapshot(collector: TaskCollector, number: int) -> None:
 
 async def _count(number: int) -> None:
     text = await Stats(stall_watch, gc_pauses, memory_bytes).text()
-    assert int(text.split(maxsplit=2)[1]) > number  # loop_tasks is the first
+    assert int(text.split(maxsplit=2)[1]) > number  # loop_tasks is the first line
 
 
 async def _dump(collector: TaskCollector) -> None:
@@ -143,7 +143,7 @@ async def _dump(collector: TaskCollector) -> None:
 
 
 async def _measure(what: str, read: Callable[[], Awaitable[None]]) -> Reading:
-    await read()  # for what is made only once, such as records and frames
+    await read()  # the first time creates records and frames, which are kept
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ticker = asyncio.create_task(_longest_gap())
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""What one look at the stacks of many threads costs, with the C core and by frame objects."""
+"""Measures what reading the stacks of many threads costs, in C and by frame objects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
 
 THREADS = 40
 DEPTH = 30  # frames of each besides those of `threading`; a FastAPI request has as many
-_LOOKS = 50  # timed at once
+_READS = 50  # timed together
 
 
-class Look(NamedTuple):
-    """Microseconds by frame objects and in C; what is 0 is not there."""
+class Cost(NamedTuple):
+    """Microseconds by frame objects and in C; 0 without the C core."""
 
     what: str
     python_us: float
     native_us: float
 
 
-def measure(rounds: int) -> list[Look]:
-    """Look by turns in both ways, and return the medians."""
+def measure(rounds: int) -> list[Cost]:
+    """Read the stacks by turns in both ways, and return the medians."""
     end = threading.Event()
 
     def wait(depth: int) -> None:
@@ -62,14 +62,14 @@ def _stacks(read: frames.CurrentFrames) -> object:
     return [frames.capture(stack) for stack in read().values()]
 
 
-def _compare(what: str, rounds: int, look: Callable[[frames.CurrentFrames], object]) -> Look:
+def _compare(what: str, rounds: int, use: Callable[[frames.CurrentFrames], object]) -> Cost:
     readers = [frames._read_frame_objects, *([native.current_frames] if native else [])]
     times: list[list[float]] = [[] for _ in readers]
     for _ in range(rounds):
         for reader, seconds in zip(readers, times, strict=True):
             start = time.perf_counter()
-            for _ in range(_LOOKS):
-                look(reader)
-            seconds.append((time.perf_counter() - start) / _LOOKS)
+            for _ in range(_READS):
+                use(reader)
+            seconds.append((time.perf_counter() - start) / _READS)
     medians = [1e6 * statistics.median(each) for each in times]
-    return Look(what, medians[0], medians[1] if native else 0)
+    return Cost(what, medians[0], medians[1] if native else 0)
