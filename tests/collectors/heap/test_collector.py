@@ -1,4 +1,4 @@
-"""Which heap engine is used, and what the notes and comments say."""
+"""The heap collector uses the engine that is on; its notes and comments name the engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def comments(collector):
 
 
 @needs_native
-def test_while_memory_is_sampled_the_native_engine_serves(collector):
+def test_the_native_engine_is_used_while_it_samples(collector):
     """Tracing that starts later does not change that."""
     heap_sampler.enable(1)
     try:
@@ -42,7 +42,7 @@ def test_while_memory_is_sampled_the_native_engine_serves(collector):
         heap_sampler.disable()
 
 
-def test_while_memory_is_traced_the_other_one_serves(collector):
+def test_tracemalloc_is_used_while_it_traces(collector):
     """The native engine is not started on top of tracemalloc."""
     with heap_tracing.on():
         heap_sampler.enable(1)
@@ -54,7 +54,7 @@ def test_while_memory_is_traced_the_other_one_serves(collector):
             heap_sampler.disable()
 
 
-def test_while_neither_is_on_that_is_said(collector):
+def test_note_and_comment_say_that_no_engine_is_on(collector):
     """There are no samples, and the note says how to get some."""
     profile = asyncio.run(collector.snapshot())()
     assert profile.samples == ()
@@ -75,7 +75,7 @@ def test_without_the_c_core_the_note_says_why(collector):
         heap_sampler.disable()
 
 
-def test_a_window_traces_where_nothing_samples(collector):
+def test_a_window_traces_while_the_sampler_is_off(collector):
     """Tracing stops at the end of the window."""
     with collector.window():
         assert tracemalloc.is_tracing()
@@ -83,7 +83,7 @@ def test_a_window_traces_where_nothing_samples(collector):
 
 
 @needs_native
-def test_a_window_does_not_trace_where_something_samples(collector):
+def test_a_window_does_not_trace_while_the_sampler_is_on(collector):
     """The samples of the native engine are enough."""
     heap_sampler.enable(1)
     try:
@@ -94,14 +94,14 @@ def test_a_window_does_not_trace_where_something_samples(collector):
 
 
 @pytest.mark.parametrize("engine", ["native", "", "TRACEMALLOC", 1])
-def test_only_tracemalloc_can_be_asked_for(engine):
-    """The message repeats the value."""
+def test_the_heap_argument_accepts_only_tracemalloc(engine):
+    """The error message repeats any other value."""
     with pytest.raises(ValueError, match=f'heap is None or "tracemalloc", not {engine!r}'):
         UsedRecorders(engine, 1)
 
 
-def test_tracemalloc_that_is_asked_for_is_used_though_sampling_could_be():
-    """Tracing is on all the time, and the sampler never."""
+def test_tracemalloc_is_used_if_the_heap_argument_says_so():
+    """Tracing is on all the time, and the sampler is never on."""
     switches = UsedRecorders("tracemalloc", 1)
     switches.on()
     try:

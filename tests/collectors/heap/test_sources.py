@@ -1,4 +1,4 @@
-"""Functions by file and line, of a module that is really imported."""
+"""Functions are found by file and line, here in a module that is really imported."""
 
 import importlib.util
 import sys
@@ -219,7 +219,7 @@ def test_a_file_that_is_no_python_is_unknown(tmp_path, source):
 
 
 def test_a_file_of_no_loaded_module_is_read(tmp_path):
-    """The file may have been run by runpy; the name has no module in front."""
+    """The file may have been run by runpy; the function's name has no module in front."""
     path = tmp_path / "script.py"
     path.write_text(
         textwrap.dedent("""
