@@ -1,4 +1,4 @@
-"""Profiles that the application keeps, as with Go's NewProfile."""
+"""The application can keep profiles of its own, as with Go's NewProfile."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def open_connection(profile, value):
     profile.add(value)
 
 
-def test_values_count_by_the_stack_that_added_them(profile):
-    """The leaf is the caller of add; removed values no longer count."""
+def test_values_are_counted_by_the_stack_that_added_them(profile):
+    """The leaf is the caller of add. Removed values no longer count."""
     for value in range(3):
         open_connection(profile, value)
     profile.remove(1)
@@ -48,7 +48,7 @@ def test_skip_leaves_out_the_innermost_frames(profile):
     assert sample.stack[0].function.name.endswith("test_skip_leaves_out_the_innermost_frames")
 
 
-def test_skipping_everything_leaves_a_place_to_stand(profile):
+def test_skipping_all_frames_leaves_a_location(profile):
     """A sample never has an empty stack."""
     profile.add("value", skip=10_000)
     check_valid(asyncio.run(profile.snapshot())())
@@ -68,7 +68,7 @@ def test_a_value_cannot_be_added_twice(profile):
     "name",
     ["", "a b", "a\nb", 'a"b', "/a", "a/", "a?b", "a#b", "a//b", "a/../b", ".", "\x7f", "\udcff"],
 )
-def test_what_is_no_name_is_refused(name):
+def test_invalid_names_are_refused(name):
     """Such a name would break the URL, the header or the text."""
     with pytest.raises(ValueError, match="cannot name a profile"):
         Profile(name)

@@ -58,7 +58,7 @@ def names_of(text):
 
 
 def of_loop(name, values):
-    """Return the figures of one loop by name and quantile."""
+    """Return the figures of one loop, by name and quantile."""
     return {
         key.replace(f'loop="{name}"', "").replace("{}", "").replace("{,", "{"): value
         for key, value in values.items()
@@ -67,7 +67,7 @@ def of_loop(name, values):
 
 
 def of_pool(name, values):
-    """Return threads, busy, queued and longest wait of one pool, None for missing lines."""
+    """Return threads, busy, queued and longest wait of one pool; None for each missing line."""
     kinds = ("threads", "busy", "queued", "longest_wait_seconds")
     return [values.get(f'thread_pool_{kind}{{pool="{name}"}}') for kind in kinds]
 
@@ -163,7 +163,7 @@ def test_no_label_breaks_a_line_or_a_word(odd):
 
 
 def test_lone_surrogates_are_no_label():
-    """Their escape sequence does not exist in the format."""
+    """The format has no escape sequence for them."""
     assert label_value("a\udcffb") == "a?b"
 
 
@@ -177,12 +177,12 @@ def test_lone_surrogates_are_no_label():
         (["a#2", "a", "a"], ["a#2", "a", "a#3"]),
     ],
 )
-def test_names_are_told_apart(names, expected):
-    """Every series is unique, also if threads have equal names."""
+def test_equal_names_get_numbers(names, expected):
+    """Every series is unique, even if threads have equal names."""
     assert unique(names) == expected
 
 
-def test_lines_have_one_order():
+def test_lines_have_a_fixed_order():
     """They are sorted by the listed order of names, then by label."""
     made = [
         Figure("process_threads", (), 1),
@@ -195,8 +195,8 @@ def test_lines_have_one_order():
         assert figures_text(order, NAMES) == f"{expected}process_threads 1\n"
 
 
-def test_counters_are_named_so():
-    """By convention, exactly the metrics that only grow end in _total."""
+def test_exactly_the_counters_end_in_total():
+    """By Prometheus's convention, these are the metrics that only grow."""
     growing = {"collections", "collected", "uncollectable", "stalls", "stall_seconds"}
     totals = {name.removesuffix("_total") for name in NAMES if name.endswith("_total")}
     assert {
@@ -208,7 +208,7 @@ def test_counters_are_named_so():
     }
 
 
-def test_tasks_are_those_of_asyncio(loop_name):
+def test_the_number_of_tasks_equals_asyncios(loop_name):
     """The count equals `asyncio.all_tasks`: it includes the current task, not done ones."""
 
     async def main():
@@ -249,8 +249,8 @@ def test_loops_of_other_threads_have_their_own_figures(loop_name):
     assert found['loop_ready{loop="second_loop"}'] == 0
 
 
-def test_threads_of_one_name_are_told_apart_by_age(loop_name):
-    """The younger thread's name gets a number."""
+def test_a_younger_thread_of_the_same_name_gets_a_number(loop_name):
+    """Threads with one name are numbered by age."""
     with OtherLoop(loop_name, "twin", tasks=1), OtherLoop(loop_name, "twin", tasks=2):
         found = run(figures(), loop_name)
     assert found['loop_tasks{loop="twin"}'] == 2
@@ -263,7 +263,7 @@ def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name)
 
     async def wait():
         begun.set()
-        while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+        while not end.is_set():  # noqa: ASYNC110 - another thread sets the event
             await asyncio.sleep(0.002)
 
     def run_loop():
@@ -283,7 +283,7 @@ def test_a_thread_that_threading_does_not_know_is_named_by_its_number(loop_name)
     assert found['loop_tasks{loop="MainThread"}'] == 1
 
 
-def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
+def test_a_blocked_loop_is_read_without_waiting_for_it(loop_name):
     """Its ready callbacks and tasks are read from another thread."""
     ready = 'loop_ready{loop="held"}'
     with OtherLoop(loop_name, "held", tasks=2) as other, other.held():
@@ -295,8 +295,8 @@ def test_a_held_loop_shows_and_holds_up_nothing(loop_name):
     assert found['loop_tasks{loop="held"}'] == 3
 
 
-def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
-    """The lag grows while a loop is blocked; afterwards one stall is counted."""
+def test_lag_and_stalls_come_from_the_stall_watch(loop_name):
+    """The lag grows while a loop is blocked, and afterwards one stall is counted."""
 
     def ask_for():
         return of_loop("watched", run(figures()))
@@ -320,7 +320,7 @@ def test_lateness_and_stalls_are_those_of_the_watch(loop_name):
         assert set(ask_for()) == {"loop_tasks", "loop_ready"}
 
 
-def test_what_is_not_watched_has_no_line(loop_name):
+def test_a_loop_that_is_not_watched_has_no_lag_line(loop_name):
     """A threshold of 0 records nothing, so the line is missing instead of 0."""
 
     async def main():
@@ -341,8 +341,8 @@ def test_what_is_not_watched_has_no_line(loop_name):
     native is None and sys.version_info >= (3, 14),
     reason="without the C core such loops are not found",
 )
-def test_tasks_of_a_loop_that_nobody_runs(loop_name):
-    """Its tasks are counted under not_running."""
+def test_tasks_of_a_loop_that_does_not_run_are_counted(loop_name):
+    """They are counted under not_running."""
     stopped = asyncio.Runner(loop_factory=LOOPS[loop_name])
     with stopped:
         event = asyncio.Event()
@@ -380,8 +380,8 @@ class Lane:
         self._handles.clear()
 
 
-def test_a_foreign_loop_without_a_known_queue_has_no_such_line():
-    """Its ready callbacks cannot be counted."""
+def test_a_foreign_loop_has_no_line_for_ready_callbacks():
+    """Its queue is not known, so they cannot be counted."""
 
     class Foreign(asyncio.SelectorEventLoop):
         def __init__(self):
@@ -393,39 +393,39 @@ def test_a_foreign_loop_without_a_known_queue_has_no_such_line():
     assert set(found) == {"loop_tasks"}
 
 
-def test_reading_many_tasks_lets_the_loop_turn(loop_name):
-    """If each task uses up a slice, the loop iterates between any two of them."""
+def test_the_loop_iterates_while_many_tasks_are_read(loop_name):
+    """If each task uses up a slice, the loop iterates between any two tasks."""
 
     async def main():
         event = asyncio.Event()
         tasks = [asyncio.create_task(event.wait()) for _ in range(50)]
-        turns = 0
+        iterations = 0
 
-        def turn():
-            nonlocal turns
-            turns += 1
+        def iterate():
+            nonlocal iterations
+            iterations += 1
             if not event.is_set():
-                loop.call_soon(turn)
+                loop.call_soon(iterate)
 
-        turns_at_looks = []
+        iterations_at_readings = []
 
         def clock():
-            turns_at_looks.append(turns)
-            return len(turns_at_looks)
+            iterations_at_readings.append(iterations)
+            return len(iterations_at_readings)
 
         loop = asyncio.get_running_loop()
-        loop.call_soon(turn)
+        loop.call_soon(iterate)
         found = parse(await Stats(stall_watch, gc_pauses, memory_bytes, clock).text())
         event.set()
         await asyncio.gather(*tasks)
-        return found, turns_at_looks
+        return found, iterations_at_readings
 
-    found, turns_at_looks = run(main(), loop_name)
+    found, iterations_at_readings = run(main(), loop_name)
     assert found['loop_tasks{loop="MainThread"}'] == 51
-    assert len(set(turns_at_looks)) > 50
+    assert len(set(iterations_at_readings)) > 50
 
 
-def test_an_executor_is_busy_and_has_a_queue(loop_name):
+def test_an_executor_has_busy_threads_and_a_queue(loop_name):
     """The lines give its limit of threads, busy threads, queued work and the longest wait."""
 
     async def main():
@@ -467,8 +467,8 @@ async def _awaited(future):
     return await future
 
 
-def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
-    """The line is missing; it does not say 0."""
+def test_queued_work_that_no_task_awaits_has_no_longest_wait():
+    """The line is missing, since it is not known how long the work has waited."""
     end, begun = threading.Event(), threading.Event()
 
     def work():
@@ -486,8 +486,8 @@ def test_queued_work_that_no_task_awaits_has_waited_for_nobody_knows_how_long():
     assert of_pool("plain", found) == [1, 1, 1, None]
 
 
-def test_pools_of_one_name_are_told_apart():
-    """Pools get numbers as loops do."""
+def test_equal_names_of_pools_get_numbers():
+    """They are numbered as loops are."""
     with contextlib.ExitStack() as stack:
         for size in (2, 3):
             pool = stack.enter_context(ThreadPoolExecutor(size, thread_name_prefix="same"))
@@ -546,7 +546,7 @@ class Shop:
 
     @contextlib.contextmanager
     def asked(self, port, *paths):
-        """Have clients wait for these paths; at the end set the event."""
+        """Let clients wait for these paths; set the event at the end."""
         clients = [threading.Thread(target=ask, args=(port, path)) for path in paths]
         for client in clients:
             client.start()
@@ -565,7 +565,7 @@ def stats(port):
 
 
 @pytest.mark.server
-def test_a_saturated_pool_shows(loop_name):
+def test_a_saturated_pool_has_queued_work(loop_name):
     """Three threads are busy and two requests wait, counted from when they were first seen."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
@@ -583,7 +583,7 @@ def test_a_saturated_pool_shows(loop_name):
 
 
 @pytest.mark.server
-def test_a_limiter_of_its_own_shows_while_tasks_wait_for_it(loop_name):
+def test_a_limiter_of_the_applications_has_lines_while_tasks_wait_for_it(loop_name):
     """The task that holds the limiter need not be the one that waits for it."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
@@ -594,7 +594,7 @@ def test_a_limiter_of_its_own_shows_while_tasks_wait_for_it(loop_name):
 
 
 @pytest.mark.server
-def test_limiters_that_nobody_waits_for_do_not_show(loop_name):
+def test_limiters_without_waiting_tasks_have_no_lines(loop_name):
     """FastAPI creates one for each dependency that it exits."""
     shop = Shop()
     shop.app.get("/depend")(_depending(shop.dependency))
@@ -612,8 +612,8 @@ def _depending(dependency):
     return depend
 
 
-def test_collections_and_pauses_are_those_of_the_collector():
-    """Collections are counted by generation; pauses are those that were timed."""
+def test_collections_and_pauses_are_reported():
+    """Collections are counted by generation. Pauses are those that were timed."""
     gc_pauses.enable()
     try:
         gc.collect()
@@ -639,12 +639,12 @@ def test_collections_and_pauses_are_those_of_the_collector():
 
 
 def test_pauses_that_were_never_timed_have_no_lines(monkeypatch):
-    """Pauses are timed once the process has a middleware."""
+    """Pauses are timed only once the process has a middleware."""
     monkeypatch.setattr(gc_pauses, "_timer", PythonTimer())
     assert [key for key in run(figures()) if "pause" in key] == []
 
 
-def test_the_process_is_as_the_system_sees_it():
+def test_figures_of_the_process_are_the_systems():
     """CPU time grows with use; memory and threads equal /proc's."""
     before, cpu_s = run(figures()), time.process_time()
     ballast = bytearray(64 * 2**20)
@@ -660,7 +660,7 @@ def test_the_process_is_as_the_system_sees_it():
 
 
 @pytest.mark.server
-def test_all_lines_are_of_the_grammar_and_in_order(loop_name):
+def test_all_lines_match_the_grammar_and_are_in_order(loop_name):
     """All names appear, in the listed order."""
     shop = Shop()
     with serve(shop.app, loop_name) as port:
@@ -675,8 +675,8 @@ def test_all_lines_are_of_the_grammar_and_in_order(loop_name):
 
 
 @pytest.mark.server
-def test_a_known_number_of_tasks_in_a_service(loop_name):
-    """The number of tasks rises by as many as were started."""
+def test_the_tasks_of_a_service_are_counted(loop_name):
+    """The number of tasks rises by the number of tasks that were started."""
     shop = Shop()
     tasks = 'loop_tasks{loop="test_server"}'
     with serve(shop.app, loop_name) as port:
@@ -686,7 +686,7 @@ def test_a_known_number_of_tasks_in_a_service(loop_name):
 
 
 @pytest.mark.server
-def test_awk_finds_a_value(any_shop):
+def test_awk_can_extract_a_value(any_shop):
     """A one-line awk program extracts one number."""
     text = any_shop.get("stats").text
     program = '$1 == "loop_tasks{loop=\\"MainThread\\"}" { print $2 }'
@@ -706,8 +706,8 @@ def test_parameters_change_nothing(any_shop, query):
 
 
 @pytest.mark.server
-def test_methods(any_shop):
-    """Only GET and HEAD are allowed, as everywhere except at symbol."""
+def test_only_get_and_head_are_allowed(any_shop):
+    """This is so for all endpoints except symbol."""
     head = any_shop.get("stats", method="HEAD")
     assert (head.status, head.body) == (200, b"")
     assert head.headers["content-type"] == "text/plain; charset=utf-8"
@@ -724,7 +724,7 @@ def test_the_index_shows_the_same_lines(any_shop):
     assert list(parse(unescape(shown[1]))) == list(parse(text))
 
 
-def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
+def test_the_longest_wait_counts_from_a_scan_of_the_tasks(loop_name):
     """A scan by task tracking has seen the work before the first request for stats."""
 
     async def main():
@@ -735,7 +735,7 @@ def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
             end.wait(60)
 
         task_tracking.attach(loop)
-        with ThreadPoolExecutor(1, thread_name_prefix="looked") as pool:
+        with ThreadPoolExecutor(1, thread_name_prefix="scanned") as pool:
             try:
                 jobs = [
                     asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
@@ -754,7 +754,7 @@ def test_since_when_work_waits_is_known_to_whoever_looks_at_tasks(loop_name):
                 end.set()
                 task_tracking.detach(loop)
             await asyncio.gather(*jobs)
-        return of_pool("looked", found)[3], asked - seen
+        return of_pool("scanned", found)[3], asked - seen
 
     waited, least = run(main(), loop_name)
     assert waited >= least

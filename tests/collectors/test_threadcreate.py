@@ -14,8 +14,8 @@ def totals_of(starts):
     return totals, unknown
 
 
-def test_threads_count_by_the_stack_that_started_them():
-    """Two starts on one line are one stack; earlier threads are under the unknown stack."""
+def test_threads_are_counted_by_the_stack_that_started_them():
+    """Two starts on one line are one stack. Threads from before are under an unknown stack."""
     starts = ThreadStarts()
     original = threading.Thread.start
     starts.enable()
@@ -30,13 +30,15 @@ def test_threads_count_by_the_stack_that_started_them():
     totals, unknown = totals_of(starts)
     ((stack, count),) = totals.items()
     assert count == 2
-    assert stack[0].function.name.endswith(".test_threads_count_by_the_stack_that_started_them")
+    assert stack[0].function.name.endswith(
+        ".test_threads_are_counted_by_the_stack_that_started_them"
+    )
     assert unknown >= 1
     assert starts.count() == unknown + 2
 
 
-def test_counts_are_kept_when_switched_off_and_on():
-    """Counts never fall; threads started while it is off are not counted."""
+def test_counts_are_kept_when_recording_is_switched_off_and_on():
+    """Counts never fall. Threads that start while it is off are not counted."""
     starts = ThreadStarts()
     for _ in range(2):
         starts.enable()
@@ -51,7 +53,7 @@ def test_counts_are_kept_when_switched_off_and_on():
     assert sum(totals.values()) == 2
 
 
-def test_too_many_different_stacks_count_as_unknown():
+def test_threads_of_too_many_different_stacks_count_as_unknown():
     """Memory is bounded, and the sum includes all threads."""
     starts = ThreadStarts(StackCounter(UNKNOWN, max_stacks=1))
     starts.enable()

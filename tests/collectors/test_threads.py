@@ -1,4 +1,4 @@
-"""thread: the stack and the labels of each thread."""
+"""The thread profile has the stack and the labels of each thread."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def test_every_thread_has_a_sample_with_its_name():
 
 
 @pytest.mark.parametrize("other_loop", [asyncio.new_event_loop, uvloop.new_event_loop])
-def test_a_thread_that_runs_a_loop_says_which_and_its_task(other_loop):
-    """The labels give the loop, the task and whether the thread is a daemon."""
+def test_a_thread_that_runs_a_loop_has_labels_for_loop_and_task(other_loop):
+    """Its labels are the loop's class, the task that runs, and whether the thread is a daemon."""
     ready, finish = threading.Event(), threading.Event()
 
     async def hold():

@@ -10,7 +10,7 @@ from tests.collectors.contention.recorded import Clock, identical, patched
 
 @pytest.fixture(autouse=True)
 def everything_put_back():
-    """Fail a test after which anything is still replaced."""
+    """Fail a test after which a method or name is still replaced."""
     before = patched()
     yield
     assert identical(patched(), before)

@@ -22,9 +22,9 @@ HOLD_NS = 20_000_000
 
 
 def take(kind: str) -> Profile:
-    """Take one of the profiles as it is now."""
+    """Return a snapshot of one of the two profiles."""
     snapshot = ContentionCollector(contention, kind).snapshot()
-    with pytest.raises(StopIteration) as done:  # it waits for nothing, so no loop is needed
+    with pytest.raises(StopIteration) as done:  # it awaits nothing, so no loop is needed
         snapshot.send(None)
     profile = done.value.value()
     check_valid(profile)
@@ -32,7 +32,7 @@ def take(kind: str) -> Profile:
 
 
 class Recorded:
-    """What has been recorded since this was made."""
+    """Reads what has been recorded since this object was made."""
 
     def __init__(self) -> None:
         self._before = {kind: take(kind) for kind in KINDS}
@@ -68,7 +68,7 @@ def short(name: str) -> str:
 
 @contextlib.contextmanager
 def recording(block: int = 1, mutex: int = 1) -> Iterator[Recorded]:
-    """Record contention inside of the `with`."""
+    """Record contention inside the `with`."""
     seen = Recorded()
     set_block_profile_rate(block)
     set_mutex_profile_fraction(mutex)
@@ -81,7 +81,7 @@ def recording(block: int = 1, mutex: int = 1) -> Iterator[Recorded]:
 
 @contextlib.contextmanager
 def asking(**arguments: object) -> Iterator[None]:
-    """Have a middleware with these arguments inside of the `with`."""
+    """Enable recording as a middleware with these arguments does, inside the `with`."""
     settings = ContentionSettings(**arguments)
     contention.enable(settings)
     try:
@@ -91,7 +91,7 @@ def asking(**arguments: object) -> Iterator[None]:
 
 
 def patched() -> dict[str, object]:
-    """Return every attribute that recording replaces, as it is now."""
+    """Return the current value of every attribute that recording replaces."""
     targets = [
         *asyncio_waits.wait_targets(),
         *asyncio_waits.release_targets(),
@@ -108,7 +108,7 @@ def identical(left: dict[str, object], right: dict[str, object]) -> bool:
 
 class Clock:
     """
-    Stands still until a test moves it.
+    A clock that stands still until a test moves it.
 
     Args:
         tick_ns: By how much each reading moves it.
@@ -118,7 +118,7 @@ class Clock:
         self.now_ns = 1_000_000_000
         self.tick_ns = tick_ns
         self.readings = 0
-        self._readers: queue.SimpleQueue[int] = queue.SimpleQueue()  # waits that no profile sees
+        self._readers: queue.SimpleQueue[int] = queue.SimpleQueue()  # no profile sees its waits
 
     def __call__(self) -> int:
         now_ns = self.now_ns

@@ -1,4 +1,4 @@
-"""Waits of tasks: asyncio's primitives and anyio's."""
+"""The waits of tasks for asyncio's and anyio's primitives are recorded."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def others_run() -> None:
 
 
 async def until(condition) -> None:
-    """Let other tasks and threads run until something becomes true."""
+    """Let other tasks and threads run until the condition is true."""
     while not condition():  # noqa: ASYNC110 (threads make it true)
         await asyncio.sleep(0.001)
 
@@ -56,8 +56,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("made", ["before", "while on"])
 @pytest.mark.parametrize("kind", MAKERS)
-def test_tasks_queueing_on_a_lock(kind, made, clock):
-    """All but the first are one contention each, and every nanosecond is charged to a holder."""
+def test_tasks_that_queue_for_a_lock_are_one_contention_each(kind, made, clock):
+    """All but the first wait, and every nanosecond is charged to a holder of the lock."""
     make, acquire, release = MAKERS[kind]
 
     async def contend_c(lock) -> None:
@@ -78,14 +78,14 @@ def test_tasks_queueing_on_a_lock(kind, made, clock):
     stack = seen.stack("block", "contend_c")
     assert (stack[0], stack[-1]) == (acquire, "contend_c")
     if (kind, made) == ("asyncio.Condition", "before"):
-        return  # it keeps its lock's own methods: not seen, as documented
+        return  # this condition was made before and keeps its lock's own methods, as documented
     assert seen.of("mutex", "contend_c") == expected
     assert seen.stack("mutex", "contend_c")[0] == release
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_a_release_is_charged_with_no_more_than_was_waited(kind, clock):
-    """Both profiles count from the same reading of the clock, whatever comes between two."""
+    """Both profiles use the same reading of the clock, whatever runs in between."""
     make, _, _ = MAKERS[kind]
 
     async def contend_c(lock) -> None:
@@ -106,7 +106,7 @@ def test_a_release_is_charged_with_no_more_than_was_waited(kind, clock):
 
 
 def test_waits_are_measured_in_real_time(loop_name):
-    """At least as long as another task saw it wait, at most as long as its call took."""
+    """A wait is at least as long as another task saw, and at most as long as the call took."""
 
     async def wait_in_time(event) -> int:
         began_ns = time.monotonic_ns()
@@ -131,7 +131,7 @@ def test_waits_are_measured_in_real_time(loop_name):
 
 
 def test_the_holder_that_releases_is_charged_with_its_line(clock):
-    """The task that held the lock is in mutex at the line of its release; waiters are not."""
+    """In mutex the task that held the lock is at the line of its release; waiters are not."""
     released_at = 0
 
     async def hold_d(lock) -> None:
@@ -179,7 +179,8 @@ async def notify(condition, clock):
     async with condition:
         condition.notify_all()
         await others_run()
-        clock.advance(HOLD_NS)  # the waiter has to get the lock back: its wait, counted once
+        # The wait goes on until the waiter has got the lock back; it is counted once.
+        clock.advance(HOLD_NS)
 
 
 async def wait_for_barrier(barrier, _):
@@ -262,12 +263,12 @@ WAITS = {
     "receive": ("MemoryObjectReceiveStream.receive", streams, wait_to_receive, send),
     "send": ("MemoryObjectSendStream.send", streams, wait_to_send, receive),
 }
-"""The leaf, what makes the primitive, what waits for it, and what ends the wait."""
+"""For each case: the leaf, what makes the primitive, what waits for it, and what ends the wait."""
 
 
 @pytest.mark.parametrize("case", WAITS)
 def test_one_wait_is_one_contention_of_the_outermost_primitive(case, loop_name, clock):
-    """Whatever it uses inside, the leaf is the method that was called, and it counts once."""
+    """The leaf is the method that was called, whatever it uses inside, and the wait counts once."""
     leaf, make, wait, wake = WAITS[case]
 
     async def main() -> int:
@@ -286,8 +287,8 @@ def test_one_wait_is_one_contention_of_the_outermost_primitive(case, loop_name, 
     assert stack == [leaf, f"test_asyncio_waits.{wait.__name__}"]
 
 
-def test_what_need_not_wait_is_not_recorded():
-    """Free locks, set events and queues with items and room leave nothing in either profile."""
+def test_calls_that_do_not_wait_are_not_recorded():
+    """Free locks, set events and queues with items and room appear in neither profile."""
 
     async def pass_through() -> None:
         for make, _, _ in MAKERS.values():
@@ -313,8 +314,8 @@ def test_what_need_not_wait_is_not_recorded():
     assert seen.samples("mutex") == ()
 
 
-def test_timeouts_and_cancellations_count_with_what_was_waited(clock):
-    """Giving up is a contention too, and the exceptions are the same ones."""
+def test_timeouts_and_cancellations_count_with_their_waiting_time(clock):
+    """A wait that is given up is a contention too, and the exceptions are the original ones."""
 
     async def give_up() -> None:
         lock = asyncio.Lock()
@@ -334,12 +335,12 @@ def test_timeouts_and_cancellations_count_with_what_was_waited(clock):
     with recording() as seen:
         asyncio.run(give_up())
     assert seen.of("block", "Lock.acquire") == (2, 2 * HOLD_NS)
-    assert seen.samples("mutex") == ()  # no task waited when it was released
+    assert seen.samples("mutex") == ()  # no task waited when the lock was released
     assert (asyncio_waits._blocked, asyncio_waits._waiters) == ({}, {})
 
 
 def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name):
-    """Through coroutines and async generators, without the event loop's frames."""
+    """It goes through coroutines and async generators, without the event loop's frames."""
 
     async def generate(event):
         await event.wait()
@@ -369,7 +370,7 @@ def test_the_stack_is_the_whole_chain_of_awaits_and_ends_with_the_task(loop_name
     ]
 
 
-def test_wrappers_are_drop_ins():
+def test_wrappers_behave_as_the_original_methods():
     """They are coroutine functions with the same name, signature and errors; overriding works."""
     before = {
         method: (inspect.signature(method), method.__qualname__)
@@ -402,7 +403,7 @@ def test_wrappers_are_drop_ins():
 
 
 def test_a_wait_leaves_no_cycles():
-    """Locks and exceptions die with their last reference, without the garbage collector."""
+    """Locks and exceptions are freed with their last reference, without the garbage collector."""
 
     class Weak(asyncio.Lock):
         pass
@@ -424,8 +425,8 @@ def test_a_wait_leaves_no_cycles():
         gc.enable()
 
 
-def test_a_task_that_is_thrown_away_is_no_contention():
-    """It never runs on: no record, no exception, and nothing is kept of it."""
+def test_the_wait_of_a_task_that_is_thrown_away_is_not_recorded():
+    """The task never continues: there is no record, no exception, and nothing keeps it alive."""
 
     async def forever(lock) -> None:
         await lock.acquire()
@@ -445,15 +446,15 @@ def test_a_task_that_is_thrown_away_is_no_contention():
 
 
 async def all_workers_idle() -> None:
-    """Wait until every worker thread of anyio's waits for work."""
+    """Wait until every worker thread of anyio waits for work."""
     workers = [each for each in threading.enumerate() if type(each).__name__ == "WorkerThread"]
     await until(lambda: all(worker.queue.not_empty._waiters for worker in workers))
 
 
 @pytest.mark.parametrize("mutex", [0, 1])
-def test_a_saturated_pool_shows_as_waiting_for_a_worker_thread(mutex, clock):
-    """Tasks that wait for a worker thread are at the pseudo-frame, idle workers are not."""
-    gate = threading.Lock()  # waits that no profile sees
+def test_tasks_of_a_full_pool_wait_for_a_worker_thread(mutex, clock):
+    """They have a pseudo-frame that says so. Idle worker threads are not recorded."""
+    gate = threading.Lock()  # no profile sees waits for it
 
     def work() -> None:
         with gate:
@@ -484,8 +485,8 @@ def test_a_saturated_pool_shows_as_waiting_for_a_worker_thread(mutex, clock):
     assert seen.of("mutex", "serve_f")[0] == 3 * mutex
 
 
-def test_what_a_worker_is_given_to_do_may_wait():
-    """A queue's own `get`, called in a worker thread, is no idle worker."""
+def test_work_on_a_worker_thread_may_wait():
+    """A queue's `get` that is called as work does not count as an idle worker."""
     items: queue.Queue[int] = queue.Queue()
 
     async def main() -> None:
@@ -494,7 +495,7 @@ def test_what_a_worker_is_given_to_do_may_wait():
         items.put(1)
         await getting
         await all_workers_idle()
-        await anyio.to_thread.run_sync(time.sleep, 0)  # ends that worker's idle wait
+        await anyio.to_thread.run_sync(time.sleep, 0)  # ends the idle wait of that worker
 
     with recording() as seen:
         asyncio.run(main())
@@ -503,8 +504,8 @@ def test_what_a_worker_is_given_to_do_may_wait():
 
 
 @pytest.mark.server
-def test_a_server_that_waits_for_its_client_is_no_contention():
-    """uvicorn waits for bodies, and for clients to leave, by way of an event."""
+def test_a_server_that_waits_for_its_client_is_not_recorded():
+    """uvicorn waits for bodies, and for clients to disconnect, through an event."""
     waiting, left = threading.Event(), threading.Event()
 
     async def app(scope, receive, send) -> None:
@@ -521,8 +522,8 @@ def test_a_server_that_waits_for_its_client_is_no_contention():
     assert not any(is_in("app", each) for each in seen.samples("block"))
 
 
-def test_unbiased_at_a_millisecond(clock):
-    """2,000 waits of 0.3 ms at rate 1 ms: count and sum are right, within 20 %."""
+def test_estimates_of_short_waits_are_unbiased(clock):
+    """For 2,000 waits of 0.3 ms at rate 1 ms, count and sum are right within 20 %."""
     waited_ns = []
 
     async def spin(lock, rounds: int) -> None:
@@ -530,7 +531,7 @@ def test_unbiased_at_a_millisecond(clock):
             began_ns = clock.now_ns
             await lock.acquire()
             waited_ns.append(clock.now_ns - began_ns)
-            await asyncio.sleep(0)  # so that the other one queues
+            await asyncio.sleep(0)  # so that the other task queues
             clock.advance(300_000)
             lock.release()
 
@@ -548,19 +549,19 @@ def test_unbiased_at_a_millisecond(clock):
 
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
-    """And not with the time from a grant until the task that has it runs."""
+    """The time from a grant until the task with the grant runs is not charged."""
     waiters = TaskWaiters()
     waiters.enter(100)
     waiters.enter(300)
     assert waiters.release(1000) == 900 + 700
     assert not waiters.leave(5000, acquired=True)
     assert waiters.release(6000) == 5000
-    assert waiters.release(6500) is None  # the last has been granted it
+    assert waiters.release(6500) is None  # the lock was granted to the last waiter already
     assert waiters.leave(7000, acquired=True)
 
 
 def test_a_waiter_that_gives_up_is_charged_to_the_next_release():
-    """As long as others wait then; a grant that was not taken goes to the next waiter."""
+    """This holds while others wait. A grant that was not taken goes to the next waiter."""
     waiters = TaskWaiters()
     waiters.enter(0)
     waiters.enter(0)

@@ -1,4 +1,4 @@
-"""block and mutex as profiles: rates, windows, and that everything is put back."""
+"""The profiles block and mutex: rates, windows, and the restoring of what was replaced."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ from tests.servers import until
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_off_by_default_and_says_so(kind):
-    """Go's sample types, period 1, the time, and a comment and a note that it is off."""
+def test_both_profiles_are_off_by_default_and_say_so(kind):
+    """They have Go's sample types, period 1 and the time; comment and note say they are off."""
     before_ns = time.time_ns()
     profile = take(kind)
     assert before_ns <= profile.time_ns <= time.time_ns()
@@ -60,7 +60,7 @@ def test_off_by_default_and_says_so(kind):
 
 
 def test_rates_have_gos_meanings():
-    """Setting a fraction returns the last one, a negative only reads it; a rate below 1 is off."""
+    """Setting a fraction returns the last one; a negative one only reads. A rate below 1 is off."""
     assert set_mutex_profile_fraction(5) == 0
     assert set_mutex_profile_fraction(-1) == 5
     assert set_mutex_profile_fraction(-1) == 5
@@ -72,8 +72,8 @@ def test_rates_have_gos_meanings():
     assert take("block").comments[0].startswith("off: ")
 
 
-def test_what_was_recorded_stays_when_it_is_switched_off():
-    """Totals only rise; while it is off nothing is added."""
+def test_switching_off_keeps_what_was_recorded():
+    """Totals only rise, and nothing is added while a profile is off."""
     with recording() as seen:
         contend_once()
     block, mutex = seen.of("block", "contend_a"), seen.of("mutex", "hold_b")
@@ -82,8 +82,8 @@ def test_what_was_recorded_stays_when_it_is_switched_off():
     assert seen.of("mutex", "hold_b") == mutex
 
 
-def test_on_and_off_many_times_leaves_identical_objects():
-    """Every attribute is the original itself afterwards, and was another meanwhile."""
+def test_switching_on_and_off_restores_the_original_objects():
+    """Every attribute is replaced while recording is on, and is the original object afterwards."""
     before = patched()
     for _ in range(200):
         with asking(block=1, mutex=1, wrap_lock_classes=True):
@@ -92,8 +92,8 @@ def test_on_and_off_many_times_leaves_identical_objects():
     assert [name for name in before if during[name] is before[name]] == []
 
 
-def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name):
-    """No stack shows frames of our wrappers: of a task, of a thread, of a worker thread."""
+def test_task_and_thread_stacks_show_no_frames_of_our_wrappers(loop_name):
+    """Stacks of a task, a thread and a worker thread are the same while recording is on."""
 
     async def stacks() -> dict[str, list[str]]:
         lock, gate = asyncio.Lock(), threading.Event()
@@ -125,9 +125,10 @@ def test_stacks_of_tasks_and_threads_are_the_same_while_it_is_recorded(loop_name
         assert run(stacks(), loop_name) == usual
 
 
-def test_a_wrapper_around_ours_stays_and_ours_delegates(monkeypatch):
-    """Another library's wrapper stays; off, ours records nothing; on again, nothing twice."""
-    monkeypatch.setattr(threading.Condition, "wait", threading.Condition.wait)  # put back at last
+def test_another_librarys_wrapper_around_ours_stays(monkeypatch):
+    """While off, ours delegates and records nothing. On again, it records each wait once."""
+    # Restores the original method at the end.
+    monkeypatch.setattr(threading.Condition, "wait", threading.Condition.wait)
     with recording() as seen:
         ours = threading.Condition.wait
 
@@ -146,7 +147,7 @@ def test_a_wrapper_around_ours_stays_and_ours_delegates(monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_window_switches_on_what_is_off(kind):
-    """Inside it is recorded, at 10,000 ns or one in one, and a comment says so; then it is off."""
+    """It records at 10,000 ns or every event, and a comment says so. Then the profile is off."""
     collector, seen, before = ContentionCollector(contention, kind), Recorded(), patched()
     with asking(wrap_lock_classes=True), collector.window(), collector.window():
         with collector.window():
@@ -161,7 +162,7 @@ def test_a_window_switches_on_what_is_off(kind):
 
 
 def test_a_window_keeps_the_rate_that_is_set():
-    """A window of one profile changes neither its own rate nor the other one's."""
+    """A window of one profile changes neither that profile's rate nor the other's."""
     with recording(block=77, mutex=0), ContentionCollector(contention, "block").window():
         with ContentionCollector(contention, "mutex").window():
             assert take("block").comments[0].startswith("on: a sample in 77 ns")
@@ -172,7 +173,7 @@ def test_a_window_keeps_the_rate_that_is_set():
 
 
 def test_waits_of_a_profile_survive_a_window_of_the_other():
-    """A wait that began before a window of mutex is in block when it ends."""
+    """A wait that began before a window of mutex is in block when the wait ends."""
     with recording(block=1, mutex=0) as seen:
         lock = threading.Semaphore(0)
         thread = threading.Thread(target=contend_a, args=(lock,))
@@ -186,7 +187,7 @@ def test_waits_of_a_profile_survive_a_window_of_the_other():
 
 
 def test_middlewares_share_the_rates():
-    """The last one's rate holds; when it goes the one before has its own again."""
+    """The last middleware's rate applies. When it is closed, the one before gets its rate back."""
     first, second = ContentionSettings(100, 0), ContentionSettings(200, 3)
     contention.enable(first)
     contention.enable(second)
@@ -201,8 +202,8 @@ def test_middlewares_share_the_rates():
         PprofApp(block_profile_rate=-1)
 
 
-def test_switching_while_everything_is_in_use():
-    """Threads and tasks that contend meanwhile lose no step, do not stop, and see no error."""
+def test_rates_may_change_while_all_primitives_are_in_use():
+    """Threads and tasks that contend meanwhile lose no step, do not hang, and see no error."""
     counted, stop = Counter(), threading.Event()
     shared = [threading.Lock(), threading.RLock(), threading.Semaphore(), threading.Condition()]
     items: queue.Queue[int] = queue.Queue(2)
@@ -237,7 +238,7 @@ def test_switching_while_everything_is_in_use():
     interval_s = sys.getswitchinterval()
     with pytest.MonkeyPatch.context() as patch, asking(wrap_lock_classes=True):
         patch.setattr(threading, "excepthook", errors.append)
-        sys.setswitchinterval(0.0001)  # threads interrupt one another more often
+        sys.setswitchinterval(0.0001)  # so that threads interrupt one another more often
         for thread in users:
             thread.start()
         for step in range(300):
@@ -262,8 +263,8 @@ def test_switching_while_everything_is_in_use():
     assert (block.lost, mutex.lost) == (0, 0)
 
 
-def test_a_finalizer_may_switch_in_the_middle_of_switching(monkeypatch):
-    """Its change is applied when the first one is: nothing stays wrapped, nothing is undone."""
+def test_a_finalizer_may_change_the_rate_during_a_change(monkeypatch):
+    """Its change applies after the first one. Nothing stays wrapped, and nothing is lost."""
     before = patched()
     targets = threading_waits.wait_targets
 
@@ -279,7 +280,7 @@ def test_a_finalizer_may_switch_in_the_middle_of_switching(monkeypatch):
 
 
 def test_importing_changes_nothing():
-    """The names and methods are the same objects before and after."""
+    """Names and methods are the same objects before and after the import."""
     script = (
         "import asyncio, threading\n"
         "def look(): return threading.Lock, threading.Condition.wait, asyncio.Lock.acquire\n"
@@ -292,8 +293,8 @@ def test_importing_changes_nothing():
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_a_forked_child_starts_from_zero_and_records():
-    """With our lock taken at the fork, the child still records, and only its own events."""
+def test_a_forked_child_records_its_own_events_only():
+    """It does so even if our lock was held at the fork."""
     with recording() as seen:
         contend_once()
         with contention._lock:
@@ -312,8 +313,8 @@ def test_a_forked_child_starts_from_zero_and_records():
 
 @pytest.mark.go
 @pytest.mark.parametrize("kind", KINDS)
-def test_go_tool_pprof_reads_it(kind, tmp_path):
-    """The protobuf with names, and the debug=1 text with the same totals."""
+def test_go_tool_pprof_reads_both_profiles(kind, tmp_path):
+    """It prints the protobuf's names, and the same totals from the debug=1 text."""
     with recording() as seen:
         contend_once()
     profile = replace(take(kind), samples=seen.samples(kind))
@@ -322,7 +323,8 @@ def test_go_tool_pprof_reads_it(kind, tmp_path):
     name = "contend_a" if kind == "block" else "hold_b"
     for index, position in (("contentions", 0), ("delay", 1)):
         option = f"-sample_index={index}"
-        options = "-top", "-cum", "-unit=ns", "-nodefraction=0", option  # however short its wait
+        # -nodefraction=0 shows the stack however short its wait was.
+        options = "-top", "-cum", "-unit=ns", "-nodefraction=0", option
         report = go_pprof(tmp_path, *options, tmp_path / "binary").text
         assert any(function.endswith(name) for function in flat(report)), report
         raw = go_pprof(tmp_path, "-raw", "-symbolize=none", tmp_path / "text").text

@@ -1,4 +1,4 @@
-"""`threading.Lock` and `RLock`: replaced only if a middleware asks, and then drop-ins."""
+"""`threading.Lock` and `RLock` are replaced only if a middleware asks, and then behave the same."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from asgi_pprof.recorders import contention, set_block_profile_rate
 from tests.collectors.contention.recorded import HOLD_NS, asking, is_in, names, recording
 from tests.servers import until
 
-# As modules get them that a program imports before it has a middleware.
+# The names as modules get them that a program imports before it has a middleware.
 ORIGINALS = threading.Lock, threading.RLock
 
 KINDS = ("Lock", "RLock")
@@ -31,20 +31,20 @@ def kind(request) -> str:
 
 @pytest.fixture
 def wrapping():
-    """A middleware that asks for the lock classes."""
+    """A middleware with `wrap_lock_classes=True`."""
     with asking(wrap_lock_classes=True):
         yield
 
 
 def replaced() -> bool:
-    """Return whether both names are replaced; fail if only one is."""
+    """Return whether both names are replaced; fail if only one of them is."""
     now = threading.Lock, threading.RLock
     assert now in (ORIGINALS, (RecordedLock, RecordedRLock))
     return now != ORIGINALS
 
 
 def test_setting_rates_alone_replaces_nothing(kind):
-    """Nor does a window, nor a middleware that does not ask; other primitives are recorded."""
+    """A window or a middleware without the argument does not either. Other waits are recorded."""
     waits = threading.Condition.wait
     with recording():
         assert not replaced()
@@ -64,7 +64,7 @@ def test_setting_rates_alone_replaces_nothing(kind):
     ids=["app", "middleware"],
 )
 def test_both_names_are_replaced_while_an_app_that_asks_is_open(make_app, rates):
-    """And are the originals again when it is gone; without the argument they always are."""
+    """They are the originals again when the app is gone, and always without the argument."""
     app = make_app(**rates)
     assert not replaced()
     del app
@@ -76,8 +76,8 @@ def test_both_names_are_replaced_while_an_app_that_asks_is_open(make_app, rates)
     assert not replaced()
 
 
-def test_asking_without_a_rate_replaces_nothing_until_a_rate_is_set(wrapping):
-    """It does not matter how the rate is set; a window has none."""
+def test_the_argument_replaces_nothing_until_a_rate_is_set(wrapping):
+    """It does not matter how the rate is set. A window sets none."""
     assert not replaced()
     with ContentionCollector(contention, "mutex").window():
         assert not replaced()
@@ -90,8 +90,8 @@ def test_asking_without_a_rate_replaces_nothing_until_a_rate_is_set(wrapping):
     assert not replaced()
 
 
-def test_of_several_middlewares_one_that_asks_is_enough():
-    """Until the last that asks is gone, or the last rate."""
+def test_one_of_several_middlewares_with_the_argument_is_enough():
+    """The names are replaced until the last one with the argument, or the last rate, is gone."""
     with asking(block=1):
         assert not replaced()
         with asking(wrap_lock_classes=True):
@@ -107,13 +107,13 @@ def test_of_several_middlewares_one_that_asks_is_enough():
 
 
 def make(kind: str):
-    """Make a lock as a program does: by the name in `threading`."""
+    """Make a lock as programs do, by the name in `threading`."""
     return getattr(threading, kind)()
 
 
 @pytest.mark.parametrize("how", ["with", "acquire", "timeout"])
-def test_threads_queueing_on_a_lock(kind, how, wrapping, clock):
-    """One contention each, all of the time; the release by its holder is charged with it."""
+def test_threads_that_queue_for_a_lock_are_one_contention_each(kind, how, wrapping, clock):
+    """All waiting time is recorded, and charged to the release by the lock's holder."""
 
     def contend_j() -> None:
         if how == "with":
@@ -145,7 +145,7 @@ def test_threads_queueing_on_a_lock(kind, how, wrapping, clock):
 
 
 def test_only_the_last_release_of_a_reentrant_lock_is_charged(wrapping, clock):
-    """Inner releases grant nothing; what a condition does with the lock is a release."""
+    """Inner releases grant nothing. A condition that gives up the lock releases it."""
 
     def contend_l() -> None:
         with lock:
@@ -169,8 +169,8 @@ def test_only_the_last_release_of_a_reentrant_lock_is_charged(wrapping, clock):
     assert names(sample)[1] == "Condition.wait"
 
 
-def test_free_locks_and_those_that_must_not_wait_are_not_recorded(kind, wrapping):
-    """Results and errors are those of the real ones, also for arguments that make no sense."""
+def test_locks_that_are_free_or_must_not_wait_are_not_recorded(kind, wrapping):
+    """Results and errors are those of the real locks, for invalid arguments too."""
     with recording() as seen:
         lock, real = make(kind), (_thread.allocate_lock if kind == "Lock" else _thread.RLock)()
         with lock:
@@ -191,8 +191,8 @@ def test_free_locks_and_those_that_must_not_wait_are_not_recorded(kind, wrapping
     assert seen.samples("block") == ()
 
 
-def test_it_passes_for_a_real_lock(kind, wrapping):
-    """In isinstance both ways, repr, weak references, pickling, copying, and conditions."""
+def test_recorded_locks_pass_for_real_ones(kind, wrapping):
+    """They do so in isinstance, repr, weak references, pickling, copying and conditions."""
     real = make(kind)
     with recording(mutex=0):
         lock = make(kind)
@@ -216,7 +216,7 @@ def test_it_passes_for_a_real_lock(kind, wrapping):
 
 
 def test_the_standard_library_gets_real_locks(kind, wrapping):
-    """Its queues, events and conditions have the locks they always had."""
+    """Its queues, events and conditions have the same kinds of lock as without recording."""
     with recording():
         assert type(queue.Queue().mutex) is _thread.LockType
         assert type(threading.Event()._cond._lock) is _thread.LockType
@@ -224,15 +224,15 @@ def test_the_standard_library_gets_real_locks(kind, wrapping):
         assert type(make(kind)).__name__ == f"Recorded{kind}"
 
 
-def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(kind, wrapping):
-    """As documented: the type of a real lock cannot be changed; one of ours only delegates."""
+def test_only_locks_made_while_a_rate_is_set_are_recorded(kind, wrapping):
+    """A real lock's type cannot be changed. A recorded lock stays one, and delegates while off."""
     before = make(kind)
     assert type(before) in (_thread.LockType, _thread.RLock)
     with recording():
         lock = make(kind)
         factory = getattr(threading, kind)
     assert type(make(kind)) is type(before)
-    assert type(factory()) is type(before)  # through a name that was kept
+    assert type(factory()) is type(before)  # the factory was looked up while the name was replaced
     with ContentionCollector(contention, "block").window():
         assert type(factory()) is type(before)
     with lock:
@@ -253,8 +253,8 @@ def test_locks_made_before_are_not_seen_and_those_made_while_on_are_later_too(ki
     assert seen.of("block", "contend_m")[0] == 1
 
 
-def test_names_that_another_library_has_replaced_are_left_alone(monkeypatch, wrapping):
-    """Its lock stays what it is, and there is no endless chain."""
+def test_names_that_another_library_has_replaced_stay(monkeypatch, wrapping):
+    """Its lock is not wrapped, and no lock delegates to itself."""
 
     def theirs():
         return _thread.allocate_lock()

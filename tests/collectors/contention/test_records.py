@@ -1,4 +1,4 @@
-"""The estimators, and adding up without waiting."""
+"""The estimators are unbiased, and records are added without waiting."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def values(records):
     return [total.values for total in records.totals()]
 
 
-def test_waits_as_long_as_the_rate_are_all_taken_as_they_are():
-    """At rate 1 that is every wait; at rate 0, and below, none is."""
+def test_waits_of_the_rate_or_longer_are_recorded_as_they_are():
+    """At rate 1 that is every wait; at rate 0 and below no wait is recorded."""
     never = pytest.fail
     assert weigh_wait(5, 1, never) == (1.0, 5)
     assert weigh_wait(10_000, 10_000, never) == (1.0, 10_000)
@@ -39,14 +39,14 @@ def test_waits_as_long_as_the_rate_are_all_taken_as_they_are():
     assert weigh_wait(5, -1, never) is None
 
 
-def test_shorter_waits_stand_for_as_many_as_make_the_rate():
-    """Go's correction: rate/waited events of together one rate, with the chance waited/rate."""
+def test_shorter_waits_are_sampled_and_scaled():
+    """As in Go, one is kept with probability waited/rate, as rate/waited events of that length."""
     assert weigh_wait(2500, 10_000, lambda: 0.2499) == (4.0, 10_000)
     assert weigh_wait(2500, 10_000, lambda: 0.25) is None
 
 
 def test_block_totals_are_unbiased():
-    """At rate 1 ms, 200,000 waits of 10 us to 3 ms add up to their true sum, within 2 %."""
+    """At rate 1 ms, 200,000 waits of 10 us to 3 ms add up to their true sum within 2 %."""
     random = Random(1)
     records = ContentionRecords(weigh_wait, random=Random(2).random)
     records.rate = MS
@@ -61,7 +61,7 @@ def test_block_totals_are_unbiased():
 
 
 def test_mutex_totals_are_unbiased():
-    """One in ten releases, times ten; one in one is exact, 0 is none."""
+    """At 10 one in ten releases is kept, times ten; 1 is exact, and 0 records nothing."""
     random = Random(3)
     records = ContentionRecords(weigh_release, random=Random(4).random)
     records.rate = 10
@@ -78,7 +78,7 @@ def test_mutex_totals_are_unbiased():
 
 
 def test_nothing_is_lost_between_threads():
-    """Threads that add at once lose nothing, and totals read meanwhile only rise."""
+    """Threads that add at the same time lose nothing, and totals read meanwhile only rise."""
     records = ContentionRecords(weigh_wait)
     stack = a_stack()
 
@@ -99,8 +99,8 @@ def test_nothing_is_lost_between_threads():
     assert records.lost == 0
 
 
-def test_adding_in_the_middle_of_adding_up_does_not_wait(monkeypatch):
-    """A signal handler or a finalizer may do so: its event is queued, and added up later."""
+def test_adding_does_not_wait_for_a_sum_in_progress(monkeypatch):
+    """A signal handler or a finalizer may add then. Its event is queued, and added up later."""
     monkeypatch.setattr(contention_records, "_MAX_QUEUED", 100)
     records = ContentionRecords(weigh_wait)
     stack = a_stack()
@@ -111,8 +111,8 @@ def test_adding_in_the_middle_of_adding_up_does_not_wait(monkeypatch):
     assert values(records) == [(100, 100)]
 
 
-def test_stacks_are_bounded(monkeypatch):
-    """Events of further stacks are counted together, under a name that says so."""
+def test_the_number_of_stacks_is_bounded(monkeypatch):
+    """Events of further stacks are added up under a name that says so."""
     monkeypatch.setattr(contention_records, "MAX_STACKS", 3)
     records = ContentionRecords(weigh_wait)
     for lasti in range(0, 20, 2):
@@ -124,8 +124,8 @@ def test_stacks_are_bounded(monkeypatch):
     assert sum(count for count, _ in samples.values()) == 10
 
 
-def test_same_place_with_and_without_a_pseudo_frame_are_two_stacks():
-    """Waiting for a worker thread is distinguished from other waits at that place."""
+def test_one_place_with_and_without_a_pseudo_frame_is_two_stacks():
+    """A wait for a worker thread is distinguished from other waits at the same place."""
     records = ContentionRecords(weigh_wait)
     records.add(a_stack(), (1.0, 1))
     records.add(a_stack("waiting for a worker thread"), (1.0, 2))

@@ -1,4 +1,4 @@
-"""Waits of threads: for what is built on conditions, joins, semaphores and executors."""
+"""Waits of threads for primitives built on conditions, threads and executors are recorded."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class GatedThread(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__()
-        self.gate = threading.Lock()  # waits that no profile sees
+        self.gate = threading.Lock()  # no profile sees waits for it
         self.gate.acquire()
         self.start()
 
@@ -115,12 +115,12 @@ WAITS = {
     wait_for_result: ("Future.result", Future, lambda future: future.set_result(1)),
     wait_for_futures: ("Event.wait", Future, lambda future: future.set_result(1)),
 }
-"""By the function that waits: the leaf, what makes the primitive, what ends the wait."""
+"""By function that waits: the leaf, what makes the primitive, and what ends the wait."""
 
 
 @pytest.mark.parametrize("wait_in", WAITS, ids=lambda each: each.__name__)
 def test_one_wait_is_one_contention_of_the_outermost_primitive(wait_in, clock):
-    """Whatever it uses inside, the leaf is the method that was called, and it counts once."""
+    """The leaf is the method that was called, whatever it uses inside, and the wait counts once."""
     leaf, make, wake = WAITS[wait_in]
     primitive = make()
     waiter = threading.Thread(target=wait_in, args=(primitive,))
@@ -137,8 +137,8 @@ def test_one_wait_is_one_contention_of_the_outermost_primitive(wait_in, clock):
     assert names(sample)[: len(stack)] == stack
 
 
-def test_threads_queueing_on_a_semaphore(clock):
-    """One contention each, all of the time; the release by its holder is charged with it."""
+def test_threads_that_queue_for_a_semaphore_are_one_contention_each(clock):
+    """All waiting time is recorded, and charged to the release by the semaphore's holder."""
 
     def contend_g() -> None:
         with semaphore:
@@ -151,7 +151,7 @@ def test_threads_queueing_on_a_semaphore(clock):
             until(lambda: len(semaphore._cond._waiters) == 4)
             clock.advance(HOLD_NS)
 
-    semaphore = threading.Semaphore(1)  # made before it is switched on
+    semaphore = threading.Semaphore(1)  # made before recording is switched on
     threads = [threading.Thread(target=contend_g) for _ in range(4)]
     with recording() as seen:
         hold_h()
@@ -164,7 +164,7 @@ def test_threads_queueing_on_a_semaphore(clock):
 
 
 def test_a_release_is_charged_with_no_more_than_was_waited(clock):
-    """Both profiles count from the same reading of the clock, whatever comes between two."""
+    """Both profiles use the same reading of the clock, whatever runs in between."""
     semaphore = threading.Semaphore(0)
     threads = [threading.Thread(target=wait_for_semaphore, args=(semaphore,)) for _ in range(3)]
 
@@ -185,7 +185,7 @@ def test_a_release_is_charged_with_no_more_than_was_waited(clock):
 
 
 def test_waits_are_measured_in_real_time():
-    """At least as long as another thread saw it wait, at most as long as its call took."""
+    """A wait is at least as long as another thread saw, and at most as long as the call took."""
     event, took_ns = threading.Event(), []
 
     def wait_in_time() -> None:
@@ -207,8 +207,8 @@ def test_waits_are_measured_in_real_time():
     assert seen_ns <= delay_ns <= took_ns[0]
 
 
-def test_what_need_not_wait_is_not_recorded():
-    """Nor what must not wait, nor sleep."""
+def test_calls_that_do_not_wait_are_not_recorded():
+    """Calls that must not wait, and sleep, are not recorded either."""
     semaphore, items, event = threading.Semaphore(2), queue.Queue(), threading.Event()
     with recording() as seen:
         event.set()
@@ -223,8 +223,8 @@ def test_what_need_not_wait_is_not_recorded():
     assert seen.samples("mutex") == ()
 
 
-def test_timeouts_count_with_what_was_waited():
-    """Giving up after 5 ms is a contention of at least that; errors are the same ones."""
+def test_timeouts_count_with_their_waiting_time():
+    """Giving up after 5 ms is a contention of at least 5 ms. Errors are the original ones."""
     with recording() as seen:
         assert not threading.Event().wait(0.005)
         with pytest.raises(queue.Empty):
@@ -233,14 +233,14 @@ def test_timeouts_count_with_what_was_waited():
             threading.Condition().wait()
         with pytest.raises(RuntimeError, match="cannot join current thread"):
             threading.current_thread().join()
-    count, delay_ns = seen.of("block", "test_timeouts_count_with_what_was_waited")
+    count, delay_ns = seen.of("block", "test_timeouts_count_with_their_waiting_time")
     assert count == 2
     assert delay_ns >= 2 * 5_000_000
 
 
-def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name, clock):
-    """From submit to start, with the stack that submitted; idle workers do not show."""
-    gate = threading.Lock()  # waits that no profile sees
+def test_work_of_a_full_executor_waits_for_a_worker_thread(loop_name, clock):
+    """It waits from submit to start, with the submitter's stack. Idle workers do not count."""
+    gate = threading.Lock()  # no profile sees waits for it
 
     def work() -> None:
         with gate:
@@ -267,7 +267,7 @@ def test_a_full_executor_shows_as_waiting_for_a_worker_thread(loop_name, clock):
     assert not any(is_in("_worker", each) for each in seen.samples("block"))
 
 
-def test_a_cancelled_work_item_leaves_nothing():
+def test_a_cancelled_work_item_leaves_no_record():
     """A work item that never starts is not charged, and its future is like any other."""
     with recording() as seen, ThreadPoolExecutor(1) as executor:
         gate = threading.Event()
@@ -279,8 +279,8 @@ def test_a_cancelled_work_item_leaves_nothing():
     assert seen.of("block", "<waiting for a worker thread>")[0] <= 1
 
 
-def test_waits_in_a_task_end_with_the_task(loop_name):
-    """A thread's primitive on the loop: the task's stack, without the event loop's frames."""
+def test_the_stack_of_a_threads_primitive_in_a_task_is_the_tasks(loop_name):
+    """It is the task's stack, without the event loop's frames."""
 
     async def block_the_loop() -> None:
         threading.Event().wait(0.001)
@@ -291,7 +291,7 @@ def test_waits_in_a_task_end_with_the_task(loop_name):
 
 
 def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_release():
-    """The same rule as for tasks; with no waiter there is nothing to charge."""
+    """This is the same rule as for tasks. Without a waiter nothing is charged."""
     waiters = ThreadWaiters()
     assert waiters.release(50) is None
     waiters.enter(100)
@@ -301,8 +301,8 @@ def test_a_release_is_charged_with_each_wait_since_it_began_or_since_the_last_re
     assert waiters.release(2000) is None
 
 
-def test_threads_that_interrupt_one_another_charge_nothing_twice():
-    """A wait or release after a releasing thread has read the clock counts from there on."""
+def test_threads_that_interrupt_one_another_charge_no_time_twice():
+    """A release counts only the time after the latest clock reading of any earlier release."""
     waiters = ThreadWaiters()
     waiters.enter(1000)
     assert waiters.release(900) == 0

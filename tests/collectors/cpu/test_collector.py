@@ -1,4 +1,4 @@
-"""The best CPU engine that works here is used, and the note says which one."""
+"""The CPU collector uses the best engine that works, and its note says which one."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def collect(hz=100):
 
 @pytest.mark.skipif(not native, reason="needs the C core")
 def test_the_native_engine_is_used_where_it_works():
-    """It samples every thread, at the wanted frequency."""
+    """It samples every thread at the requested frequency."""
     assert CpuCollector().note() == "engine: native"
     profile = collect(hz=50)
     assert profile.comments[0].startswith("engine: native, every thread at 50 Hz")
@@ -39,13 +39,13 @@ def test_the_native_engine_is_used_where_it_works():
 
 @pytest.mark.skipif(bool(native), reason="needs to be without the C core")
 def test_without_the_c_core_the_signal_engine_is_used():
-    """The note says why not the native one."""
+    """The note says why the native engine is not used."""
     assert reason in CpuCollector().note()
     assert collect().comments[0].startswith("engine: signal")
 
 
 def test_the_signal_engine_is_used_where_the_native_one_does_not_work(monkeypatch):
-    """At the wanted frequency too; the note says what it misses, and the reason."""
+    """It samples at the requested frequency. The note says what it misses, and the reason."""
     monkeypatch.setattr(cpu_native, "why_not", lambda: "the moon is full")
     assert CpuCollector().note() == (
         "engine: signal, which samples the main thread only (no native one: the moon is full)"
@@ -56,7 +56,7 @@ def test_the_signal_engine_is_used_where_the_native_one_does_not_work(monkeypatc
 
 
 def test_without_process_vm_readv_the_reason_is_the_systems(monkeypatch):
-    """For example under a strict seccomp filter."""
+    """That happens under a strict seccomp filter, for example."""
     monkeypatch.setattr(cpu_native, "native", NoProcessVm)
     assert cpu_native.why_not() == "process_vm_readv: Operation not permitted"
     assert "process_vm_readv" in CpuCollector().note()
@@ -64,7 +64,7 @@ def test_without_process_vm_readv_the_reason_is_the_systems(monkeypatch):
 
 
 def test_without_an_engine_the_profile_is_unavailable(monkeypatch):
-    """The answer is 501 with both reasons, and the note says so beforehand."""
+    """The error has status 501 and both reasons. The note says it before a profile is requested."""
     monkeypatch.setattr(cpu_native, "why_not", lambda: "the moon is full")
     monkeypatch.setattr(cpu_signal, "is_supported", lambda: False)
     assert CpuCollector().note().startswith("unavailable: needs SIGPROF")

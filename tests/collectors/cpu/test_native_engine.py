@@ -1,4 +1,4 @@
-"""The native CPU engine samples every thread, names code right, and puts everything back."""
+"""The native CPU engine samples every thread, names code right, and restores everything."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def burn_in_worker(seconds):
 
 
 async def profiled(work, hz=100):
-    """Return a profile of what `work` does on the loop."""
+    """Return a profile taken while `work` runs on the loop."""
     stop = asyncio.Event()
     profile = asyncio.create_task(cpu_native.collect(600, stop, hz))
     await asyncio.sleep(0)
@@ -83,7 +83,7 @@ def profile_of(work, hz=100, loop_name="asyncio"):
 
 
 def cpu_ns(profile, function, **having):
-    """Return the nanoseconds of samples with a function on the stack, and with these labels."""
+    """Return the nanoseconds of samples that have a function on the stack, and these labels."""
     return sum(
         sample.values[1]
         for sample in profile.samples
@@ -97,7 +97,7 @@ def total_ns(profile):
 
 
 def with_more_time(check: Callable[[float], None], *seconds: float) -> None:
-    """Repeat a check that may fail for want of samples, with longer runs."""
+    """Repeat a check, which may fail because of too few samples, with longer runs."""
     for longer in seconds[:-1]:
         try:
             return check(longer)
@@ -110,7 +110,7 @@ def with_more_time(check: Callable[[float], None], *seconds: float) -> None:
 
 
 def test_time_goes_to_the_function_that_used_it(loop_name):
-    """The main thread's CPU is in the profile under the function's name, and nothing else is."""
+    """The main thread's CPU time is in the profile under the function's name."""
 
     def check(seconds):
         profile = profile_of(lambda: burn(seconds), loop_name=loop_name)
@@ -120,7 +120,7 @@ def test_time_goes_to_the_function_that_used_it(loop_name):
     with_more_time(check, 0.5, 2, 5)
 
 
-def test_threads_that_begin_during_the_profile_are_charged_for_their_own():
+def test_threads_that_begin_during_the_profile_are_charged_with_their_own_time():
     """Each function has its own time, in a plain thread, an executor's and asyncio's."""
 
     async def work(seconds):
@@ -140,8 +140,8 @@ def test_threads_that_begin_during_the_profile_are_charged_for_their_own():
     with_more_time(check, 0.5, 2, 5)
 
 
-def test_time_of_threads_between_two_readings_is_counted_once():
-    """The time of a thread that has samples is not in the time of unseen threads as well."""
+def test_the_time_of_a_new_thread_is_counted_once():
+    """The time of a thread with samples is not also in the sum of threads that were never seen."""
 
     def check(seconds):
         before = time.process_time_ns()
@@ -175,7 +175,7 @@ def compress_a_block(seconds):
 
 
 def test_c_code_without_the_gil_is_charged_to_the_line_that_called_it():
-    """This holds in four threads at once, each with its own function."""
+    """Four threads run such code at once, two for each function."""
     calls = {hash_a_block: "hashlib.sha256", compress_a_block: "zlib.compress"}
     begin = threading.Event()
 
@@ -214,8 +214,8 @@ def test_c_code_without_the_gil_is_charged_to_the_line_that_called_it():
     with_more_time(check, 0.3, 1, 3)
 
 
-def test_a_loop_outside_the_main_thread_is_served():
-    """Every thread is sampled, the main one too."""
+def test_a_loop_outside_the_main_thread_can_be_profiled():
+    """Every thread is sampled, including the main one."""
     profiles = []
 
     def elsewhere():
@@ -242,8 +242,8 @@ def test_a_loop_outside_the_main_thread_is_served():
     assert cpu_ns(profiles[0], "burn_in_worker") > 0.2e9
 
 
-def test_cpu_of_threads_without_python_is_one_sample():
-    """The threads of a C library have no stacks, but their time is counted."""
+def test_the_cpu_time_of_threads_without_python_is_one_sample():
+    """Threads of a C library have no Python stacks, but their time is counted."""
     libc = ctypes.CDLL(None)
     text = ctypes.create_string_buffer(b"x" * 50_000_000)
 
@@ -274,8 +274,8 @@ def test_cpu_of_threads_without_python_is_one_sample():
 
 
 @pytest.mark.parametrize("hz", [10, 100, 1000])
-def test_a_sample_weighs_whole_periods(hz):
-    """Count times period is the CPU time, and the total is near what the clock says."""
+def test_a_sample_stands_for_whole_periods(hz):
+    """Count times period is the CPU time, and the total is near the process's own clock."""
 
     def check(seconds):
         before = time.process_time_ns()
@@ -289,8 +289,8 @@ def test_a_sample_weighs_whole_periods(hz):
     with_more_time(check, 1, 3)
 
 
-def test_the_comment_says_which_engine_and_what_it_cost():
-    """It has the number of samples and their CPU time."""
+def test_the_comments_name_the_engine_and_its_cost():
+    """The cost is the number of samples and their CPU time."""
     comments = profile_of(lambda: burn(0.2), 250).comments
     assert comments[0] == "engine: native, every thread at 250 Hz of its CPU time"
     assert comments[1].startswith("sampler: ")
@@ -301,7 +301,7 @@ def test_the_comment_says_which_engine_and_what_it_cost():
 
 
 class Kinds:
-    """Functions of every kind, each with a loop on lines of its own."""
+    """Functions of every kind, each with a loop on its own lines."""
 
     def method(self, seconds):
         end = time.thread_time() + seconds
@@ -353,7 +353,7 @@ def codes_within(code: CodeType) -> list[CodeType]:
     ["method", "nested", "generator", "coroutine", "async_generator", "function_of_one_line"],
 )
 def test_names_files_and_lines_are_those_of_the_code(kind):
-    """So are the qualified name, file and first line; most samples are in the loop."""
+    """Qualified name, file and first line are right, and most samples are in the loop."""
     function = vars(Kinds)[kind]
     function = getattr(function, "__func__", function)
     codes = codes_within(function.__code__)
@@ -400,8 +400,8 @@ def call_by_name(seconds, names):
         FunctionType(code, globals())(seconds)
 
 
-def test_names_of_every_alphabet_come_out_as_they_are():
-    """Latin-1, all other planes, lone surrogates; pprof's strings are UTF-8."""
+def test_names_of_every_alphabet_are_right():
+    """The names have Latin-1, all other planes and lone surrogates; pprof's strings are UTF-8."""
     names = [
         ("größe", "/tmp/größe.py"),
         ("Корзина.сумма", "/tmp/корзина.py"),
@@ -422,7 +422,7 @@ def test_names_of_every_alphabet_come_out_as_they_are():
     with_more_time(check, 0.06, 0.3)
 
 
-def test_very_long_names_are_cut_and_say_so():
+def test_very_long_names_are_cut_and_marked():
     """They are cut at about a thousand bytes, never within a character."""
     names = [("x" * 5000, "/tmp/" + "y" * 5000), ("漢" * 3000, "/tmp/z.py"), ("e" * 900, "/tmp/e")]
 
@@ -442,7 +442,7 @@ def test_very_long_names_are_cut_and_say_so():
 
 
 def test_deep_recursion_is_cut_at_128_and_marked():
-    """The 128 innermost of 10,000 frames are kept, the rest is one pseudo-frame."""
+    """The innermost 128 of 10,000 frames are kept, and one pseudo-frame stands for the rest."""
 
     def recurse(depth):
         return recurse(depth - 1) if depth else burn(0.1)
@@ -466,7 +466,7 @@ def test_deep_recursion_is_cut_at_128_and_marked():
 
 
 def make_function(name, blank_lines, filename="<generated>"):
-    """Return a function that burns on one line, so many lines below its first."""
+    """Return a function that burns CPU on one line, `blank_lines` + 1 below its first."""
     text = (
         f"def {name}(end, clock):" + "\n" * blank_lines + " while clock() < end: sum(range(99))\n"
     )
@@ -475,8 +475,8 @@ def make_function(name, blank_lines, filename="<generated>"):
     return namespace[name]
 
 
-def test_functions_that_differ_only_in_their_lines_keep_their_own():
-    """They are compiled again under the same name and file, with the loop on another line."""
+def test_functions_that_differ_only_in_their_lines_keep_their_lines():
+    """The code is compiled again under the same name and file, with the loop on another line."""
 
     def work():
         for blank_lines in (40, 41, 42):
@@ -493,8 +493,8 @@ def test_functions_that_differ_only_in_their_lines_keep_their_own():
     assert found == {(41, 41), (42, 42), (43, 43)}
 
 
-def test_code_that_is_made_and_dropped_all_the_time_has_its_own_names():
-    """A sample has the name of the code that ran, even if other code had its address before."""
+def test_code_that_is_created_and_freed_all_the_time_has_its_own_names():
+    """A sample has the name of the code that ran, even if its address was another code's before."""
 
     def work(seconds):
         end, number = time.thread_time() + seconds, 0
@@ -519,8 +519,8 @@ def test_code_that_is_made_and_dropped_all_the_time_has_its_own_names():
     with_more_time(check, 1, 5)
 
 
-def test_code_that_dies_with_its_only_frame_leaves_no_name_behind():
-    """Only the frame refers to it, and the next code gets the same address."""
+def test_code_that_is_freed_with_its_only_frame_leaves_no_name_behind():
+    """Only the frame refers to the code, and the next code gets the same address."""
 
     def work(seconds):
         end, number = time.thread_time() + seconds, 0
@@ -529,7 +529,7 @@ def test_code_that_dies_with_its_only_frame_leaves_no_name_behind():
             number += 1
             name = f"fleeting_{number % 5}"
             with labels(ran=name):
-                # A copy that only the function refers to, which only the call refers to.
+                # Only the call refers to the function, and only the function refers to its code.
                 FunctionType(codes[number % 5].replace(), globals())(0, time.thread_time)
                 FunctionType(codes[number % 5].replace(), globals())(
                     time.thread_time() + 0.0005, time.thread_time
@@ -548,7 +548,7 @@ def test_code_that_dies_with_its_only_frame_leaves_no_name_behind():
 # --- labels ----------------------------------------------------------------------
 
 
-def test_samples_carry_the_labels_of_what_ran():
+def test_samples_have_the_labels_of_the_code_that_ran():
     """Each half of the work has its own label, and the rest has none."""
 
     def work(seconds):
@@ -569,7 +569,7 @@ def test_samples_carry_the_labels_of_what_ran():
 
 
 def test_tasks_threads_and_copied_contexts_inherit_labels():
-    """Child tasks, asyncio.to_thread, and threads that run in a copy of the context."""
+    """These are child tasks, asyncio.to_thread, and threads that run in a copy of the context."""
 
     async def burn_in_task(seconds):
         burn(seconds)
@@ -595,8 +595,8 @@ def test_tasks_threads_and_copied_contexts_inherit_labels():
     with_more_time(check, 0.4, 1, 3)
 
 
-def test_label_sets_that_die_before_the_profile_is_read_are_remembered():
-    """A thousand short-lived label sets are gone at the end."""
+def test_labels_of_sets_that_die_before_the_profile_is_read_are_kept():
+    """A thousand short-lived label sets have died by then."""
 
     def work(seconds):
         end, number = time.thread_time() + seconds, 0
@@ -617,7 +617,7 @@ def test_label_sets_that_die_before_the_profile_is_read_are_remembered():
 
 @pytest.mark.parametrize("dies", [False, True])
 def test_a_route_that_becomes_known_later_labels_earlier_samples(dies):
-    """Samples taken before routing have it too, whether the request has ended or not."""
+    """Samples taken before routing have the route too, whether or not the request has ended."""
 
     class Route:
         path = "/carts/{cart}"
@@ -645,7 +645,7 @@ def test_a_route_that_becomes_known_later_labels_earlier_samples(dies):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40, 200, 5000])
 def test_labels_are_found_among_many_context_variables(count):
-    """The context's tree has nodes of both kinds, several levels deep."""
+    """The context's mapping is a tree several levels deep, with nodes of both kinds."""
     context = contextvars.copy_context()
 
     def work(seconds):
@@ -665,12 +665,12 @@ def test_labels_are_found_among_many_context_variables(count):
     with_more_time(check, 0.15, 0.6, 2)
 
 
-# --- threads come and go ----------------------------------------------------------
+# --- threads start and end --------------------------------------------------------
 
 
 @can_count_timers
-def test_ended_threads_lose_their_timers_and_the_end_leaves_none():
-    """Each living thread has one timer, ended ones have none."""
+def test_ended_threads_lose_their_timers_and_the_profile_leaves_none():
+    """Each living thread has one timer, and an ended one has none."""
     leave = threading.Event()
 
     def timed() -> list[int]:
@@ -698,8 +698,8 @@ def test_ended_threads_lose_their_timers_and_the_end_leaves_none():
     assert clock_timers() == before
 
 
-def test_hundreds_of_short_threads_do_no_harm():
-    """Each lives for some milliseconds; part of their time is sampled, and nothing is left."""
+def test_hundreds_of_short_threads_are_sampled_safely():
+    """Each lives for some milliseconds. A part of their time is sampled, and no timer is left."""
     program = """
     import asyncio, threading, time
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -733,7 +733,7 @@ def test_hundreds_of_short_threads_do_no_harm():
 
 
 def long_function(lines):
-    """Return a function of so many lines; two of them, both in the middle, take all of its time."""
+    """Return a function with so many lines, and the line in its middle that takes all its time."""
     source = ["def long(seconds):", " x = time.thread_time() + seconds"]
     source += [" y = 0"] * (lines // 2)
     source += [" while time.thread_time() < x:", "  sum(range(1000))"]
@@ -744,8 +744,8 @@ def long_function(lines):
 
 
 @pytest.mark.parametrize("lines", [5_000, 50_000])
-def test_lines_of_long_functions_are_right_and_cost_no_more(lines):
-    """Their line tables are read when the profile is: in the handler that takes too long."""
+def test_lines_of_long_functions_are_right_and_cheap(lines):
+    """Their line tables are read with the profile, because the handler would take too long."""
     long, hot = long_function(lines)
 
     def check(seconds):
@@ -758,8 +758,8 @@ def test_lines_of_long_functions_are_right_and_cost_no_more(lines):
     with_more_time(check, 0.3, 1, 3)
 
 
-def test_the_line_of_a_long_function_that_is_gone_is_not_known():
-    """It is 0, and neither a wrong one nor read from memory that is free."""
+def test_the_line_in_a_long_function_that_has_been_freed_is_unknown():
+    """The line is 0, not a wrong one, and no freed memory is read."""
 
     def work():
         long, _ = long_function(20_000)
@@ -772,8 +772,8 @@ def test_the_line_of_a_long_function_that_is_gone_is_not_known():
     assert line == 0
 
 
-def test_a_thread_whose_samples_cost_too_much_is_sampled_no_more():
-    """Its CPU is in the profile under a name that says so."""
+def test_a_thread_whose_samples_cost_too_much_gets_no_more_of_them():
+    """Its CPU time is in the profile under a name that says so."""
     native.cpu_start(1000, 0, 2**40)
     try:
         burn(0.3)
@@ -788,7 +788,7 @@ def test_a_thread_whose_samples_cost_too_much_is_sampled_no_more():
 
 
 def test_more_than_a_thousand_threads_do_not_hide_the_main_thread():
-    """New ones come first in the interpreter's list; and looking for them costs next to nothing."""
+    """New threads come first in the interpreter's list, and finding them costs next to nothing."""
     program = """
     import asyncio, threading, time
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -819,11 +819,11 @@ def test_more_than_a_thousand_threads_do_not_hide_the_main_thread():
     """
     share, looking_ms = run_program(program).split()
     assert 0.8 < float(share) < 1.2
-    assert float(looking_ms) < 300  # it was 5 % of a CPU, besides what it takes to begin
+    assert float(looking_ms) < 300  # it was 5 % of a CPU, besides the cost of the start
 
 
-def test_labels_are_kept_of_sampled_sets_only():
-    """And of none once the profile has been read: a service makes one for each request."""
+def test_labels_are_stored_for_sampled_sets_only():
+    """After the profile none is stored: a service makes a label set for each request."""
 
     def requests(count):
         for _ in range(count):
@@ -847,7 +847,7 @@ def test_labels_are_kept_of_sampled_sets_only():
 
 
 def test_two_hundred_threads_at_once_are_all_sampled():
-    """Each has its own timer and labels."""
+    """Each of them has its own timer and labels."""
     program = """
     import asyncio, contextvars, threading, time
     from asgi_pprof import labels
@@ -893,7 +893,9 @@ def test_two_hundred_threads_at_once_are_all_sampled():
 
 def code_destructor() -> int:
     """Return the address of the destructor of code objects."""
-    before_it = 6 * ctypes.sizeof(ctypes.c_void_p)  # count, type, size; name and two sizes
+    before_it = 6 * ctypes.sizeof(
+        ctypes.c_void_p
+    )  # reference count, type, size; name and two sizes
     return ctypes.c_void_p.from_address(id(CodeType) + before_it).value or 0
 
 
@@ -902,8 +904,8 @@ def everything() -> dict[str, object]:
 
 
 @pytest.mark.parametrize("handler", [signal.SIG_DFL, signal.SIG_IGN])
-def test_everything_is_put_back(loop_name, handler):
-    """Handler, timers, threads and the destructor of code are as they were."""
+def test_everything_is_restored(loop_name, handler):
+    """Handler, timers, threads and the destructor of code objects are as before."""
 
     async def main():
         before = everything()
@@ -914,14 +916,14 @@ def test_everything_is_put_back(loop_name, handler):
         stop.set()
         await profile
         await asyncio.to_thread(time.sleep, 0)
-        for _ in range(200):  # the thread that built it needs a moment to end
+        for _ in range(200):  # the thread that built the profile takes a moment to end
             if (after := everything())["native threads"] == before["native threads"]:
                 break
             await asyncio.sleep(0.02)
         return before, after
 
     async def with_a_worker():
-        await asyncio.to_thread(time.sleep, 0)  # the executor's thread stays
+        await asyncio.to_thread(time.sleep, 0)  # the executor's thread does not end
         return await main()
 
     replaced = signal.signal(signal.SIGPROF, handler)
@@ -932,8 +934,8 @@ def test_everything_is_put_back(loop_name, handler):
     assert after == before
 
 
-def test_only_one_at_a_time():
-    """A second profile is refused in Go's words, the first one is not disturbed."""
+def test_a_second_profile_at_the_same_time_is_refused():
+    """The error has Go's words, and the first profile is not disturbed."""
 
     async def main():
         stop = asyncio.Event()
@@ -968,7 +970,7 @@ def test_a_cancelled_profile_stops_its_sampler():
 
 
 def test_profiles_cancelled_while_they_are_built_do_not_disturb_the_next():
-    """Even if the old samples are still being read, the new ones are complete."""
+    """The new samples are complete even while the old ones are being read."""
     program = """
     import asyncio, contextlib, time
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -1041,8 +1043,8 @@ def test_the_applications_own_timer_is_left_alone():
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
-def test_a_handler_of_a_c_library_is_left_alone():
-    """Only the system knows of that handler, Python does not."""
+def test_a_c_librarys_handler_is_left_alone():
+    """The system knows of that handler, and Python does not."""
     program = """
     import asyncio, ctypes
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -1065,8 +1067,8 @@ def test_a_handler_of_a_c_library_is_left_alone():
 
 
 @can_count_timers
-def test_an_application_that_takes_sigprof_meanwhile_gets_it():
-    """The profile ends early and says so; after that its handler gets no signal of ours."""
+def test_an_application_that_takes_sigprof_during_a_profile_gets_it():
+    """The profile ends early and says so. After that the handler gets none of our signals."""
     received = []
 
     def own(signum, frame):
@@ -1077,7 +1079,7 @@ def test_an_application_that_takes_sigprof_meanwhile_gets_it():
         signal.signal(signal.SIGPROF, own)
         while clock_timers() > before:
             burn(0.01)
-        burn(0.05)  # one may be on its way
+        burn(0.05)  # one signal may be on its way
         received.clear()
         burn_in_thread(0.3)
 
@@ -1095,8 +1097,8 @@ def test_an_application_that_takes_sigprof_meanwhile_gets_it():
     check_valid(profile_of(lambda: burn(0.02)))
 
 
-def test_a_thousand_starts_and_stops_under_load_survive():
-    """SIGPROF's default action ends the process: it must never meet a late signal."""
+def test_a_process_survives_a_thousand_starts_and_stops_under_load():
+    """A late signal must never meet SIGPROF's default action, which ends the process."""
     program = """
     import sys, threading, time, zlib
     from asgi_pprof.native.core import native
@@ -1111,7 +1113,7 @@ def test_a_thousand_starts_and_stops_under_load_survive():
 
     block = bytes(range(256)) * 1000
     over = threading.Event()
-    sys.setswitchinterval(0.0005)  # or most of the time goes to waiting for the GIL
+    sys.setswitchinterval(0.0005)  # otherwise most of the time is spent on waiting for the GIL
     threads = [threading.Thread(target=target) for target in (burn, burn, compress)]
     for thread in threads:
         thread.start()
@@ -1133,7 +1135,7 @@ def test_a_thousand_starts_and_stops_under_load_survive():
 
 @pytest.mark.parametrize("debug", ["", "-X dev"])
 def test_code_and_frames_of_every_shape_are_read_while_they_change(debug):
-    """Exceptions, generators, recursion, exec and garbage collection, for 2 s at 1000 Hz."""
+    """Exceptions, generators, recursion, exec and collections run for 2 s at 1000 Hz."""
     program = """
     import asyncio, gc, sys, threading, time
     from asgi_pprof.collectors.cpu import native_engine as cpu_native
@@ -1236,8 +1238,8 @@ def in_the_child():
 """
 
 
-def test_a_forked_child_is_clean_and_can_profile_itself_while_the_parent_goes_on():
-    """The child has no timer, handler or thread of ours, and the parent loses nothing."""
+def test_a_forked_child_can_profile_itself_while_the_parent_goes_on():
+    """The child has no timer, handler or thread of ours, and the parent loses no samples."""
     program = (
         FORK
         + """
@@ -1270,7 +1272,7 @@ asyncio.run(main(), debug=False)
 
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_children_of_multiprocessing_can_be_profiled(method, tmp_path):
-    """They are started in the middle of a profile, in every way."""
+    """They are started during a profile, by every start method."""
     program = tmp_path / "program.py"
     program.write_text(
         FORK

@@ -1,4 +1,4 @@
-"""The signal engine charges time where it was used, and puts everything back."""
+"""The signal engine charges time to the code that used it, and restores everything."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def burn_in_one_call():
 
 
 async def profiled(work, seconds=0.0):
-    """Return a profile of what `work` does on the loop."""
+    """Return a profile taken while `work` runs on the loop."""
     stop = asyncio.Event()
     profile = asyncio.create_task(cpu_signal.collect(seconds or 60, stop, 100))
     await asyncio.sleep(0.01)
@@ -46,7 +46,7 @@ async def profiled(work, seconds=0.0):
 
 
 def cpu_by_function(profile):
-    """Return nanoseconds by each function on the stack."""
+    """Return the nanoseconds of each function on the stacks."""
     totals = {}
     for sample in profile.samples:
         for name in {location.function.name.split(".")[-1] for location in sample.stack}:
@@ -55,14 +55,14 @@ def cpu_by_function(profile):
 
 
 def test_time_goes_to_the_function_that_used_it(loop_name):
-    """Half a second of CPU is half a second in a valid profile."""
+    """Half a second of CPU time is half a second in a valid profile."""
     profile = run(profiled(lambda: burn_in_python(0.5)), loop_name)
     check_valid(profile)
     assert 0.4e9 < cpu_by_function(profile)["burn_in_python"] < 0.6e9
 
 
 def test_a_long_c_call_is_charged_in_full():
-    """One late sample weighs the whole call, at the line that made it."""
+    """One late sample stands for the whole call, at the line that made it."""
     before = time.thread_time_ns()
     burn_in_one_call()
     cost = time.thread_time_ns() - before
@@ -70,7 +70,7 @@ def test_a_long_c_call_is_charged_in_full():
     assert cpu_by_function(profile)["burn_in_one_call"] > cost / 2
 
 
-def test_samples_carry_the_labels_of_what_ran():
+def test_samples_have_the_labels_of_the_code_that_ran():
     """Each half of the work has its own label."""
 
     def work():
@@ -89,7 +89,7 @@ def test_samples_carry_the_labels_of_what_ran():
 
 
 def test_another_threads_time_has_its_own_frame():
-    """Its CPU is counted under its name, and none of it goes to the main thread's stacks."""
+    """The frame has the thread's name, and no time goes to stacks of the main thread."""
 
     async def wait_for_thread():
         await asyncio.to_thread(burn_in_python, 0.6)
@@ -103,7 +103,7 @@ def test_another_threads_time_has_its_own_frame():
 
 
 def test_no_stack_is_guessed_while_other_threads_run():
-    """The main thread's time has a frame that says that its stack is not known."""
+    """The main thread's time then has a frame that says that the stack is not known."""
 
     def both():
         thread = threading.Thread(target=burn_in_python, args=(0.5,))
@@ -118,7 +118,7 @@ def test_no_stack_is_guessed_while_other_threads_run():
     assert any("have no stack" in comment for comment in profile.comments)
 
 
-def test_everything_is_put_back(loop_name):
+def test_everything_is_restored(loop_name):
     """Handler, timer and wakeup descriptor are as before, whatever they were."""
 
     async def main():
@@ -142,7 +142,7 @@ def test_everything_is_put_back(loop_name):
 
 
 def test_signals_of_the_application_still_arrive_while_sampling(loop_name):
-    """A handler added to the loop runs, though its wakeup is forwarded."""
+    """A handler that was added to the loop runs, because its wakeup byte is forwarded."""
 
     async def main():
         received = asyncio.Event()
@@ -161,8 +161,8 @@ def test_signals_of_the_application_still_arrive_while_sampling(loop_name):
     assert run(main(), loop_name)
 
 
-def test_only_one_at_a_time():
-    """A second profile is refused in Go's words, the first one is not disturbed."""
+def test_a_second_profile_at_the_same_time_is_refused():
+    """The error has Go's words, and the first profile is not disturbed."""
 
     async def main():
         stop = asyncio.Event()
@@ -207,8 +207,8 @@ def test_a_handler_of_the_application_is_not_replaced():
         signal.signal(signal.SIGPROF, signal.SIG_DFL)
 
 
-def test_outside_the_main_thread_it_is_unavailable():
-    """The answer is 501 with the reason."""
+def test_outside_the_main_thread_the_engine_is_unavailable():
+    """The error has status 501 and the reason."""
     errors = []
 
     def elsewhere():
@@ -225,8 +225,8 @@ def test_outside_the_main_thread_it_is_unavailable():
     assert "main thread" in str(error)
 
 
-def test_a_sampler_that_fails_turns_itself_off_and_says_so(monkeypatch):
-    """The application sees no exception; a comment of the profile has it."""
+def test_a_sampler_that_fails_switches_itself_off_and_says_so(monkeypatch):
+    """The application sees no exception; a comment of the profile has the error."""
 
     class Broken:
         def get(self):
@@ -238,7 +238,7 @@ def test_a_sampler_that_fails_turns_itself_off_and_says_so(monkeypatch):
 
 
 def test_too_many_stacks_are_counted_as_lost(monkeypatch):
-    """Memory is bounded; the time of lost samples has a name that says so."""
+    """Memory is bounded, and the time of lost samples has a name that says so."""
     monkeypatch.setattr(cpu_signal, "_MAX_STACKS", 0)
     profile = run(profiled(lambda: burn_in_python(0.2)))
     (lost,) = [each for each in profile.samples if "lost" in each.stack[0].function.name]
@@ -249,7 +249,7 @@ def test_too_many_stacks_are_counted_as_lost(monkeypatch):
 
 
 def test_a_late_signal_does_not_end_the_process():
-    """SIGPROF's default action kills: 50 starts and stops under load survive."""
+    """SIGPROF's default action ends a process; this one survives 50 starts and stops under load."""
     program = """
 import asyncio, sys, threading, time
 from asgi_pprof.collectors.cpu import signal_engine as cpu_signal
@@ -263,7 +263,7 @@ async def main():
         await cpu_signal.collect(0.03, asyncio.Event(), 100)
 
 over = threading.Event()
-sys.setswitchinterval(0.0005)  # or most of the time goes to waiting for the GIL
+sys.setswitchinterval(0.0005)  # otherwise most of the time is spent on waiting for the GIL
 threads = [threading.Thread(target=burn) for _ in range(3)]
 for thread in threads:
     thread.start()
@@ -278,8 +278,8 @@ finally:
     assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_thread_clocks_add_up_to_the_process():
-    """They are the time of each thread, and the rest that no known thread has used."""
+def test_thread_clocks_add_up_to_the_process_clock():
+    """Time that no known thread has used is reported under the thread number 0."""
 
     def short_lived():
         burn_in_python(0.1)
@@ -288,14 +288,16 @@ def test_thread_clocks_add_up_to_the_process():
     thread = threading.Thread(target=short_lived)
     thread.start()
     thread.join()
-    until(lambda: thread.native_id not in native_thread_ids())  # join is a moment ahead
+    until(
+        lambda: thread.native_id not in native_thread_ids()
+    )  # join returns a moment before the thread ends
     clocks.read()
     busy = [(thread_id, cpu_ns) for _, thread_id, cpu_ns in clocks.others() if cpu_ns > 0.05e9]
     assert [thread_id for thread_id, _ in busy] == [0], "it ended before anybody looked"
 
 
 def test_a_start_without_descriptors_changes_nothing(monkeypatch):
-    """It is refused with the reason, all is as before, and the next start works."""
+    """The error has the reason, everything is as before, and the next start works."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -320,7 +322,7 @@ def _no_descriptors():
 
 
 def test_a_blocked_loop_keeps_memory_bounded(monkeypatch):
-    """Beyond a number of samples the handler adds them up itself, and none is lost."""
+    """Beyond a number of samples the handler adds them up itself, and no time is lost."""
     monkeypatch.setattr(cpu_signal, "_MAX_PENDING", 3)
     profile = run(profiled(lambda: burn_in_python(0.4)))
     assert cpu_by_function(profile)["burn_in_python"] > 0.3e9

@@ -1,4 +1,4 @@
-"""The application may take SIGPROF, or start another program, while a profile is taken."""
+"""The application may set SIGPROF, or start another program, while a profile is taken."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def run(program, engine, **more):
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("handler", ["signal.SIG_DFL", "signal.SIG_IGN", "lambda *_: None"])
 def test_the_application_may_set_sigprof(engine, handler):
-    """It gets no signal of ours, which by default ends the process; the profile ends there."""
+    """The profile ends there. No later signal of ours meets the default action, which kills."""
     program = f"""
 for _ in range(5):
     profile = asyncio.run(profiled(lambda: signal.signal(signal.SIGPROF, {handler}), 0.4))
@@ -54,8 +54,8 @@ print("alive")
 
 @pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("call", ["execv(sys.executable, program)", "execlp(*program)"])
-def test_the_program_that_exec_starts_gets_no_signal(engine, call):
-    """A timer of setitimer goes on in it, where SIGPROF has its default action."""
+def test_a_program_started_by_exec_gets_no_signal(engine, call):
+    """A timer of setitimer would go on in it, and SIGPROF has its default action there."""
     program = f"""
 burns = "import time; end = time.process_time() + 0.3\\nwhile time.process_time() < end: pass"
 program = [sys.executable, "-c", burns + "\\nprint('alive')"]
@@ -68,6 +68,7 @@ asyncio.run(profiled(lambda: os.{call}))
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_an_exec_that_fails_does_no_harm(engine):
+    """The profile has ended early, and the handler and the timer are restored."""
     program = """
 def fails():
     try:

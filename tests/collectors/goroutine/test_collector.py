@@ -1,4 +1,4 @@
-"""The goroutine profile: every task of every loop, what it waits for, and its labels."""
+"""The goroutine profile has every task of every loop, what it waits for, and its labels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def label(one, key):
 
 @contextlib.asynccontextmanager
 async def waiting(**coroutines):
-    """Give waiting tasks of these names; afterwards all tasks but the current one are cancelled."""
+    """Yield once tasks with these names wait; then cancel all tasks but the current one."""
     tasks = [asyncio.create_task(each, name=name) for name, each in coroutines.items()]
     try:
         await iterations()
@@ -81,7 +81,7 @@ def names(stack):
 
 
 def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
-    """Leaf first: asyncio's coroutine, then each one up to the task's own."""
+    """The innermost coroutine, asyncio's, comes first, and the task's own coroutine last."""
 
     async def main():
         event = asyncio.Event()
@@ -101,8 +101,8 @@ def test_the_whole_chain_of_awaits_is_the_stack(loop_name):
 
 
 @pytest.mark.parametrize("collector", [TaskCollector, lambda: LeakCollector(TaskCollector())])
-def test_a_task_of_a_proxied_coroutine_has_its_stack(collector, loop_name):
-    """Tracing tools wrap coroutines; the stack of a task that awaits one is complete, too."""
+def test_a_task_that_awaits_a_proxied_coroutine_has_its_stack(collector, loop_name):
+    """Tracing tools wrap coroutines in proxies. The task's stack goes through the proxy."""
 
     async def main():
         event = asyncio.Event()
@@ -122,12 +122,12 @@ def test_a_task_of_a_proxied_coroutine_has_its_stack(collector, loop_name):
 
 
 async def spin_until(event):
-    while not event.is_set():  # noqa: ASYNC110  it is always runnable
+    while not event.is_set():  # noqa: ASYNC110  this task is always runnable
         await asyncio.sleep(0)
 
 
 def test_states_are_running_runnable_and_what_is_waited_for(loop_name):
-    """The task that takes the profile runs; one that yields is runnable; one on an event waits."""
+    """The task that takes the profile runs. One that yields is runnable, one on an event waits."""
 
     async def main():
         event = asyncio.Event()
@@ -148,7 +148,7 @@ def test_states_are_running_runnable_and_what_is_waited_for(loop_name):
 
 
 def test_equal_tasks_add_up():
-    """Default names lose their numbers: 10,000 tasks at one place are one sample."""
+    """Default names lose their numbers, so 10,000 tasks at one place are one sample."""
 
     async def main():
         event = asyncio.Event()
@@ -159,13 +159,13 @@ def test_equal_tasks_add_up():
         await asyncio.gather(*tasks)
         return profile
 
-    # Debug mode, which is on in the tests, takes seconds to create so many.
+    # Debug mode, which the tests use, takes seconds to create so many tasks.
     values = [sample.values for sample in run(main(), debug=False).samples]
     assert sorted(values) == [(1,), (10_000,)]
 
 
 def test_labels_come_from_the_tasks_context(loop_name):
-    """Labels set around create_task, also in a task that a labelled task creates."""
+    """They are set around create_task. A task that a labelled task creates inherits them."""
 
     async def parent(event):
         await asyncio.create_task(outermost(event), name="child")
@@ -186,8 +186,8 @@ def test_labels_come_from_the_tasks_context(loop_name):
     assert (tenants["parent"], tenants["child"], tenants["plain"]) == ("acme", "acme", None)
 
 
-def test_ids_stay_with_their_task(loop_name):
-    """A task keeps its id from dump to dump, and no other task gets it."""
+def test_a_task_keeps_its_id(loop_name):
+    """It has the same id in each dump, and no other task gets that id."""
 
     async def main():
         event = asyncio.Event()
@@ -208,8 +208,8 @@ def test_ids_stay_with_their_task(loop_name):
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
-def test_loops_of_other_threads_are_seen(loop_name, other_loop):
-    """A task of a loop that runs in another thread is in the profile."""
+def test_tasks_of_other_threads_loops_are_in_the_profile(loop_name, other_loop):
+    """The other loop runs in another thread."""
     ready, finish = threading.Event(), threading.Event()
 
     async def elsewhere():
@@ -232,8 +232,8 @@ def test_loops_of_other_threads_are_seen(loop_name, other_loop):
     assert names(found.stack)[-1] == "outermost"
 
 
-def test_other_work_goes_on_between_slices(loop_name):
-    """A collector whose slices are always over yields after every task."""
+def test_the_loop_runs_other_work_between_slices(loop_name):
+    """With a slice length of 0, the collector yields to the loop after every task."""
 
     async def main():
         event = asyncio.Event()
@@ -259,7 +259,7 @@ def test_other_work_goes_on_between_slices(loop_name):
 
 
 def test_a_task_that_ends_meanwhile_is_left_out(loop_name):
-    """Only tasks that are not done when they are read count."""
+    """Only tasks that are not done when they are read are counted."""
 
     async def main():
         tasks = [asyncio.create_task(asyncio.sleep(0)) for _ in range(20)]
@@ -332,7 +332,7 @@ class AwaitableByAnother(AwaitableByGenerator):
 
 
 class Steps:
-    """An iterator that is no generator: it has no frame."""
+    """An iterator that is not a generator, so it has no frame."""
 
     def __init__(self, event):
         self.future = asyncio.get_running_loop().create_future()
@@ -470,7 +470,7 @@ STACKS = {
 
 
 def test_every_kind_of_await_is_followed(loop_name):
-    """To the end, and only what has frames is shown between the coroutines."""
+    """The chain is followed to its end. Between coroutines, only objects with frames are shown."""
 
     async def main():
         async with waiting(**{wait.__name__: wait(asyncio.Event()) for wait in STACKS}):
@@ -484,7 +484,7 @@ def test_every_kind_of_await_is_followed(loop_name):
 
 
 def test_a_wait_with_a_timeout_is_followed(loop_name):
-    """Up to 3.11 into a task of its own, whose number is all that the stack shows of it."""
+    """Up to 3.11 the inner part runs in a task of its own, and the stack ends with its number."""
 
     async def main():
         async with waiting(it=waits_with_a_timeout(asyncio.Event())):
@@ -505,7 +505,7 @@ def test_a_wait_with_a_timeout_is_followed(loop_name):
 
 @pytest.mark.parametrize(("depth", "shown"), [(100, 100), (500, 128)])
 def test_deep_chains_keep_their_inner_part(depth, shown, loop_name):
-    """As in Go: 128 locations, and a mark in place of the outer ones."""
+    """As in Go, 128 locations are kept, and a mark stands for the outer ones."""
 
     async def descend(left, event):
         if left:
@@ -528,7 +528,7 @@ def test_deep_chains_keep_their_inner_part(depth, shown, loop_name):
 
 
 async def joins(name, event, *, times=2):
-    """Wait for some tasks of the same kind, in one way or another."""
+    """Wait for some tasks of the same kind in the given way."""
     children = [innermost(event) for _ in range(times)]
     if name == "gather":
         await asyncio.gather(*children)
@@ -550,8 +550,8 @@ async def joins(name, event, *, times=2):
 
 
 @pytest.mark.parametrize("way", ["gather", "wait", "as_completed", "TaskGroup", "anyio"])
-def test_edges_go_both_ways(way, loop_name):
-    """A task names the tasks that it waits for, and these name it, by number."""
+def test_tasks_that_wait_for_each_other_name_each_other(way, loop_name):
+    """A task has the numbers of the tasks that it waits for, and they have its number."""
 
     async def main():
         async with waiting(parent=joins(way, asyncio.Event())):
@@ -564,13 +564,13 @@ def test_edges_go_both_ways(way, loop_name):
     assert label(parent, "awaits") == ", ".join(str(each.id) for each in children)
     assert [label(each, "awaited_by") for each in children] == [str(parent.id)] * 2
     (sample,) = [each for each in profile.samples if label(each, "task") == "parent"]
-    # No number: it would make equal tasks differ.
+    # A number would make equal tasks differ.
     assert label(sample, "awaits").endswith("innermost")
     assert label(sample, "state") == parent.state
 
 
-def test_the_innermost_of_nested_gatherings_have_edges(loop_name):
-    """An inner gathering is not a task, and is skipped."""
+def test_the_innermost_tasks_of_nested_gathers_are_awaited(loop_name):
+    """The inner gather is not a task, and is skipped."""
 
     async def nested(event):
         inner = asyncio.gather(innermost(event), innermost(event))
@@ -589,7 +589,7 @@ def test_the_innermost_of_nested_gatherings_have_edges(loop_name):
 
 
 def test_a_chain_of_tasks_is_linked(loop_name):
-    """Through await, shield and another await, each to the next."""
+    """Each task in the chain awaits the next one, directly or through shield."""
 
     async def awaits(task):
         await task
@@ -617,8 +617,8 @@ def test_a_chain_of_tasks_is_linked(loop_name):
     assert (label(b, "awaited_by"), label(a, "awaited_by")) == (str(c.id), str(b.id))
 
 
-def test_several_tasks_wait_for_one(loop_name):
-    """All their numbers are there, in order."""
+def test_several_tasks_may_wait_for_one(loop_name):
+    """The awaited task has all their numbers, in order."""
 
     async def awaits(task):
         await asyncio.shield(task)
@@ -636,7 +636,7 @@ def test_several_tasks_wait_for_one(loop_name):
 
 
 def test_a_dag_of_tasks_stays_linear():
-    """Of 300 tasks each gathers all later ones: the first ten numbers, and how many more."""
+    """Each of 300 tasks gathers all later ones. The label has ten numbers, and how many more."""
     count = 300
 
     async def gathers(tasks, number, event):
@@ -677,8 +677,8 @@ def edges_in(text):
     return len(re.findall(r"\d+", numbers)) + int(more.removesuffix(" more") or 0)
 
 
-def test_tasks_that_wait_for_each_other(loop_name):
-    """Each edge of the cycle is there once."""
+def test_a_cycle_of_waiting_tasks_is_shown(loop_name):
+    """Each task has the number of the next one."""
 
     async def waits(tasks, number):
         await asyncio.wait([tasks[number]])
@@ -702,8 +702,8 @@ def test_tasks_that_wait_for_each_other(loop_name):
     ]
 
 
-def test_tasks_that_await_each_other():
-    """Two tasks that await one another: cancelling them would never end, reading them does."""
+def test_tasks_that_await_each_other_can_be_read():
+    """Cancelling two tasks that await each other would never end; reading them does."""
     program = """
         import asyncio, os
         from tests.collectors.goroutine.test_collector import label, tasks_of
@@ -731,7 +731,7 @@ def test_tasks_that_await_each_other():
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
-    """A task that awaits the future of `run_coroutine_threadsafe` waits for that loop's task."""
+    """A task that awaits `run_coroutine_threadsafe`'s future waits for the other loop's task."""
 
     async def main(other):
         async def there():
@@ -746,7 +746,7 @@ def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
             async def look():
                 found.clear()
                 found.update({each.id: each for each in await dump_of()})
-                # The other loop may be about to begin its task.
+                # The other loop may not have begun its task yet.
                 return [
                     each
                     for each in found.values()
@@ -769,7 +769,7 @@ def test_a_task_of_another_loop_is_linked(loop_name, other_loop):
 
 @contextlib.contextmanager
 def a_loop(loop_name, serve=None, name="other loop"):
-    """Give a loop that runs in another thread; its tasks are cancelled when it ends."""
+    """Yield a loop that runs in another thread; cancel its tasks at the end."""
     ready, loops = threading.Event(), []
 
     async def main():
@@ -796,7 +796,7 @@ def a_loop(loop_name, serve=None, name="other loop"):
 
 
 class Job:
-    """Work for a thread: a function that blocks until it may end."""
+    """Work for a thread, which blocks until `end` is set."""
 
     def __init__(self):
         self.begun, self.end = threading.Event(), threading.Event()
@@ -835,8 +835,8 @@ IN_THREADS = {
 
 
 @pytest.mark.parametrize("wait", IN_THREADS, ids=lambda wait: wait.__name__)
-def test_a_worker_threads_frames_are_the_inner_part(wait, loop_name):
-    """The thread's frames, a boundary, and the task's: one stack, without the pool's frames."""
+def test_a_worker_threads_frames_are_the_inner_part_of_the_stack(wait, loop_name):
+    """A boundary and the task's frames follow; the pool's own frames are left out."""
 
     async def main():
         job = Job()
@@ -857,12 +857,12 @@ def test_a_worker_threads_frames_are_the_inner_part(wait, loop_name):
     assert label(found, "thread") == thread.format(loop_name)
     (sample,) = [each for each in profile.samples if label(each, "task") == "it"]
     assert names(sample.stack)[boundary - 1 :] == ["Job.run", "<worker thread>", *outer]
-    assert label(sample, "thread") is None  # a number in it would make equal tasks differ
+    assert label(sample, "thread") is None  # a number in the label would make equal tasks differ
     assert profile.comments == ()
 
 
-def test_a_worker_thread_behind_a_timeout(loop_name):
-    """Its frames are shown as well: up to 3.11 with the task that `wait_for` has created."""
+def test_a_worker_thread_behind_a_timeout_is_shown(loop_name):
+    """Up to 3.11 its frames are shown with the task that `wait_for` has created."""
 
     async def main():
         job = Job()
@@ -912,8 +912,8 @@ def test_a_c_function_in_a_worker_thread_is_named(wait, loop_name):
     assert names(found.stack) == ["<posix.read>", "<worker thread>", *outer]
 
 
-def test_work_queued_for_an_executor(loop_name):
-    """The task says how busy the pool is; the profile's comments say how many tasks wait."""
+def test_tasks_whose_work_is_queued_for_an_executor(loop_name):
+    """They say how busy the pool is. The profile's comments say how many tasks wait for it."""
 
     async def main():
         job = Job()
@@ -939,8 +939,8 @@ def test_work_queued_for_an_executor(loop_name):
     assert profile.comments == ("2 tasks wait for a thread: 1 of 1 busy",)
 
 
-def test_work_queued_for_anyios_threads(loop_name):
-    """Its tokens are counted as threads."""
+def test_tasks_whose_work_is_queued_for_anyios_threads(loop_name):
+    """The tokens of anyio's limiter count as threads."""
 
     async def main():
         job, limiter = Job(), anyio.CapacityLimiter(1)
@@ -961,8 +961,8 @@ def test_work_queued_for_anyios_threads(loop_name):
     assert profile.comments == ("1 task waits for a thread: 1 of 1 busy",)
 
 
-def test_labels_of_tasks_made_in_worker_threads(loop_name):
-    """Labels follow the work into the thread, and its coroutine back to the loop."""
+def test_tasks_made_in_worker_threads_have_labels(loop_name):
+    """The labels follow the work into the thread, and its coroutine back to the loop."""
 
     async def through_anyio(event):
         await anyio.to_thread.run_sync(anyio.from_thread.run, innermost, event)
@@ -1000,7 +1000,7 @@ def test_labels_of_tasks_made_in_worker_threads(loop_name):
 
 
 def test_all_tasks_are_counted(loop_name):
-    """As many as in `asyncio.all_tasks`: those of other classes and eager ones as well."""
+    """The profile has as many as `asyncio.all_tasks`, including eager ones and other classes."""
 
     class Derived(asyncio.Task):
         pass
@@ -1013,7 +1013,7 @@ def test_all_tasks_are_counted(loop_name):
             eager = asyncio.Task(innermost(event), loop=loop, eager_start=True, name="eager")
             tasks.append(eager)
         async with waiting():
-            # From 3.14 on `all_tasks` leaves out tasks of the Python class.
+            # From 3.14 on `all_tasks` leaves out tasks of the class written in Python.
             known = asyncio.all_tasks().union(tasks)
             expected = {each.get_name() for each in known}
             collector = TaskCollector()
@@ -1028,8 +1028,8 @@ def test_all_tasks_are_counted(loop_name):
     assert stacks["C"] == stacks["derived"] == stacks["Python"] == INNERMOST
 
 
-def test_order_is_by_age_after_the_current_task(loop_name):
-    """Tasks are numbered when they are first seen, so the order stays from dump to dump."""
+def test_the_dump_is_ordered_by_age_after_the_current_task(loop_name):
+    """Tasks get their ids when they are first seen, so the order is the same in each dump."""
 
     async def main():
         async with waiting(a=innermost(asyncio.Event()), b=innermost(asyncio.Event())):
@@ -1080,8 +1080,8 @@ def blocked_in_a_callback(job):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 @pytest.mark.parametrize("kind", [blocked_in_a_task, blocked_in_a_callback])
-def test_what_blocks_a_loop_comes_first(loop_name, other_loop, kind):
-    """With its live stack; the other tasks of the loop are read from outside, and marked."""
+def test_the_code_that_blocks_a_loop_comes_first(loop_name, other_loop, kind):
+    """It has its live stack. The loop's other tasks are read from outside, and marked."""
     job = Job()
     with a_loop(other_loop, kind(job), name="held"):
         assert job.begun.wait(20)
@@ -1111,7 +1111,7 @@ async def both(collector):
 
 @pytest.mark.parametrize("other_loop", LOOPS)
 def test_a_loop_that_answers_is_not_marked(loop_name, other_loop):
-    """However much time it may take: the collector waits no longer than for the answer."""
+    """It may take its time: the collector waits for the answer, and no longer."""
 
     async def serve():
         await innermost(asyncio.Event())
@@ -1125,7 +1125,7 @@ def test_a_loop_that_answers_is_not_marked(loop_name, other_loop):
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
-def test_a_loop_that_stops_meanwhile_does_no_harm(loop_name, other_loop):
+def test_a_loop_that_stops_while_it_is_asked_does_no_harm(loop_name, other_loop):
     """It never runs the callback in its queue."""
     job = Job()
     loop = LOOPS[other_loop]()
@@ -1157,8 +1157,8 @@ def test_a_loop_that_stops_meanwhile_does_no_harm(loop_name, other_loop):
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
-def test_tasks_that_move_while_they_are_read_do_no_harm(loop_name, other_loop):
-    """Tasks of a busy loop in another thread: each stack is of one task."""
+def test_tasks_that_run_while_they_are_read_do_no_harm(loop_name, other_loop):
+    """They belong to a busy loop in another thread. Each stack is of one task."""
     end = threading.Event()
 
     async def pause():

@@ -1,4 +1,4 @@
-"""Leaked tasks: those that nothing can ever wake, and no others."""
+"""Leaked tasks, which nothing can wake any more, are found, and no others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CURRENT: contextvars.ContextVar[object] = contextvars.ContextVar("current")
 
 
 async def search(tasks=None, **options):
-    """Return the leaked ones of these tasks, or of all."""
+    """Return the leaked tasks among these, or among all."""
     scan = await TaskCollector().begin_scan()
     found, _ = await find_leaked(tasks or asyncio.all_tasks(), scan.awaited, **options)
     return found
@@ -46,7 +46,7 @@ async def leaked():
 
 
 def background(coroutine, name):
-    """Start a task that only a set of this module holds."""
+    """Start a task that only a set of this module refers to."""
     task = asyncio.create_task(coroutine, name=name)
     BACKGROUND.add(task)
     task.add_done_callback(BACKGROUND.discard)
@@ -89,7 +89,7 @@ async def nested(event):
     await wait_on(event)
 
 
-# What leaks
+# Tasks that leak
 
 
 async def orphaned_consumer():
@@ -241,7 +241,7 @@ LEAKS = {
 
 
 def test_tasks_that_nothing_can_wake_are_found(loop_name):
-    """Also when a set of a module holds the task: its holder could only cancel it."""
+    """They are found even if a module's set refers to the task: code could only cancel it."""
 
     async def main():
         for leak in LEAKS:
@@ -255,7 +255,7 @@ def test_tasks_that_nothing_can_wake_are_found(loop_name):
     assert found == set().union(*LEAKS.values())
 
 
-# What does not leak: each context manager starts tasks that wait
+# Tasks that do not leak: each context manager starts tasks that wait
 
 
 @contextlib.asynccontextmanager
@@ -631,7 +631,7 @@ ALIVE = [
 
 
 def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
-    """A leaked task beside them is found; the names of others would say which was taken for one."""
+    """The leaked task beside them is found. On a failure the names say which task was wrong."""
 
     async def main():
         await orphaned_consumer()
@@ -644,7 +644,7 @@ def test_tasks_that_something_can_wake_or_end_are_not_found(loop_name):
     assert run(main(), loop_name, debug=False) == {"leaked consumer"}
 
 
-def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
+def test_the_task_that_a_loop_runs_until_it_is_done_is_not_found(loop_name):
     """It waits for ever on purpose, until a signal ends it."""
     found = []
 
@@ -669,8 +669,8 @@ def test_the_task_a_loop_runs_until_done_is_not_found(loop_name):
     assert found == [set()]
 
 
-def test_nothing_is_kept_alive():
-    """What was searched is freed as without the search."""
+def test_a_search_keeps_nothing_alive():
+    """All objects are freed as they would be without the search."""
 
     async def main():
         session = Session()
@@ -693,8 +693,8 @@ def test_nothing_is_kept_alive():
     assert run(main()) == [None] * 3
 
 
-def test_thousands_of_tasks_are_told_apart():
-    """Half of them wait for what a module refers to, half for what nothing refers to."""
+def test_leaks_are_found_among_thousands_of_tasks():
+    """A module refers to the events of half of the tasks, and nothing to those of the others."""
 
     async def main():
         for number in range(1000):
@@ -710,7 +710,7 @@ def test_thousands_of_tasks_are_told_apart():
 
 
 def test_a_search_can_be_cancelled_at_any_point():
-    """It keeps nothing alive then."""
+    """After that it keeps nothing alive."""
 
     async def main():
         for _ in range(200):
@@ -735,8 +735,8 @@ def test_a_search_can_be_cancelled_at_any_point():
     assert run(main()) == []
 
 
-def test_a_loop_that_keeps_making_tasks_has_only_its_leaks_found(loop_name):
-    """A shared queue is passed from task to task while the search runs."""
+def test_leaks_are_found_while_tasks_are_created(loop_name):
+    """Tasks pass a shared queue on to one another while the search runs."""
 
     async def main():
         queue = asyncio.Queue()
@@ -788,8 +788,8 @@ def suspended_frames(local):
     return [asyncio.create_task(each(local)) for each in (in_call, in_with, in_loop)]
 
 
-def test_no_reference_is_counted_that_a_frame_only_borrows():
-    """CPython 3.14 shows the garbage collector more references than there are."""
+def test_a_reference_that_a_frame_only_borrows_is_not_counted():
+    """CPython 3.14 shows the garbage collector more references of a frame than there are."""
 
     def plain(local):
         use(local, (yield))
@@ -818,7 +818,7 @@ def test_no_reference_is_counted_that_a_frame_only_borrows():
 
 
 def test_no_slice_is_long():
-    """With a clock that advances by a millisecond whenever it is read."""
+    """The clock advances by a millisecond whenever it is read."""
     iterations = 0
 
     async def main():
@@ -843,12 +843,12 @@ def test_no_slice_is_long():
         await search(clock=clock)
         return ticks
 
-    ticks = run(main(), debug=False)  # which would make each step take longer
+    ticks = run(main(), debug=False)  # debug mode would make each step take longer
     assert iterations > ticks / 10
 
 
 def test_a_server_with_idle_connections_has_no_leaks(loop_name):
-    """Only the handler that waits for an event of its own is found."""
+    """Only a handler that waits for an event of its own is found."""
     app = FastAPI()
 
     @app.get("/leaks")
@@ -883,7 +883,7 @@ def test_a_server_with_idle_connections_has_no_leaks(loop_name):
 
 
 def test_all_apps_of_a_process_have_the_same_leaks():
-    """Each marks and counts what the other's search has found, and not what it has not found."""
+    """Each app marks and counts what the latest search found, whichever app did it."""
 
     async def main():
         apps = [LeakCollector(TaskCollector()) for _ in range(2)]
@@ -904,13 +904,13 @@ def test_all_apps_of_a_process_have_the_same_leaks():
 
 
 async def marked():
-    """Return the names of the tasks that the dump of all tasks marks as leaked."""
+    """Return the names of the tasks that a dump of all tasks marks as leaked."""
     tasks = [task async for task in TaskCollector().goroutines()]
     return {dict(task.labels)["task"] for task in tasks if task.leaked}
 
 
 def test_a_search_that_is_cut_says_so(monkeypatch):
-    """In the profile and at the end of the dump; what it has found is right."""
+    """The profile and the end of the dump say it. The leaks that were found are right."""
 
     async def main():
         async def wait():

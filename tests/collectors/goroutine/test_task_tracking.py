@@ -1,4 +1,4 @@
-"""What is recorded of tasks: who created them, since when they wait. Loops are left as found."""
+"""The creators of tasks and the starts of their waits are recorded; loops are restored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.loops import LOOPS, iterations, run, until
 
 MINUTE_NS = 60_000_000_000
 
-# uvloop 0.22 and later pass an argument that factories take from 3.13.3 on.
+# uvloop from 0.22 on passes an argument that task factories accept only from 3.13.3 on.
 EAGER_WORKS = {"asyncio": True, "uvloop": not (3, 13) <= sys.version_info < (3, 13, 3)}
 
 
@@ -35,7 +35,7 @@ def skip_unless_eager(loop_name):
 
 @contextlib.contextmanager
 def tracked(tracking=None):
-    """Record on the running loop."""
+    """Track tasks of the running loop."""
     tracking = tracking or TaskTracking()
     loop = asyncio.get_running_loop()
     tracking.attach(loop)
@@ -61,14 +61,14 @@ held = set()
 
 async def wait():
     event = asyncio.Event()
-    held.add(event)  # else nothing refers to the task, and the garbage collector would take it
+    held.add(event)  # otherwise nothing refers to the task, and the garbage collector frees it
     try:
         await event.wait()
     finally:
         held.discard(event)
 
 
-# Who created a task
+# The creator of a task
 
 
 async def by_create_task():
@@ -87,7 +87,7 @@ async def by_the_loop():
 
 
 async def named():
-    await asyncio.sleep(0)  # an eager task gets its first name after it has begun
+    await asyncio.sleep(0)  # an eager task gets its first name only after it has begun
     asyncio.current_task().set_name("made")
     await wait()
 
@@ -145,8 +145,8 @@ MAKERS = {
 
 @pytest.mark.parametrize("eager", [False, True])
 @pytest.mark.parametrize("maker", MAKERS, ids=lambda maker: maker.__name__)
-def test_who_created_a_task_is_recorded(maker, eager, loop_name):
-    """The application's function and line, outside asyncio and anyio, and the task's number."""
+def test_the_creator_of_a_task_is_recorded(maker, eager, loop_name):
+    """It is the application's function and line, outside asyncio and anyio, and a task's number."""
     if eager:
         skip_unless_eager(loop_name)
 
@@ -169,12 +169,12 @@ def test_who_created_a_task_is_recorded(maker, eager, loop_name):
     source = globals()[function]
     assert made.created_by.line - inspect.getsourcelines(source)[1] == line
     assert made.creator == dump["maker"].id
-    main_name = f"{__name__}.test_who_created_a_task_is_recorded.<locals>.main"
+    main_name = f"{__name__}.test_the_creator_of_a_task_is_recorded.<locals>.main"
     assert dump["maker"].created_by.function.name == main_name
 
 
-def test_a_task_created_by_a_callback(loop_name):
-    """No task has created it; the place is known all the same."""
+def test_a_task_created_by_a_callback_has_a_place_but_no_creator(loop_name):
+    """No task has created it, but the place is known."""
 
     async def main():
         with tracked():
@@ -189,8 +189,8 @@ def test_a_task_created_by_a_callback(loop_name):
     assert made.creator == 0
 
 
-def test_nothing_is_known_of_tasks_created_before_tracking(loop_name):
-    """Nor of tasks created after it."""
+def test_the_creator_is_unknown_outside_of_tracking(loop_name):
+    """Tasks that were created before or after tracking have none."""
 
     async def main():
         before = asyncio.create_task(wait(), name="before")
@@ -207,8 +207,8 @@ def test_nothing_is_known_of_tasks_created_before_tracking(loop_name):
         assert (dump[name].created_by, dump[name].creator) == (None, 0)
 
 
-def test_a_task_run_from_another_thread(loop_name):
-    """`run_coroutine_threadsafe` creates it in a callback of asyncio: no task has created it."""
+def test_a_task_run_from_another_thread_has_no_creator(loop_name):
+    """A callback of asyncio creates it for `run_coroutine_threadsafe`, not a task."""
 
     async def main():
         with tracked():
@@ -227,7 +227,7 @@ def test_a_task_run_from_another_thread(loop_name):
 
 
 def test_the_applications_factory_is_still_called(loop_name):
-    """With the same arguments, and its exceptions pass through."""
+    """It gets the same arguments, and its exceptions are passed on."""
     calls = []
 
     def factory(loop, coro, **kwargs):
@@ -258,8 +258,8 @@ def test_the_applications_factory_is_still_called(loop_name):
     assert dump["made"].created_by.function.name == f"{__name__}.make"
 
 
-def test_factories_get_the_arguments_they_would_get_without_us(loop_name):
-    """Whatever this version of asyncio or uvloop passes."""
+def test_factories_get_the_same_arguments_as_without_tracking(loop_name):
+    """They are those that this version of asyncio or uvloop passes."""
 
     async def main(attach):
         calls = []
@@ -281,7 +281,7 @@ def test_factories_get_the_arguments_they_would_get_without_us(loop_name):
 
 
 class PlainFuture(asyncio.Future):
-    """What some factories return in place of a task; asyncio only sets its name."""
+    """Some factories return such an object in place of a task; asyncio only sets its name."""
 
     def set_name(self, name):
         pass
@@ -298,7 +298,7 @@ def slotted(loop, coro, **kwargs):
 
 
 class Bare:
-    """No task at all, and with no room for a record."""
+    """An object that is no task, and has no room for a record."""
 
     __slots__ = ()
 
@@ -308,7 +308,7 @@ class Bare:
 
 @pytest.mark.parametrize("factory", [plain_future, slotted], ids=lambda each: each.__name__)
 def test_a_factory_may_return_anything(factory, loop_name, caplog):
-    """The application gets it as it is."""
+    """The application gets the object unchanged."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -327,7 +327,7 @@ def test_a_factory_may_return_anything(factory, loop_name, caplog):
 
 
 def test_an_eager_constructor_may_return_anything(loop_name):
-    """As long as asyncio takes it."""
+    """The application gets the object, provided that asyncio accepts it."""
     skip_unless_eager(loop_name)
 
     async def main():
@@ -350,7 +350,7 @@ def test_an_eager_constructor_may_return_anything(loop_name):
 
 
 class TaskWithSlots(asyncio.tasks._PyTask):
-    """A task whose class takes no more attributes."""
+    """A task that takes no further attributes."""
 
     def __setattr__(self, name, value):
         if name == "_asgi_pprof_record":
@@ -358,8 +358,8 @@ class TaskWithSlots(asyncio.tasks._PyTask):
         super().__setattr__(name, value)
 
 
-def test_tasks_without_room_have_their_record_elsewhere(loop_name):
-    """It goes when the task goes."""
+def test_tasks_that_take_no_attribute_have_their_record_elsewhere(loop_name):
+    """The record is freed with the task."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -383,8 +383,8 @@ def test_tasks_without_room_have_their_record_elsewhere(loop_name):
     assert gone
 
 
-def test_default_names_stay(loop_name):
-    """Their numbers go on as without tracking; given names are kept."""
+def test_default_names_are_as_without_tracking(loop_name):
+    """Their numbers go on without gaps, and given names are kept."""
 
     async def main():
         with tracked():
@@ -405,8 +405,8 @@ def test_default_names_stay(loop_name):
 
 
 @pytest.mark.parametrize("attach", [False, True])
-def test_default_names_stay_with_an_eager_factory(attach, loop_name):
-    """As they are without tracking: 3.13.0 to 3.13.2 remove them."""
+def test_default_names_with_an_eager_factory_are_as_without_tracking(attach, loop_name):
+    """3.13.0 to 3.13.2 remove them."""
     skip_unless_eager(loop_name)
 
     async def main(attach):
@@ -445,12 +445,12 @@ def test_eager_tasks_begin_at_once(loop_name):
 
     with_us, without = run(main(True), loop_name), run(main(False), loop_name)
     assert with_us == without
-    if loop_name == "asyncio":  # from 3.13.3 on uvloop starts them in the usual way
+    if loop_name == "asyncio":  # from 3.13.3 on uvloop does not start them eagerly
         assert with_us == (["begun"], True, True)
 
 
-def test_tasks_created_by_an_eager_task_at_once_name_it(loop_name):
-    """It has its number before its own creator is recorded."""
+def test_a_task_that_an_eager_task_creates_has_its_number(loop_name):
+    """An eager task has its number before its own creator is recorded."""
     skip_unless_eager(loop_name)
 
     async def makes():
@@ -476,7 +476,7 @@ def test_tasks_created_by_an_eager_task_at_once_name_it(loop_name):
 
 @pytest.mark.parametrize("custom", [False, True])
 def test_anyio_recognizes_the_eager_factory(custom, loop_name):
-    """Its tasks start when they do without tracking: not before `start_soon` returns."""
+    """anyio's tasks start when they do without tracking: not before `start_soon` returns."""
     skip_unless_eager(loop_name)
 
     class Custom(asyncio.Task):
@@ -503,7 +503,7 @@ def test_anyio_recognizes_the_eager_factory(custom, loop_name):
 
 @pytest.mark.parametrize("way", ["create_task", "loop", "eager"])
 def test_debug_mode_shows_where_a_task_was_created(way, loop_name):
-    """The end of the traceback is the same as without tracking."""
+    """The traceback ends as without tracking."""
     if way == "eager":
         skip_unless_eager(loop_name)
 
@@ -525,8 +525,8 @@ def test_debug_mode_shows_where_a_task_was_created(way, loop_name):
     assert with_us[-1] == without[-1]
 
 
-def test_detach_puts_the_factory_back(loop_name):
-    """The very same, or none."""
+def test_detach_restores_the_factory(loop_name):
+    """The loop has the same factory object as before, or none."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -540,7 +540,7 @@ def test_detach_puts_the_factory_back(loop_name):
 
 
 def test_a_factory_around_ours_is_left_alone(loop_name):
-    """It is the application's; ours, which it calls, then only delegates."""
+    """It belongs to the application. Our factory, which it calls, then only delegates."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -568,7 +568,7 @@ def test_a_factory_around_ours_is_left_alone(loop_name):
 
 
 def test_a_factory_in_place_of_ours_is_left_alone(loop_name):
-    """Its author did not want the one before."""
+    """The application has replaced the earlier factory on purpose."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -584,8 +584,8 @@ def test_a_factory_in_place_of_ours_is_left_alone(loop_name):
     run(main(), loop_name)
 
 
-def test_two_users_of_one_loop(loop_name):
-    """The second to leave puts the factory back; one detach too many does nothing."""
+def test_a_loop_may_have_two_users(loop_name):
+    """The second to leave restores the factory; one detach too many does nothing."""
 
     async def main():
         loop, tracking = asyncio.get_running_loop(), TaskTracking()
@@ -603,8 +603,8 @@ def test_two_users_of_one_loop(loop_name):
     run(main(), loop_name)
 
 
-def test_detach_from_another_thread(loop_name):
-    """While the loop runs: the factory is put back, and no scan is scheduled."""
+def test_another_thread_may_detach(loop_name):
+    """While the loop runs, the factory is restored, and no scan is scheduled any more."""
 
     async def main():
         loop, tracking = asyncio.get_running_loop(), TaskTracking(interval_s=3600)
@@ -625,8 +625,8 @@ def scheduled(loop):
     return [each for each in handles if not each.cancelled()]
 
 
-def test_detach_when_the_loop_does_not_run_any_more(loop_name):
-    """Or when it is closed."""
+def test_detach_works_when_the_loop_has_stopped(loop_name):
+    """It works on a closed loop too."""
     for is_closed in (False, True):
         loop, tracking = LOOPS[loop_name](), TaskTracking(interval_s=3600)
 
@@ -643,8 +643,8 @@ def test_detach_when_the_loop_does_not_run_any_more(loop_name):
 
 
 @pytest.mark.parametrize("detached", [True, False])
-def test_no_loop_is_kept_alive(detached, loop_name):
-    """By tracking, whether that has ended or not."""
+def test_tracking_keeps_no_loop_alive(detached, loop_name):
+    """This holds whether or not tracking has ended."""
     tracking = TaskTracking(interval_s=3600)
     loop = LOOPS[loop_name]()
 
@@ -663,7 +663,7 @@ def test_no_loop_is_kept_alive(detached, loop_name):
 
 
 def test_a_task_is_freed_with_its_record(loop_name):
-    """Without the garbage collector, as without tracking."""
+    """It is freed without the garbage collector, as without tracking."""
 
     async def main():
         with tracked():
@@ -683,7 +683,7 @@ def test_a_task_is_freed_with_its_record(loop_name):
 
 
 def test_recording_that_fails_switches_itself_off(loop_name, monkeypatch, caplog):
-    """The task is created all the same; the failure is logged once."""
+    """The tasks are created all the same, and the failure is logged once."""
 
     async def main():
         def fail(*_):
@@ -701,15 +701,15 @@ def test_recording_that_fails_switches_itself_off(loop_name, monkeypatch, caplog
     assert len(ours) == 1
 
 
-# Since when a task waits
+# The start of a task's wait
 
 
 class Awaited:
-    """Something to wait for."""
+    """An object that a task waits for."""
 
 
 def test_a_record_measures_how_long_a_task_waits():
-    """For the same object, from its first update to the latest."""
+    """It measures from the first update with the same object to the latest."""
     record, first, second = TaskRecord(), Awaited(), Awaited()
     assert [record.update(first, now) for now in (100, 103, 110)] == [0, 3, 10]
     assert [record.update(second, now) for now in (120, 125)] == [0, 5]
@@ -718,20 +718,20 @@ def test_a_record_measures_how_long_a_task_waits():
 
 
 def test_another_object_begins_a_new_wait():
-    """Even at the address of one that was freed."""
+    """This holds even if its address was that of an object that has been freed."""
     record = TaskRecord()
     for now in range(100):
         assert record.update(Awaited(), now) == 0
 
 
-def test_a_wait_for_what_has_no_weak_references_has_no_time():
-    """It could be another object at the same address: better too short than too long."""
+def test_a_wait_for_an_object_without_weak_references_has_no_length():
+    """It could be another object at the same address: too short is better than too long."""
     record = TaskRecord()
     assert [record.update((1, 2), now) for now in (0, 10, 20)] == [0, 0, 0]
 
 
 class Clock:
-    """The monotonic clock of some minutes ago, which counts its calls."""
+    """A monotonic clock that is some minutes late and counts its calls."""
 
     def __init__(self, minutes=0):
         self.behind_ns = minutes * MINUTE_NS
@@ -749,7 +749,7 @@ async def scans(clock, times=2):
 
 
 def test_minutes_are_counted_from_a_scan(loop_name):
-    """A task that a scan saw three minutes ago has waited so long, if for the same object."""
+    """A task that a scan saw three minutes ago has waited as long, if for the same object."""
 
     async def main():
         clock, moves = Clock(minutes=3), asyncio.Event()
@@ -775,7 +775,7 @@ def test_minutes_are_counted_from_a_scan(loop_name):
 
 
 def test_a_scan_notices_a_new_wait(loop_name):
-    """Two events, one after the other: the second wait is as old as the first scan of it."""
+    """The task waits for two events in turn. The second wait begins with the first scan of it."""
 
     async def main():
         clock, moves = Clock(minutes=9), asyncio.Event()
@@ -787,7 +787,7 @@ def test_a_scan_notices_a_new_wait(loop_name):
         with tracked(TaskTracking(interval_s=0.01, clock=clock)):
             task = asyncio.create_task(move_on(), name="moves on")
             await scans(clock)
-            clock.behind_ns = 2 * MINUTE_NS  # first: a scan may come as soon as the task moves
+            clock.behind_ns = 2 * MINUTE_NS  # set first: a scan may come as soon as the task moves
             moves.set()
             await iterations()
             await scans(clock)
@@ -798,7 +798,7 @@ def test_a_scan_notices_a_new_wait(loop_name):
     assert run(main(), loop_name)["moves on"].minutes == 2
 
 
-def test_a_dump_is_a_scan_as_well(loop_name):
+def test_a_dump_is_also_a_scan(loop_name):
     """No time has passed between two dumps."""
 
     async def main():
@@ -838,7 +838,7 @@ def test_scans_end_between_two_slices(loop_name, monkeypatch):
         clock = Clock()
         tasks = [asyncio.create_task(wait()) for _ in range(50)]
         with tracked(TaskTracking(interval_s=0.005, clock=clock)):
-            while not clock.asked:  # noqa: ASYNC110 (an iteration, and so a slice, at a time)
+            while not clock.asked:  # noqa: ASYNC110 (one iteration at a time, so one slice)
                 await asyncio.sleep(0)
         asked = clock.asked
         await iterations(100)
@@ -850,7 +850,7 @@ def test_scans_end_between_two_slices(loop_name, monkeypatch):
 
 
 def test_the_loop_runs_other_work_between_the_slices_of_a_scan(loop_name, monkeypatch):
-    """Slices that are over at once have one task each."""
+    """With a length of 0, a slice has one task."""
     monkeypatch.setattr(task_tracking, "_SLICE_S", 0.0)
 
     async def main():
@@ -870,7 +870,7 @@ def test_the_loop_runs_other_work_between_the_slices_of_a_scan(loop_name, monkey
 
 
 def test_very_many_tasks_are_scanned_in_slices():
-    """All of 20,000, in several iterations of the loop."""
+    """All of 20,000 tasks are scanned, in several iterations of the loop."""
 
     async def main():
         clock, event = Clock(), asyncio.Event()
@@ -887,7 +887,7 @@ def test_very_many_tasks_are_scanned_in_slices():
 
 
 def test_a_task_that_cannot_be_read_hides_no_other(loop_name):
-    """A task of the application's own class may raise whatever is asked of it."""
+    """A task of the application's own class may raise whenever it is read."""
 
     class Odd(asyncio.tasks._PyTask):
         raises = False
@@ -922,6 +922,8 @@ def test_a_task_that_cannot_be_read_hides_no_other(loop_name):
 
 
 def test_scans_go_on_after_one_that_failed(loop_name, caplog):
+    """The failure is logged, and the application's exception handler is not called."""
+
     class FailingClock(Clock):
         raises = False
 
@@ -941,5 +943,5 @@ def test_scans_go_on_after_one_that_failed(loop_name, caplog):
             await scans(clock)
         return failed
 
-    assert run(main(), loop_name) == []  # the handler is the application's
+    assert run(main(), loop_name) == []  # the application's exception handler was not called
     assert [each.name for each in caplog.records if each.exc_info] == ["asgi_pprof"]

@@ -1,4 +1,4 @@
-"""What waiting tasks wait for: the reason in asyncio's terms, and the tasks."""
+"""The reason why a task waits, in asyncio's terms, and the tasks it waits for are found."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def wait_of(task):
 
 @contextlib.asynccontextmanager
 async def waiting(awaitable):
-    """Give a task that awaits this; it is cancelled afterwards."""
+    """Yield a task that awaits this, and cancel the task afterwards."""
 
     async def wait():
         return await awaitable
@@ -49,7 +49,7 @@ async def reason_for(awaitable):
         return wait_of(task).reason
 
 
-# Coroutine functions that wait in one way each: those of asyncio alone.
+# Coroutine functions that wait in one way each; these use asyncio only.
 
 
 async def sleep():
@@ -285,11 +285,11 @@ async def all_reasons():
 
 
 def test_the_reason_is_in_asyncios_terms(loop_name):
-    """As the caller wrote it: by asyncio's own coroutines on the stack, not by futures."""
+    """Asyncio's own coroutines on the stack give the reason as the caller wrote it, not futures."""
     assert run(all_reasons(), loop_name) == REASONS
 
 
-def test_reasons_stay_while_contention_is_recorded(loop_name):
+def test_reasons_are_the_same_while_contention_is_recorded(loop_name):
     """Our wrappers of asyncio's methods are skipped."""
     with recording():
         assert run(all_reasons(), loop_name) == REASONS
@@ -297,7 +297,7 @@ def test_reasons_stay_while_contention_is_recorded(loop_name):
 
 @pytest.mark.parametrize("kind", [asyncio, anyio], ids=lambda kind: kind.__name__)
 def test_a_notified_task_waits_for_the_lock(kind, loop_name):
-    """If another task holds the lock of the condition, it is the lock that is waited for."""
+    """If another task holds the lock of the condition, the task waits for the lock."""
 
     async def main():
         condition = kind.Condition()
@@ -320,12 +320,12 @@ def test_a_notified_task_waits_for_the_lock(kind, loop_name):
     assert run(main(), loop_name) == ("Condition.wait", "Lock.acquire")
 
 
-# What goes through sockets, processes and threads.
+# Waits for sockets, processes and threads.
 
 
 @pytest.mark.parametrize("method", ["sock_recv", "sock_recv_into", "sock_accept", "sock_sendall"])
 def test_waiting_for_a_socket_is_io_wait(method, loop_name):
-    """In methods of asyncio's loop and of uvloop's."""
+    """This holds for methods of asyncio's loop and of uvloop's."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -346,7 +346,7 @@ def test_waiting_for_a_socket_is_io_wait(method, loop_name):
 
 
 def test_a_blocked_drain_is_io_wait(loop_name):
-    """When the other side does not read."""
+    """The other side does not read."""
 
     async def main():
         ours, theirs = socket.socketpair()
@@ -363,7 +363,7 @@ def test_a_blocked_drain_is_io_wait(loop_name):
 
 
 def test_a_read_from_a_connection_is_io_wait(loop_name):
-    """Through the transport of each kind of loop."""
+    """The wait goes through the transport of each kind of loop."""
 
     async def main():
         ours, theirs = socket.socketpair()
@@ -379,7 +379,7 @@ def test_a_read_from_a_connection_is_io_wait(loop_name):
 
 @pytest.mark.parametrize("side", ["accept", "receive", "send"])
 def test_anyios_socket_streams_are_io_wait(side, loop_name):
-    """Accepting, receiving, and sending when the other side does not read."""
+    """They accept, receive, and send while the other side does not read."""
 
     async def send(stream):
         while True:
@@ -401,7 +401,7 @@ def test_anyios_socket_streams_are_io_wait(side, loop_name):
 
 
 def test_a_server_that_serves_is_io_wait(loop_name):
-    """With asyncio's server; uvloop's has no Python frames."""
+    """This is so with asyncio's server; uvloop's has no Python frames."""
 
     async def main():
         server = await asyncio.start_server(lambda *_: None, "127.0.0.1", 0)
@@ -413,8 +413,8 @@ def test_a_server_that_serves_is_io_wait(loop_name):
 
 
 @pytest.mark.parametrize("method", ["wait", "communicate"])
-def test_waiting_for_a_subprocess(method, loop_name):
-    """For its end, and for its output."""
+def test_a_wait_for_a_subprocess_is_named(method, loop_name):
+    """The task waits for the process's end, or for its output."""
 
     async def main():
         process = await asyncio.create_subprocess_exec("sleep", "30")
@@ -426,7 +426,7 @@ def test_waiting_for_a_subprocess(method, loop_name):
     assert run(main(), loop_name) == "subprocess"
 
 
-def test_waiting_for_a_subprocess_with_pipes(loop_name):
+def test_a_wait_for_a_subprocess_with_pipes_is_named(loop_name):
     """Tasks of asyncio's own read its output."""
 
     async def main():
@@ -440,7 +440,7 @@ def test_waiting_for_a_subprocess_with_pipes(loop_name):
     assert run(main(), loop_name) == "subprocess"
 
 
-def test_waiting_for_a_subprocess_of_anyio(loop_name):
+def test_a_wait_for_a_subprocess_of_anyio_is_named(loop_name):
     """anyio's process object awaits asyncio's."""
 
     async def main():
@@ -453,7 +453,7 @@ def test_waiting_for_a_subprocess_of_anyio(loop_name):
 
 
 def test_a_pool_of_processes_is_an_executor():
-    """What its workers do cannot be seen from this process."""
+    """The work of its processes cannot be seen from this one."""
 
     program = """
         import asyncio, time
@@ -471,7 +471,7 @@ def test_a_pool_of_processes_is_an_executor():
             run(main())
     """
     wait = Wait("executor", (), None, "")
-    # Not in development mode, where the loop would log slow callbacks.
+    # Without development mode, in which the loop would log slow callbacks.
     said = run_program(program, options=("-W", "error"))
     assert said.strip() == repr(wait)
 
@@ -619,7 +619,7 @@ TASKS = {
 
 
 def test_tasks_that_a_task_waits_for_are_found(loop_name):
-    """Those that are not done, each once, with the reason of what joins them."""
+    """Each task that is not done is found once; the reason is the function that waits for it."""
 
     async def tasks_for(wait):
         async with waiting(wait()) as task:
@@ -637,7 +637,7 @@ def test_tasks_that_a_task_waits_for_are_found(loop_name):
     assert run(main(), loop_name) == TASKS
 
 
-def test_waiting_for_a_coroutine_with_a_timeout(loop_name):
+def test_the_state_of_a_wait_for_a_coroutine_with_a_timeout(loop_name):
     """Up to 3.11 the coroutine runs in a task of its own; later it is awaited directly."""
 
     async def main():
@@ -649,8 +649,8 @@ def test_waiting_for_a_coroutine_with_a_timeout(loop_name):
     assert run(main(), loop_name) == expected
 
 
-def test_waiting_for_a_future_with_a_timeout(loop_name):
-    """The reason is the future: there is no task."""
+def test_the_state_of_a_wait_for_a_future_with_a_timeout(loop_name):
+    """The reason is the future, since there is no task."""
 
     async def main():
         future = asyncio.get_running_loop().create_future()
@@ -659,8 +659,8 @@ def test_waiting_for_a_future_with_a_timeout(loop_name):
     assert run(main(), loop_name) == "Future"
 
 
-def test_waiting_for_a_thread_with_a_timeout(loop_name):
-    """The work of a worker thread is known through `wait_for` as well."""
+def test_the_state_of_a_wait_for_a_thread_with_a_timeout(loop_name):
+    """The worker thread's work is found through `wait_for` as well."""
 
     async def main():
         begun, end = threading.Event(), threading.Event()
@@ -685,7 +685,7 @@ def test_waiting_for_a_thread_with_a_timeout(loop_name):
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
-def test_a_task_of_another_loop(loop_name, other_loop):
+def test_a_task_of_another_loop_is_found(loop_name, other_loop):
     """It is found through the future that `run_coroutine_threadsafe` returns."""
     ready, loops = threading.Event(), []
 
@@ -714,7 +714,7 @@ def test_a_task_of_another_loop(loop_name, other_loop):
 
 
 def test_a_task_queued_for_an_executor_waits_for_a_thread(loop_name):
-    """All threads of the pool are busy: `workers` says how many, and how many there may be."""
+    """All threads of the pool are busy. `workers` says how many, and how many there may be."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -739,7 +739,7 @@ def test_a_task_queued_for_an_executor_waits_for_a_thread(loop_name):
 
 
 def test_a_task_queued_for_anyios_threads_waits_for_a_thread(loop_name):
-    """If their limiter has no token left; a task that acquires the limiter itself does not."""
+    """Their limiter has no token left. A task that acquires the limiter itself does not count."""
 
     async def main():
         limiter = anyio.CapacityLimiter(1)
@@ -765,7 +765,7 @@ def test_a_task_queued_for_anyios_threads_waits_for_a_thread(loop_name):
 
 
 def test_functions_named_as_asyncios_are_not_taken_for_them():
-    """Their files tell them apart."""
+    """Their files distinguish them."""
 
     async def sleep():
         await asyncio.get_running_loop().create_future()
@@ -773,12 +773,12 @@ def test_functions_named_as_asyncios_are_not_taken_for_them():
     assert run(reason_for(sleep())) == "Future"
 
 
-def test_tasks_held_by_the_applications_coroutines_do_not_count(loop_name):
+def test_tasks_in_variables_of_the_applications_coroutines_do_not_count(loop_name):
     """Only coroutines of asyncio and anyio wait for the tasks in their variables."""
 
     async def main():
         async def hold():
-            other = named("other")  # held, and not waited for
+            other = named("other")  # referred to, and not awaited
             await asyncio.sleep(3600)
             await other
 

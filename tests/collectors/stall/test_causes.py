@@ -1,4 +1,4 @@
-"""Why a loop stood still, where it was not its own code."""
+"""The cause of a stall is named if it was not the loop's own code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MS = 1_000_000
 
 
 class FakeThread:
-    """A thread of which the system tells what the test says."""
+    """A thread whose usage is what the test says."""
 
     def __init__(self, *usages: bytes):
         self.usages = list(usages)
@@ -51,7 +51,7 @@ class FakeThread:
 
 
 def after(cpu_ms: int, waited_ms: int, runs: int) -> FakeThread:
-    """Return a thread that uses so much after the first reading."""
+    """Return a thread that has used this much after the first reading."""
     return FakeThread(b"7 8 9\n", b"%d %d %d\n" % (7 + cpu_ms * MS, 8 + waited_ms * MS, 9 + runs))
 
 
@@ -59,25 +59,25 @@ def after(cpu_ms: int, waited_ms: int, runs: int) -> FakeThread:
     ("thread", "late_ms", "for_gil_ms", "cause"),
     [
         (after(0, 0, 2), 950, 0, NOT_RUNNING),
-        (after(0, 0, 2), 300, 0, None),  # the watch thread was late by less than half of it
+        (after(0, 0, 2), 300, 0, None),  # the watch thread was late by less than half of the second
         (after(0, 0, 9), 950, 0, None),  # a stopped thread does not run so often
         (after(1, 0, 200), 950, 900, WAITING_FOR_GIL),
         (after(600, 0, 200), 950, 900, None),  # it worked
         (after(1, 600, 200), 950, 900, None),  # it waited for a CPU
-        (after(1, 0, 90), 950, 900, None),  # it asked for the GIL for less than half of it
-        (after(1, 0, 200), 950, 200, None),  # the watch thread got it: the loop reads bit by bit
-        (FakeThread(b"", b""), 950, 0, None),  # the system tells nothing
+        (after(1, 0, 90), 950, 900, None),  # it asked for the GIL for less than half of the second
+        (after(1, 0, 200), 950, 200, None),  # the watch thread got the GIL: the loop released it
+        (FakeThread(b"", b""), 950, 0, None),  # the system has no figures
         (FakeThread(b"7 8 9", b""), 950, 0, None),  # the thread has ended
     ],
 )
-def test_the_cause_of_a_second(thread, late_ms, for_gil_ms, cause):
+def test_the_cause_of_a_stall_of_one_second(thread, late_ms, for_gil_ms, cause):
     account = ThreadAccount(1, lambda native_id: thread, GcPauses())
     account.restart()
     account.add(Wakeup(late_ms * MS, 0, for_gil_ms * MS))
     assert account.cause(ended_ns=10**15, delay_ns=1000 * MS) == cause
 
 
-def test_what_was_before_a_restart_is_no_cause():
+def test_usage_before_a_restart_is_no_cause():
     account = ThreadAccount(
         1, lambda native_id: FakeThread(b"1 1 1", b"2 1 1", b"2 1 1"), GcPauses()
     )
@@ -104,8 +104,8 @@ def test_a_thread_is_opened_again_after_close():
     assert opened == [1, 2, 2]
 
 
-def test_a_stopped_process_is_told_apart(loop_name):
-    """The time between SIGSTOP and SIGCONT is nobody's code."""
+def test_a_stopped_process_is_named_as_the_cause(loop_name):
+    """No code used the time between SIGSTOP and SIGCONT."""
     printed = run_program(
         """
         import asyncio, json, os, subprocess, sys, time
@@ -123,12 +123,12 @@ def test_a_stopped_process_is_told_apart(loop_name):
             watch = StallWatch()
             loop = asyncio.get_running_loop()
             watch.attach(loop)
-            # The loop has nothing to do meanwhile: not so much as to answer a question.
+            # Meanwhile the loop has nothing to do, and gets no requests for a state.
             await asyncio.to_thread(stop, watch, monitor_of(watch))
             print(json.dumps(await all_stalls(watch)))
             watch.detach(loop)
 
-        # In debug mode the loop would report the time as that of a slow callback.
+        # In debug mode the loop would report the time as a slow callback.
         with asyncio.Runner(debug=False, loop_factory=FACTORIES[sys.argv[1]]) as runner:
             runner.run(main())
         """,
@@ -136,12 +136,12 @@ def test_a_stopped_process_is_told_apart(loop_name):
     )
     found = of(json.loads(printed), NOT_RUNNING.function.name)
     assert [stall["functions"] for stall in found] == [[NOT_RUNNING.function.name]]
-    # Of an idle loop nobody can tell more than since when it was not scanned.
+    # An idle loop's stall counts only from the last scan before it.
     assert sum(stall["delay_ns"] for stall in found) > 0.5e9
 
 
-def test_a_collection_of_garbage_is_told_apart():
-    """With the stack that set it off below."""
+def test_a_garbage_collection_is_named_as_the_cause():
+    """The stack that triggered the collection is below its name."""
 
     async def collecting(watch):
         await idle(watch)
@@ -157,7 +157,7 @@ def test_a_collection_of_garbage_is_told_apart():
 
     was_enabled = gc.isenabled()
     gc.disable()
-    gc_pauses.enable()  # as a middleware does
+    gc_pauses.enable()  # a middleware does this
     try:
         found = run(collecting)
     finally:
@@ -169,18 +169,18 @@ def test_a_collection_of_garbage_is_told_apart():
         assert any(name.endswith("collecting") for name in stall["functions"])
 
 
-def test_waiting_for_the_gil_is_told_apart():
-    """Another thread's call in C keeps it, while the loop has something to do."""
+def test_waiting_for_the_gil_is_named_as_the_cause():
+    """Another thread's call in C keeps the GIL while the loop has work to do."""
     document = long_document()
 
     async def waiting(watch):
         found = []
         async with asyncio.timeout(60):
             while not of(found, WAITING_FOR_GIL.function.name):
-                # A busy machine may keep threads from asking for the GIL in time.
+                # On a busy machine threads may ask for the GIL too late.
                 thread = threading.Thread(target=hold_by_parsing, args=(document,))
                 thread.start()
-                while thread.is_alive():  # noqa: ASYNC110 (so the loop has something to do)
+                while thread.is_alive():  # noqa: ASYNC110 (gives the loop work to do)
                     await asyncio.sleep(0.01)
                 await idle(watch)
                 found = await all_stalls(watch)
@@ -191,16 +191,16 @@ def test_waiting_for_the_gil_is_told_apart():
 
 @pytest.mark.timing
 def test_another_threads_long_call_is_no_stall_of_an_idle_loop(loop_name):
-    """It keeps the GIL from the watch thread, but the loop has no use for it."""
+    """The call keeps the GIL from the watch thread, but the idle loop does not need it."""
     document = long_document()
 
     def parse(monitor) -> bool:
-        """Parse while the loop is idle; tell whether nothing else delayed the watch thread."""
+        """Parse while the loop is idle; return whether nothing else delayed the watch thread."""
         until(lambda: monitor.is_quiet)
         start_ns = time.monotonic_ns()
         used_ns = cpu_ns(hold_by_parsing, document)
         had_cpu = time.monotonic_ns() - start_ns < used_ns * 1.2
-        probe = monitor._probe  # with one from before, the loop would wait for the GIL
+        probe = monitor._probe  # with an earlier probe, the loop would have waited for the GIL
         return had_cpu and (probe is None or probe.scheduled_ns > start_ns)
 
     async def beside(watch):
@@ -219,7 +219,7 @@ def test_another_threads_long_call_is_no_stall_of_an_idle_loop(loop_name):
 
 
 def test_a_sleep_beside_busy_threads_is_not_waiting_for_the_gil():
-    """Threads that burn CPU take turns; the loop's own sleep is its own."""
+    """Threads that burn CPU get the GIL by turns; the loop's own sleep is the cause."""
     stop = threading.Event()
 
     def burn():

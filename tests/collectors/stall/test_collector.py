@@ -1,4 +1,4 @@
-"""The stall profile: what held the loop, and for how long."""
+"""The stall profile shows the code that blocked a loop, and for how long."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from tests.servers import serve_process, until
 CLOSE_NS = 20_000_000
 
 
-# A service whose endpoints hold its loop, and say how long by their own clock.
+# A service whose endpoints block its loop, and measure how long by their own clock.
 
 app = FastAPI()
 served = StallWatch()
@@ -53,7 +53,7 @@ def hold_by_matching(text: str) -> int:
     re.match(
         r"(a+)+$",
         text,
-    )  # one call over some lines: `the line` is its first
+    )  # the call is on several lines; profiles have the first
     return time.perf_counter_ns() - start
 
 
@@ -84,7 +84,7 @@ def prepare() -> None:
 
 @app.get("/hold/{how}")
 async def hold(how: str) -> tuple[int, int]:
-    """Hold the loop; return for how long, and how long threads have waited for a CPU meanwhile."""
+    """Block the loop. Return how long, and how long threads have waited for a CPU meanwhile."""
     waited_ns = waited_for_cpu_ns()
     return hold_by(how), waited_for_cpu_ns() - waited_ns
 
@@ -107,7 +107,7 @@ async def stalls() -> list[dict[str, object]]:
 
 @dataclass
 class Held:
-    """What an endpoint said, and what the profile has gained by it."""
+    """What an endpoint has measured, and what was added to the profile."""
 
     said_ns: int
     waited_ns: int
@@ -125,7 +125,7 @@ def hold_once(server, how: str) -> Held:
     _, count, delay_ns = so_far()
     said_ns, waited_ns = json.loads(server.visit(f"/hold/{how}").body)
     with contextlib.suppress(AssertionError):
-        until(lambda: so_far()[1] > count, seconds=5)  # when the watch thread has counted it
+        until(lambda: so_far()[1] > count, seconds=5)  # until the watch thread has counted it
     found, count_after, delay_after_ns = so_far()
     return Held(said_ns, waited_ns, count_after - count, delay_after_ns - delay_ns, found)
 
@@ -133,7 +133,7 @@ def hold_once(server, how: str) -> Held:
 @pytest.mark.server
 @pytest.mark.timing
 def test_blocking_endpoints_are_found_with_line_duration_and_labels(loop_name):
-    """A sleep, a parse, a slow pattern and plain code: right to 20 ms of the handler's clock."""
+    """A sleep, a parse, a slow pattern and plain code are timed to 20 ms of the handler's clock."""
     with serve_process("tests.collectors.stall.test_collector:app", loop_name) as server:
         server.visit("/prepare")
         server.visit("/watch/true")
@@ -141,8 +141,8 @@ def test_blocking_endpoints_are_found_with_line_duration_and_labels(loop_name):
             function = globals()[f"hold_by_{how}"]
             errors = []
             while not errors or abs(errors[-1]) > CLOSE_NS:
-                # A busy machine can take the CPU between two clocks, but not always, and
-                # keep the watch thread from its scan.
+                # A busy machine can take the CPU away between two readings of a clock, and keep
+                # the watch thread from its scan, but it does not always do so.
                 assert len(errors) < 12, f"{how}: {errors} ns beside the handler's clock"
                 held = hold_once(server, how)
                 assert held.count == 1 or (held.count == 0 and held.waited_ns > CLOSE_NS), held
@@ -155,7 +155,7 @@ def test_blocking_endpoints_are_found_with_line_duration_and_labels(loop_name):
 
 
 def test_a_callback_that_blocks_is_found(loop_name):
-    """Also without a task; its stack is the callback's."""
+    """It has the callback's stack, and no task."""
 
     async def blocked(watch):
         await idle(watch)
@@ -170,8 +170,8 @@ def test_a_callback_that_blocks_is_found(loop_name):
     assert said[0] / 2 < stall["delay_ns"]
 
 
-def test_a_task_is_named_and_default_numbers_are_folded():
-    """Tasks with names of their own are kept apart."""
+def test_a_stalls_task_is_named_and_default_numbers_are_dropped():
+    """Tasks with names of their own are distinguished."""
 
     async def block():
         hold_by_sleeping()
@@ -185,8 +185,8 @@ def test_a_task_is_named_and_default_numbers_are_folded():
     assert {stall["labels"]["task"] for stall in run(blocked)} == {"importer", "Task"}
 
 
-def test_labels_that_fail_leave_the_stack():
-    """An application's own objects may do anything."""
+def test_a_stall_is_kept_if_reading_its_labels_fails():
+    """An application's own objects may raise anything."""
 
     class HostileTask(asyncio.Task):
         def get_name(self):
@@ -207,8 +207,8 @@ def test_labels_that_fail_leave_the_stack():
 
 
 @pytest.mark.timing
-def test_stalls_in_a_row_add_up():
-    """The counts and nanoseconds of one place rise."""
+def test_stalls_of_one_place_add_up():
+    """Their count and nanoseconds rise."""
 
     async def blocked(watch):
         await idle(watch)
@@ -225,7 +225,7 @@ def test_stalls_in_a_row_add_up():
 
 
 def test_a_threshold_of_zero_is_off_until_a_window():
-    """A window switches it on with 100 ms, and off again."""
+    """A window switches the watch on at 100 ms, and off again."""
 
     async def windowed(watch):
         collector = StallCollector(watch)
@@ -250,11 +250,11 @@ def test_a_threshold_of_zero_is_off_until_a_window():
 
     (stall,), count = run(windowed)
     assert stall["count"] == 1
-    assert count >= 1  # what a busy machine adds has another stack
+    assert count >= 1  # further stalls, which a busy machine causes, have other stacks
 
 
-def test_nothing_is_watched_where_that_is_not_safe(monkeypatch):
-    """Without a GIL, or in another than the main interpreter; the index says why."""
+def test_no_loop_is_watched_where_that_is_not_safe(monkeypatch):
+    """That is so without a GIL, and in sub-interpreters. The index page says why."""
     monkeypatch.setattr("asgi_pprof.collectors.stall.watch.CANNOT", "off: not here")
 
     async def watched(watch):
@@ -264,8 +264,8 @@ def test_nothing_is_watched_where_that_is_not_safe(monkeypatch):
 
 
 @pytest.mark.go
-def test_go_tool_pprof_reads_it(tmp_path):
-    """The place that held the loop comes first."""
+def test_go_tool_pprof_reads_the_profile(tmp_path):
+    """The function that blocked the loop comes first."""
 
     async def blocked(watch):
         await idle(watch)

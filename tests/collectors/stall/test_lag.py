@@ -1,4 +1,4 @@
-"""How late callbacks were."""
+"""The lag figures say how late callbacks were."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ START_NS = 1000 * S
     [
         ([], 0, 0, (0, 0, 0, 0)),  # watched for no time
         ([], 0, 60, (0, 0, 0, 0)),
-        ([(1, 1000)], 0, 1, (500, 900, 1000, 1000)),  # held all the time
-        ([(1, 1000)], 0, 2, (0, 800, 1000, 1000)),  # half of the time
-        ([(1, 1000)], 0, 60, (0, 0, 400, 1000)),  # one second of a minute
+        ([(1, 1000)], 0, 1, (500, 900, 1000, 1000)),  # blocked all the time
+        ([(1, 1000)], 0, 2, (0, 800, 1000, 1000)),  # blocked half of the time
+        ([(1, 1000)], 0, 60, (0, 0, 400, 1000)),  # blocked for one second of a minute
         ([(1, 1000), (3, 300)], 0, 60.9, (0, 0, 400, 1000)),
-        ([(1, 1000), (3, 300)], 0, 61, (0, 0, 0, 300)),  # the first is forgotten
-        ([], 500, 1, (0, 400, 500, 500)),  # one that has not ended
+        ([(1, 1000), (3, 300)], 0, 61, (0, 0, 0, 300)),  # the first delay is older than the window
+        ([], 500, 1, (0, 400, 500, 500)),  # a delay that has not ended
         ([(200, 100_000)], 0, 200, (70_000, 94_000, 99_400, 100_000)),  # longer than the window
     ],
 )
-def test_lateness_is_that_of_all_moments(monkeypatch, delays, pending_ms, after_s, quantiles_ms):
-    """At each moment of a delay a callback is late by what is left of it."""
+def test_lag_is_taken_over_all_moments(monkeypatch, delays, pending_ms, after_s, quantiles_ms):
+    """At each moment of a delay, a callback is late by the rest of the delay."""
     monkeypatch.setattr(lag, "_clock_ns", lambda: START_NS)
     lateness = lag.Lateness()
     for ended_s, delay_ms in delays:
@@ -39,8 +39,8 @@ def test_lateness_is_that_of_all_moments(monkeypatch, delays, pending_ms, after_
     assert tuple(ns // MS for ns in found) == quantiles_ms
 
 
-def test_lag_is_that_of_the_stalls_that_are_counted():
-    """A loop held half of its time is late by something at half of all moments."""
+def test_the_lag_comes_from_the_stalls_that_are_counted():
+    """A loop that is blocked for a part of its time has lag at that part of all moments."""
 
     async def late(watch):
         await idle(watch)

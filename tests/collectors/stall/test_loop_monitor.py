@@ -1,4 +1,4 @@
-"""What one loop does, found out from outside."""
+"""A loop monitor finds out from another thread what its loop does."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ MS = 1_000_000
 
 
 def test_at_a_threshold_of_zero_nothing_is_a_stall():
-    """The thread may still be scanning when it is switched off."""
+    """The watch thread may still be scanning when it is switched off."""
     assert not Threshold(0).is_stall(10**12)
     assert [Threshold(100).is_stall(delay_ns) for delay_ns in (99, 100)] == [False, True]
 
@@ -56,18 +56,19 @@ def test_at_a_threshold_of_zero_nothing_is_a_stall():
 @pytest.mark.parametrize(
     ("seen", "scheduled", "began", "ran", "span"),
     [
-        (1000, 1060, 1300, 1301, (1000, 1300)),  # seen in an iteration, which ends with the next
-        (1000, 1001, 1000, 1300, (1001, 1300)),  # scheduled as the iteration that runs it began
-        (1100, 1060, 1100, 1300, (1100, 1300)),  # held in the iteration that runs it, before that
+        # The loop was seen in an iteration, which ends when the next one begins.
+        (1000, 1060, 1300, 1301, (1000, 1300)),
+        # The probe was scheduled when the iteration that runs it began.
+        (1000, 1001, 1000, 1300, (1001, 1300)),
+        # The loop was blocked in the iteration that runs the probe, before the probe.
+        (1100, 1060, 1100, 1300, (1100, 1300)),
         (0, 1060, 1300, 1301, (1060, 1301)),  # the loop's iterations cannot be read
-        (7, 1060, 8, 1301, (1060, 1301)),  # a clock that is behind
-        (9000, 1060, 9001, 1301, (1060, 1301)),  # and one that is ahead
-        (7, 1060, 7, 1301, (1060, 1301)),  # and one that stands still
+        (7, 1060, 8, 1301, (1060, 1301)),  # the loop's clock is behind
+        (9000, 1060, 9001, 1301, (1060, 1301)),  # it is ahead
+        (7, 1060, 7, 1301, (1060, 1301)),  # it stands still
     ],
 )
-def test_before_the_probe_only_an_iteration_by_a_believable_clock_counts(
-    seen, scheduled, began, ran, span
-):
+def test_time_before_the_probe_counts_only_by_a_reliable_clock(seen, scheduled, began, ran, span):
     probe = Probe(scheduled * MS, Observation(iteration_ns=seen * MS))
     probe.iteration_ns, probe.ran_ns = began * MS, ran * MS
     assert tuple(at_ns // MS for at_ns in probe.span()) == span
@@ -76,7 +77,7 @@ def test_before_the_probe_only_an_iteration_by_a_believable_clock_counts(
 
 
 class FakeLoop:
-    """A loop that runs what was scheduled when the test says so, and the clock that reads it."""
+    """A loop, and the clock of its iterations. It runs a scheduled probe when the test says so."""
 
     is_reliable = True
 
@@ -113,7 +114,7 @@ class FakeLoop:
 
 
 class Monitored:
-    """A monitor of a fake loop, which is scanned when the test says so."""
+    """A monitor of a fake loop. The test says when to scan."""
 
     def __init__(self, monkeypatch):
         self.loop = FakeLoop()
@@ -155,7 +156,7 @@ def monitored(monkeypatch):
     ("state", "event"), [(state, event) for state in State for event in TRANSITIONS[state]]
 )
 def test_each_transition(monitored, state, event):
-    """From each state each event leads where the table says, and schedules a probe if need be."""
+    """From each state each event leads to the table's state, and schedules a probe if needed."""
     monitored.become(state)
     loop = monitored.loop
     before = len(loop.scheduled)
@@ -163,7 +164,7 @@ def test_each_transition(monitored, state, event):
         loop.running = False
     elif event is not Event.PENDING and state is State.PROBED:
         loop.run_probe()
-        monitored.scan()  # the first that runs is not recent enough to trust what it waits for
+        monitored.scan()  # records the first answer, without which no wait is certain
         loop.run_probe()
         before = 0
     if event is Event.ITERATING:
@@ -176,7 +177,7 @@ def test_each_transition(monitored, state, event):
 
 
 def test_an_idle_loop_is_probed_only_every_ten_seconds(monitored):
-    """Because it may run on another thread by now."""
+    """The loop may run on another thread by now."""
     monitored.become(State.IDLE)
     for _ in range(9):
         assert monitored.scan(after_ms=1000) is State.IDLE
@@ -185,7 +186,7 @@ def test_an_idle_loop_is_probed_only_every_ten_seconds(monitored):
 
 
 def test_each_of_two_long_iterations_counts_before_the_probe_runs(monitored):
-    """The probe then measures the later one."""
+    """The probe then measures only the later one."""
     monitored.become(State.IDLE)
     loop = monitored.loop
     first_ns = loop.iteration_ns = loop.now_ns + 50 * MS
@@ -204,7 +205,7 @@ def test_each_of_two_long_iterations_counts_before_the_probe_runs(monitored):
 def test_a_stall_counts_though_the_watch_thread_waits_for_the_gil_after_its_scan(
     monitored, is_over
 ):
-    """To the next iteration if it lasts, or until the scan: then the loop has gone on meanwhile."""
+    """It lasts to the next iteration, or until the scan if the loop has gone on since."""
     monitored.become(State.PROBED)
     loop = monitored.loop
     loop.run_probe()
@@ -228,8 +229,8 @@ def test_a_stall_counts_though_the_watch_thread_waits_for_the_gil_after_its_scan
     assert stall.delay_ns == (500 if is_over else 807) * MS
 
 
-def test_a_loop_that_waits_or_works_a_little_does_not_stall(loop_name):
-    """Neither a loop that sleeps nor one that ticks, nor one that is woken all the time."""
+def test_a_loop_that_waits_or_works_little_does_not_stall(loop_name):
+    """It sleeps, has short timers, or is woken all the time."""
 
     async def mostly_idle(watch):
         before_ns = waited_for_cpu_ns()
@@ -250,7 +251,7 @@ def test_a_loop_that_waits_or_works_a_little_does_not_stall(loop_name):
 
 
 def test_many_short_iterations_are_no_stall(loop_name):
-    """Of a loop that has rested and then works without a pause."""
+    """The loop has rested, and then works without a pause."""
 
     async def working(watch):
         await asyncio.sleep(0.3)
@@ -265,8 +266,8 @@ def test_many_short_iterations_are_no_stall(loop_name):
     run(working, loop_name, LONG_MS)
 
 
-def test_loops_are_probed_where_the_system_tells_nothing():
-    """Without /proc a blocked loop is found as well, and one that waits is not."""
+def test_loops_are_probed_where_the_system_has_no_figures():
+    """Without /proc a blocked loop is found too, and a waiting loop has no stall."""
 
     async def blocked(watch):
         watch.set_threshold(LONG_MS)
@@ -286,7 +287,7 @@ def test_loops_are_probed_where_the_system_tells_nothing():
 
 
 def test_each_of_many_blocking_iterations_counts(loop_name):
-    """Also those that come before the probe of the one before has run."""
+    """Iterations before the run of the previous one's probe count too."""
 
     async def block():
         return hold_by_sleeping()
@@ -306,7 +307,7 @@ def test_each_of_many_blocking_iterations_counts(loop_name):
 
 
 def watched_by_hand(loop_name):
-    """Return a loop that the test runs, its watch, and a coroutine function that attaches it."""
+    """Return a watch, a loop that the test runs, and a coroutine function that attaches it."""
     watch, loop = StallWatch(), FACTORIES[loop_name]()
 
     async def attach():
@@ -317,7 +318,7 @@ def watched_by_hand(loop_name):
 
 
 def test_a_loop_that_does_not_run_does_not_stall(loop_name):
-    """Between two run_until_complete nobody expects it to iterate."""
+    """Between two calls of run_until_complete the loop need not iterate."""
     watch, loop, attach = watched_by_hand(loop_name)
     watch.set_threshold(LONG_MS)
     try:
@@ -331,8 +332,8 @@ def test_a_loop_that_does_not_run_does_not_stall(loop_name):
     until(lambda: not watch._is_watching)
 
 
-def test_a_loop_run_from_elsewhere_does_not_stall(loop_name):
-    """Another function is below its callbacks then, or it is on another thread."""
+def test_a_loop_run_by_other_code_does_not_stall(loop_name):
+    """The loop's callbacks are then below another function, or on another thread."""
     watch, loop, attach = watched_by_hand(loop_name)
     watch.set_threshold(LONG_MS)
 
@@ -351,7 +352,7 @@ def test_a_loop_run_from_elsewhere_does_not_stall(loop_name):
 
 
 def test_a_loop_that_was_moved_to_another_thread_is_still_watched(loop_name):
-    """The stack is that of the thread which runs it now."""
+    """The stack is that of the thread that runs the loop now."""
     watch, loop, attach = watched_by_hand(loop_name)
     found = []
 
@@ -375,8 +376,8 @@ def test_a_loop_that_was_moved_to_another_thread_is_still_watched(loop_name):
 
 @pytest.mark.timing
 @pytest.mark.parametrize("shift_s", [-1000, 1000])
-def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
-    """Tests put clocks of their own into loops: then what is certain without one is counted."""
+def test_a_loop_with_another_clock_has_no_false_stalls(shift_s):
+    """Tests give loops clocks of their own. Then only times between a probe's two ends count."""
     watch = StallWatch()
     loop = asyncio.new_event_loop()
     loop.time = lambda: time.monotonic() + shift_s
@@ -392,7 +393,7 @@ def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
         start_ns = time.monotonic_ns()
         found = []
         while not found:
-            # A scan that is late on a busy machine counts a stall without its stack.
+            # On a busy machine a late scan counts a stall without its stack.
             hold_by_sleeping()
             await idle(watch)
             found = of(await all_stalls(watch), "hold_by_sleeping")
@@ -408,7 +409,7 @@ def test_another_clock_in_the_loop_makes_no_stalls(shift_s):
 
 
 def test_loops_without_epoll_and_in_debug_mode_are_watched():
-    """How a loop waits makes no difference."""
+    """It makes no difference how a loop waits."""
     watch = StallWatch()
 
     async def blocked():
@@ -429,7 +430,7 @@ def test_loops_without_epoll_and_in_debug_mode_are_watched():
 
 
 def test_an_iteration_that_wrappers_hide_is_found():
-    """Where somebody has put a function around the loop's own; greenlets hide it likewise."""
+    """Some code has put a function around the loop's own; greenlets hide iterations likewise."""
     run_program(
         """
         import asyncio, time
@@ -449,13 +450,13 @@ def test_an_iteration_that_wrappers_hide_is_found():
                         await asyncio.sleep(0.02)
             watch.detach(loop)
 
-        asyncio.run(main(), debug=False)  # in debug mode it reports slow callbacks
+        asyncio.run(main(), debug=False)  # in debug mode the loop reports slow callbacks
         """
     )
 
 
 def test_an_observation_that_is_old_when_the_probe_is_scheduled_is_no_stall():
-    """Reading what a thread has used can mean waiting for the GIL while the loop goes on."""
+    """Reading a thread's usage may wait for the GIL, while the loop goes on."""
 
     class Slow(LoopThread):
         def usage(self):
@@ -476,11 +477,11 @@ def test_an_observation_that_is_old_when_the_probe_is_scheduled_is_no_stall():
         return max((each["delay_ns"] for each in found), default=0), longest_s
 
     delay_ns, longest_s = run(main, threshold_ms=100, open_thread=Slow)
-    assert delay_ns == 0 or longest_s > 0.05  # then the machine was busy, and it may be one
+    assert delay_ns == 0 or longest_s > 0.05  # else the machine was busy, and it may be a stall
 
 
 def test_scanning_keeps_nothing_alive():
-    """Variables of functions that were seen die with them, without a garbage collection."""
+    """Variables of scanned functions are freed without a garbage collection."""
 
     class Kept:
         pass

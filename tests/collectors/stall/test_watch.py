@@ -1,4 +1,4 @@
-"""The watch thread: when it runs, how often it wakes, and what it leaves behind."""
+"""The watch thread runs while it is needed, wakes seldom, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.servers import until
 
 
 def test_a_watch_that_fails_says_so_once_and_is_off(caplog):
-    """The loop notices nothing of it."""
+    """The loop is not affected."""
 
     def fails(native_id):
         raise ZeroDivisionError
@@ -45,8 +45,8 @@ def test_a_watch_that_fails_says_so_once_and_is_off(caplog):
     assert [record.name for record in caplog.records].count("asgi_pprof") == 1
 
 
-def test_nothing_is_counted_once_it_is_off():
-    """However near the end of a stall that comes; and short iterations are no stalls of 0 ms."""
+def test_no_stall_is_counted_after_switching_off():
+    """This holds if a stall ends at that moment, and short iterations never count as 0 ms."""
 
     async def switched(watch):
         for _ in range(20):
@@ -63,7 +63,7 @@ def test_nothing_is_counted_once_it_is_off():
 
 
 def test_a_watch_of_many_loops_leaves_nothing(loop_name):
-    """Loops come and go, closed and attached as they like; one thread serves them."""
+    """Loops are attached, closed and detached in any order, and one thread serves them all."""
     watch = StallWatch()
 
     async def short():
@@ -84,7 +84,7 @@ def test_a_watch_of_many_loops_leaves_nothing(loop_name):
 
 @pytest.fixture
 def sleeps(monkeypatch):
-    """The lengths of the watch thread's sleeps that were asked for, in seconds."""
+    """The lengths of the sleeps that the watch thread asked for, in seconds."""
     asked = []
     sleep = _Sleeper.sleep
 
@@ -96,8 +96,8 @@ def sleeps(monkeypatch):
     return asked
 
 
-def test_it_wakes_seldom(sleeps, loop_name):
-    """While the loop is idle 225 ms apart, else at most twice in 75 ms, whatever the loop does."""
+def test_the_watch_thread_wakes_seldom(sleeps, loop_name):
+    """An idle loop is scanned every 225 ms, any other at most twice in 75 ms."""
 
     async def doing(watch):
         loop = asyncio.get_running_loop()
@@ -113,7 +113,7 @@ def test_it_wakes_seldom(sleeps, loop_name):
 
 
 def test_a_process_ends_with_loops_that_still_run(loop_name):
-    """The watch thread is left where it sleeps."""
+    """The watch thread is still asleep then."""
     run_program(
         """
         import asyncio, sys, threading, time, uvloop
@@ -136,7 +136,7 @@ def test_a_process_ends_with_loops_that_still_run(loop_name):
 
 
 def test_a_loop_closed_without_detaching_is_forgotten(loop_name):
-    """The thread ends, and nothing stays open."""
+    """The watch thread ends, and no descriptor stays open."""
     watch = StallWatch()
 
     async def attach():
@@ -149,8 +149,8 @@ def test_a_loop_closed_without_detaching_is_forgotten(loop_name):
     assert watch.loops() == []
 
 
-def test_loops_of_two_threads_are_watched_apart():
-    """One is held, the other is idle."""
+def test_loops_of_two_threads_are_distinguished():
+    """One loop is blocked, and the other is idle."""
 
     async def other(watch, lags):
         loop = asyncio.get_running_loop()
@@ -175,7 +175,7 @@ def test_loops_of_two_threads_are_watched_apart():
 
 
 def test_users_are_counted_and_nothing_is_left():
-    """Switched on and off many times; the last one ends it, also in the middle of a stall."""
+    """The watch is switched on and off many times. The last user ends it, even during a stall."""
 
     async def often(watch):
         loop = asyncio.get_running_loop()
@@ -185,7 +185,7 @@ def test_users_are_counted_and_nothing_is_left():
             watch.detach(loop)
             await asyncio.sleep(0.001)
             watch.detach(loop)
-        assert watch.loops() == [loop]  # attached by `run`
+        assert watch.loops() == [loop]  # `run` has attached it
         watch.detach(loop)
         hold_by_sleeping(0.6)
         await asyncio.to_thread(until, lambda: not watch._is_watching)
@@ -201,7 +201,7 @@ def test_a_threshold_is_a_number_of_milliseconds(threshold):
         StallWatch().set_threshold(threshold)
 
 
-def test_stalls_that_were_not_observed_are_unknown():
+def test_stalls_without_a_stack_are_unknown():
     watch = StallWatch()
     watch._add(Stall(5, None, None))
     watch._add(Stall(6, None, None))
@@ -210,7 +210,7 @@ def test_stalls_that_were_not_observed_are_unknown():
 
 
 def test_the_number_of_stacks_is_bounded(monkeypatch):
-    """What is beyond it is counted together, and no stall is lost."""
+    """Stalls of further stacks are added up under one name, and none is lost."""
     monkeypatch.setattr("asgi_pprof.collectors.stall.watch._MAX_STACKS", 2)
     watch = StallWatch()
     for number in range(5):
@@ -220,8 +220,8 @@ def test_the_number_of_stacks_is_bounded(monkeypatch):
     assert [sample.values for sample in samples if sample.stack == (FURTHER,)] == [(3, 3)]
 
 
-def test_a_forked_process_begins_anew():
-    """It has no thread until it attaches; what its parent counted is not its own."""
+def test_a_forked_process_starts_again():
+    """It has no watch thread until it attaches a loop, and none of its parent's stalls."""
     printed = run_program(
         """
         import asyncio, os, sys, time
@@ -253,13 +253,13 @@ def test_a_forked_process_begins_anew():
 
         print(*asyncio.run(parent()))
         """,
-        options=("-W", "ignore::DeprecationWarning"),  # 3.12 warns of forks beside threads
+        options=("-W", "ignore::DeprecationWarning"),  # a fork beside threads
     )
     assert printed.split() == ["1", "1"]
 
 
-def test_a_child_that_has_closed_everything_can_watch():
-    """A daemon does; descriptors of the parent's are somebody else's by then."""
+def test_a_child_that_has_closed_all_descriptors_can_watch():
+    """A daemon closes them; the numbers then belong to other files."""
     run_program(
         """
         import asyncio, os, socket
@@ -288,14 +288,14 @@ def test_a_child_that_has_closed_everything_can_watch():
         assert os.waitpid(pid, 0)[1] == 0
         runner.close()
         """,
-        options=("-W", "ignore::DeprecationWarning"),  # of forking beside threads
+        options=("-W", "ignore::DeprecationWarning"),  # a fork beside threads
     )
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="garbage is not collected there")
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="only 3.11 collects garbage there")
 @pytest.mark.parametrize("native", ["1", "0"])
 def test_finalizers_that_wait_do_not_hang_the_process(native):
-    """While threads come and go: on 3.11 the list of frames is made with a lock held."""
+    """Threads start and end meanwhile; on 3.11 CPython makes the list of frames under a lock."""
     run_program(
         """
         import asyncio, os, threading, time

@@ -1,4 +1,4 @@
-"""Watched event loops, functions that hold a loop, and what the profile then says."""
+"""Watched event loops, functions that block a loop, and the resulting profiles."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ FACTORIES = {"asyncio": asyncio.new_event_loop, "uvloop": uvloop.new_event_loop}
 
 HOLD_S = 0.3
 SHORT_MS = 40
-"""A threshold at which a scan falls into each `HOLD_S`, also while the loop is quiet."""
+"""A threshold at which a scan comes during each `HOLD_S`, even after the loop was idle."""
 
 LONG_MS = 400
-"""A threshold that a harmless loop hardly passes, even on a busy machine."""
+"""A threshold that a harmless loop hardly exceeds, even on a busy machine."""
 
 
 def hold_by_sleeping(seconds: float = HOLD_S) -> int:
@@ -42,7 +42,7 @@ def hold_by_parsing(document: str) -> int:
 
 
 def cpu_ns(function, *arguments) -> int:
-    """Return the CPU time of a call, which other processes do not change."""
+    """Return the CPU time of a call, which other processes do not affect."""
     start = time.thread_time_ns()
     function(*arguments)
     return time.thread_time_ns() - start
@@ -50,7 +50,7 @@ def cpu_ns(function, *arguments) -> int:
 
 @functools.cache
 def long_document() -> str:
-    """Return a document that takes `HOLD_S` or more to parse, in one call that keeps the GIL."""
+    """Return a document that takes at least `HOLD_S` to parse, in one call that keeps the GIL."""
     numbers = "1"
     while cpu_ns(hold_by_parsing, f"[{numbers}]") < HOLD_S * 1e9:
         numbers = f"{numbers},{numbers}"
@@ -87,7 +87,7 @@ def waited_for_cpu_ns() -> int:
 
 @contextlib.contextmanager
 def no_stalls(watch):
-    """Check that no stall is counted meanwhile, except for what other processes have caused."""
+    """Check that no stall is counted inside the `with`, except those that other processes cause."""
     waited_ns, count = waited_for_cpu_ns(), watch.count()
     yield
     found = watch.totals()
@@ -103,22 +103,22 @@ async def idle(watch) -> None:
     """
     Wait until the watch has found the running loop idle.
 
-    From then on the whole of a stall is counted, not only what comes after a first probe.
+    From then on a whole stall is counted, not only the part after the first probe.
     """
     async with asyncio.timeout(20):
-        while monitor_of(watch)._state is not State.IDLE:  # noqa: ASYNC110 (set on a thread)
+        while monitor_of(watch)._state is not State.IDLE:  # noqa: ASYNC110 (set by another thread)
             await asyncio.sleep(SHORT_MS / 1000)
 
 
 async def stalls_of(watch, function, count=1):
-    """Wait until so many stalls with this function are counted; return what there are of them."""
+    """Wait until `count` stalls with this function are counted; return them."""
     await counted(watch, function, count)
-    await idle(watch)  # if there were one more, it would be counted by now
+    await idle(watch)  # a further stall would have been counted by now
     return await counted(watch, function, count)
 
 
 async def counted(watch, function, count=1):
-    """Do the same with loops that are never found idle."""
+    """Do the same for loops that are never found idle."""
     async with asyncio.timeout(20):
         found = []
         while sum(each["count"] for each in found) < count:
@@ -132,7 +132,7 @@ async def all_stalls(watch):
 
 
 async def taken(watch):
-    """Return the profile as a collector gives it, found valid."""
+    """Return the collector's profile after checking that it is valid."""
     profile = (await StallCollector(watch).snapshot())()
     check_valid(profile)
     return profile
