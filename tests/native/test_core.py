@@ -29,28 +29,28 @@ print(heap_sampler.why_off())
 
 
 def test_there_is_a_module_or_a_reason():
-    """Exactly one of the two."""
+    """Without a module the reason is not empty; with one it is."""
     assert (native is None) == bool(reason)
     assert (LabelNode is object) == (native is None)
     assert (os.environ.get("ASGI_PPROF_NATIVE") == "0") <= (native is None)
 
 
-def test_the_switch_leaves_it_out():
-    """With ASGI_PPROF_NATIVE=0 nothing is loaded, both engines give the reason, the rest works."""
+def test_the_environment_switches_the_c_core_off():
+    """With ASGI_PPROF_NATIVE=0 it is not loaded; both engines give the reason, the rest works."""
     said = run_program(REPORT, ASGI_PPROF_NATIVE="0").splitlines()
     assert said == ["switched off by ASGI_PPROF_NATIVE=0"] * 3
 
 
 @needs_native
 @pytest.mark.parametrize("value", ["1", "", "yes"])
-def test_any_other_value_of_the_switch_leaves_it_in(value):
-    """Only 0 switches it off."""
+def test_any_other_value_of_the_variable_is_ignored(value):
+    """Only 0 switches the C core off."""
     program = "from asgi_pprof.native.core import native; assert native"
     run_program(program, ASGI_PPROF_NATIVE=value)
 
 
 def test_a_module_that_does_not_import_is_none():
-    """The reason is the importer's, such as for a module built for another libc."""
+    """The reason is the import system's message, as for a module built for another libc."""
     program = """
 import sys
 
@@ -65,8 +65,8 @@ sys.meta_path.insert(0, Broken())
     assert said == ["undefined symbol: of_another_libc"] * 3
 
 
-def test_the_folder_of_the_sources_is_not_taken_for_the_module():
-    """In a checkout that is not built, the name finds a folder and imports as an empty package."""
+def test_the_sources_folder_is_not_taken_for_the_module():
+    """In a checkout that is not built, the name finds the folder and imports an empty package."""
     program = """
 import importlib.machinery, sys
 
@@ -107,8 +107,8 @@ def test_importing_it_changes_nothing():
 
 @needs_native
 @pytest.mark.parametrize("hz", [0, -1, 100_001, 2**70])
-def test_frequencies_that_make_no_sense_are_refused(hz):
-    """They raise, and nothing starts."""
+def test_invalid_frequencies_are_refused(hz):
+    """The call raises, and nothing starts."""
     with pytest.raises((ValueError, OverflowError)):
         native.cpu_start(hz)
     native.cpu_stop()
@@ -117,15 +117,15 @@ def test_frequencies_that_make_no_sense_are_refused(hz):
 
 @needs_native
 @pytest.mark.parametrize("rate", [0, -1, 2**64])
-def test_rates_that_make_no_sense_are_refused(rate):
-    """They raise, and nothing starts."""
+def test_invalid_rates_are_refused(rate):
+    """The call raises, and nothing starts."""
     with pytest.raises((ValueError, OverflowError)):
         native.heap_start(rate)
     assert native.heap_stats()["rate"] == 0
 
 
 @needs_native
-def test_stopping_what_has_not_started_does_nothing():
+def test_stopping_a_sampler_that_does_not_run_does_nothing():
     """Every function may be called at any time."""
     native.cpu_stop()
     native.cpu_free()
@@ -141,7 +141,7 @@ def test_stopping_what_has_not_started_does_nothing():
 
 @needs_native
 def test_a_second_start_is_refused():
-    """The first one continues."""
+    """The first sampling continues."""
     native.cpu_start(100)
     try:
         with pytest.raises(RuntimeError, match="cpu profiling already in use"):
@@ -159,7 +159,7 @@ def test_a_second_start_is_refused():
 
 
 @needs_native
-def test_only_the_main_interpreter_has_it():
+def test_only_the_main_interpreter_can_import_it():
     """In other interpreters the import fails with a reason; the main one is not affected."""
     program = """
     import sys
@@ -171,7 +171,7 @@ def test_only_the_main_interpreter_has_it():
 
     assert asgi_pprof.native.core.native
     run = getattr(interpreters, "exec", None) or interpreters.run_string
-    # Isolated ones refuse _tracemalloc already.
+    # Isolated interpreters already refuse _tracemalloc.
     if sys.version_info >= (3, 13):
         other = interpreters.create("legacy")
     else:
@@ -189,8 +189,8 @@ def test_only_the_main_interpreter_has_it():
 
 @needs_native
 @pytest.mark.parametrize("ends", ["heap_stop", "heap_stop_and_start", "cpu_free", "drop_labels"])
-def test_samples_are_read_while_finalizers_end_the_sampling(ends):
-    """On 3.11 making any object may collect garbage; what is being read must stay valid."""
+def test_samples_may_be_read_while_finalizers_stop_the_sampling(ends):
+    """On 3.11 making any object may collect garbage. The samples being read must stay valid."""
     run_program(
         """
         import gc, struct, sys, time
@@ -232,7 +232,7 @@ def test_samples_are_read_while_finalizers_end_the_sampling(ends):
             return max((row[0] for row in rows), key=lambda stack: len(native.heap_stack(stack)))
 
         def read(function, *arguments):
-            # Nothing is made between the threshold and the call.
+            # No object is created between the threshold and the call.
             global left
             left = 5
             gc.collect()
@@ -246,7 +246,7 @@ def test_samples_are_read_while_finalizers_end_the_sampling(ends):
             gc.collect()
 
         ends, held, left = sys.argv[1], [], 0
-        gc.freeze()  # or most of the time goes to looking through the imported modules
+        gc.freeze()  # otherwise collecting the imported modules takes most of the time
         gc.disable()
         for number in range(5):
             stack = sample()

@@ -1,4 +1,4 @@
-"""Labels outlive the sets of their samples, and places have numbers."""
+"""Labels outlive the label sets of their samples, and places have numbers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not native, reason="needs the C core")
 
 
 class FakeSet:
-    """A label set as the interner uses it."""
+    """The part of a label set that the interner uses."""
 
     def __init__(self, number, **own):
         self.number, self.outer, self._own = number, None, own
@@ -32,7 +32,7 @@ def all_used(end):
 
 
 def test_sets_with_equal_pairs_share_a_label():
-    """So their samples add up; a set without pairs has label 0."""
+    """So the samples of the sets add up. A set without pairs has label 0."""
     interner = LabelInterner(all_used)
     first = interner.store(FakeSet(1, tenant="acme"), 1, False, True)
     second = interner.store(FakeSet(2, tenant="umbrella"), 2, False, True)
@@ -57,8 +57,8 @@ def test_pairs_of_marked_sets_are_found_by_number():
     assert interner.by_number([]) == {}
 
 
-def test_different_labels_are_bounded(monkeypatch):
-    """Beyond the limit new sets have no label; known ones keep theirs."""
+def test_the_number_of_labels_is_bounded(monkeypatch):
+    """Beyond the limit, new sets get no label; known ones keep theirs."""
     monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 3)
     interner = LabelInterner(all_used)
     written = [interner.store(FakeSet(n, shard=str(n)), n, False, True) for n in range(5)]
@@ -67,7 +67,7 @@ def test_different_labels_are_bounded(monkeypatch):
 
 
 def test_labels_that_no_sample_has_are_used_again(monkeypatch):
-    """The pairs of the others stay, and a copy that was made meanwhile can tell."""
+    """Other labels keep their pairs. A reader learns of the reuse from `reuses`."""
     monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 4)
     interner = LabelInterner(lambda end: bytes(each in (0, 2) for each in range(end)))
     for n in range(1, 4):
@@ -81,8 +81,8 @@ def test_labels_that_no_sample_has_are_used_again(monkeypatch):
     assert interner.refused == 0
 
 
-def test_a_set_that_dies_while_another_is_stored_takes_no_label_of_it(monkeypatch):
-    """To store one runs Python code, and so finalizers: its label has no sample yet."""
+def test_a_set_that_dies_while_another_is_stored_takes_no_label_from_it(monkeypatch):
+    """Storing a set runs Python code, and so finalizers, before a sample has the set's label."""
     monkeypatch.setattr(sampled_labels, "_MAX_LABELS", 1)
     asked = []
 
@@ -112,7 +112,7 @@ def test_each_set_has_a_number_of_its_own():
 
 
 def test_places_outside_code_have_names():
-    """The stack itself says what could not be read."""
+    """They say in the stack itself what could not be read."""
     special = [
         native.PLACE_TRUNCATED,
         native.PLACE_UNREADABLE,
@@ -129,14 +129,14 @@ def test_places_outside_code_have_names():
 
 
 @pytest.mark.parametrize("place", [-1, 0, 1, 4, 15, 2**32, 2**64, "x", None])
-def test_numbers_that_are_not_places_are_refused(place):
-    """They raise instead of crashing."""
+def test_invalid_places_are_refused(place):
+    """`describe` raises and does not crash."""
     with pytest.raises((ValueError, OverflowError, TypeError)):
         native.describe(place)
 
 
-def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():
-    """A finalizer in the same cycle allocates under a label set that has been stored already."""
+def test_a_set_that_is_sampled_after_its_finalizer_leaves_no_dangling_pointer():
+    """A finalizer in the same cycle allocates memory under a label set whose labels are stored."""
     program = """
     import contextvars, gc
     from asgi_pprof import labels
@@ -173,8 +173,8 @@ def test_set_that_is_sampled_after_its_finalizer_leaves_nothing_dangling():
     run_program(program)
 
 
-def test_set_that_waits_for_its_deallocation_is_not_handed_out():
-    """Deep in nested deallocations CPython defers some objects, which then have no references."""
+def test_a_set_that_waits_for_its_deallocation_is_not_returned():
+    """In deeply nested deallocations CPython defers some objects, which then have no references."""
     program = """
     import contextvars, gc
     from asgi_pprof import labels
@@ -194,7 +194,7 @@ def test_set_that_waits_for_its_deallocation_is_not_handed_out():
         labels(tenant="acme").__enter__()
         return [bytes(100)]
 
-    gc.freeze()  # or most of the time goes to looking through the imported modules
+    gc.freeze()  # otherwise collecting the imported modules takes most of the time
     heap_sampler.enable(1)
     for depth in [*range(30, 70), *range(150, 260), 500, 5000]:
         context = contextvars.copy_context()
@@ -212,8 +212,8 @@ def test_set_that_waits_for_its_deallocation_is_not_handed_out():
     run_program(program)
 
 
-def test_long_chain_of_sets_dies_without_harm():
-    """Each of 1500 sets is in a sample of its own, and they all die at once."""
+def test_a_long_chain_of_sets_can_die_at_once():
+    """Each of 1500 sets is in a sample of its own."""
     program = """
     from asgi_pprof import labels
     from asgi_pprof.recorders import heap_sampler
@@ -237,13 +237,13 @@ def test_long_chain_of_sets_dies_without_harm():
     run_program(program)
 
 
-def test_exception_of_the_writer_is_dropped():
-    """The application sees no exception of ours, and keeps its own."""
+def test_an_exception_of_the_writer_is_dropped():
+    """The application does not see it, and keeps its own exception."""
     program = """
     from asgi_pprof.labels import current, labels
     from asgi_pprof.native.core import native
 
-    def fail(label_set, number, marked):
+    def fail(label_set, number, marked, waited_for):
         raise LookupError("no")
 
     native.use_labels(current, fail)

@@ -24,7 +24,7 @@ def includes() -> dict[str, set[str]]:
 
 
 def test_no_file_includes_itself_by_way_of_others():
-    """So what a file calls is all in the files that it includes: they know nothing of it."""
+    """So a file calls only into the files that it includes, and these do not know it."""
     graph = includes()
     assert graph["heap_sampler"] >= {"hooks", "labels"}, "includes are found"
     order = list(graphlib.TopologicalSorter(graph).static_order())
@@ -32,7 +32,7 @@ def test_no_file_includes_itself_by_way_of_others():
 
 
 def test_the_comment_in_module_c_names_the_includes_of_every_file():
-    """It is where a reader begins."""
+    """The comment is the entry to the C core for a reader."""
     comment = (SOURCES / "module.c").read_text().partition("*/")[0]
     lines = re.findall(r"^ \*   (\w+):(.*)$", comment, re.MULTILINE)
     assert {name: set(re.findall(r"\w+", others)) for name, others in lines} == includes()

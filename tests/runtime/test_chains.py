@@ -11,7 +11,7 @@ from asgi_pprof.runtime.chains import await_chain, awaitables
 
 
 class HostileMeta(type):
-    """A class of classes that must not be asked for anything."""
+    """A metaclass whose methods must not be called."""
 
     def __getattribute__(cls, name):
         raise AssertionError(name)
@@ -24,7 +24,7 @@ class HostileMeta(type):
 
 
 class Hostile(metaclass=HostileMeta):
-    """An awaitable that must not be asked for anything but its iterator."""
+    """An awaitable of which no attribute may be read; only its `__await__` may be called."""
 
     def __getattribute__(self, name):
         raise AssertionError(name)
@@ -79,14 +79,14 @@ def names(coroutine, **options):
 
 
 def test_a_chain_goes_through_every_kind_of_coroutine():
-    """What only drives one of them is skipped, and the end of the chain is the last."""
+    """Objects that only drive a coroutine are skipped. The last item is the end of the chain."""
     coroutine = started(iterate(wait(pause())))
     assert names(coroutine) == ["iterate", "generate", "wait", "pause", "NoneType"]
     coroutine.close()
 
 
 def test_a_proxy_is_followed_only_if_its_code_may_run():
-    """It ends the chain otherwise."""
+    """Otherwise the proxy is the end of the chain."""
     coroutine = started(wait(Wrapped(wait(pause()))))
     assert names(coroutine) == ["wait", "Wrapped"]
     assert names(coroutine, runs_code=True) == ["wait", "wait", "pause", "NoneType"]
@@ -96,7 +96,7 @@ def test_a_proxy_is_followed_only_if_its_code_may_run():
 
 @pytest.mark.parametrize("outer", [wait, iterate])
 def test_no_code_of_an_awaitable_or_its_class_runs(outer):
-    """Types are told apart by address."""
+    """Types are compared by identity."""
     coroutine = started(outer(Hostile()))
     *chain, _ = awaitables(coroutine)
     assert [each.__name__ for each in chain][0] == outer.__name__
@@ -105,8 +105,8 @@ def test_no_code_of_an_awaitable_or_its_class_runs(outer):
     coroutine.close()
 
 
-def test_the_future_at_the_end_is_no_part_of_the_chain():
-    """Nor is what is no coroutine at all."""
+def test_the_future_at_the_end_is_not_part_of_the_chain():
+    """An object that is no coroutine has an empty chain."""
 
     async def main():
         future = asyncio.get_running_loop().create_future()

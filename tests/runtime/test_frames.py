@@ -40,8 +40,8 @@ CORES = {
 
 @pytest.fixture(params=CORES)
 def core(request, monkeypatch):
-    """The functions that read frames, of the C core or in Python."""
-    for name in frames._MAKE_INTERPRETERS:  # which another test may have loaded
+    """The functions that read frames: those of the C core, or those in Python."""
+    for name in frames._MAKE_INTERPRETERS:  # another test may have loaded them
         monkeypatch.delitem(sys.modules, name, raising=False)
     if CORES[request.param] is None:
         pytest.skip("needs the C core")
@@ -66,7 +66,7 @@ def wait_in_here(ready, end):
 
 
 def test_all_threads_are_read_leaf_first(core):
-    """The calling thread's stack begins with the caller, not with the reader."""
+    """The calling thread's stack begins with the function that calls the reader."""
     with in_a_thread(wait_in_here) as thread:
         stacks = core.current_frames()
         assert {thread.ident, threading.get_ident()} <= set(stacks)
@@ -83,14 +83,14 @@ def test_all_threads_are_read_leaf_first(core):
 
 
 def test_offsets_are_those_of_frames(core):
-    """They give the right line."""
+    """An offset belongs to the line of the call that reads the stack."""
     (place, *_), here = core.current_frames()[threading.get_ident()].places(), sys._getframe()
     lines = {line for start, end, line in here.f_code.co_lines() if start <= place[1] < end}
     assert lines == {here.f_lineno - 1} or lines == {here.f_code.co_firstlineno + 2}
 
 
-def test_single_threads_and_few_frames(core):
-    """Only the threads and frames that were asked for are read."""
+def test_selected_threads_and_a_few_frames_are_read(core):
+    """Only the requested threads are read, and no more frames than requested."""
     with in_a_thread(wait_in_here) as thread:
         stacks = core.current_frames((thread.ident,), depth=2)
         ((ident, stack),) = stacks.items()
@@ -108,8 +108,8 @@ def recurse(depth, function):
     return recurse(depth - 1, function) if depth else function()
 
 
-def test_of_a_deep_stack_the_innermost_frames_are_kept(core):
-    """One more than are shown; the innermost matching frame is found below them too."""
+def test_the_innermost_frames_of_a_deep_stack_are_kept(core):
+    """One frame more than shown is kept. Variables are found in frames further out too."""
     ident = threading.get_ident()
 
     def deep(depth, *wanted):
@@ -144,8 +144,8 @@ def kept_in_a_frame(ready, end, target=None):
     inner()
 
 
-def test_variables_of_another_threads_frames(core):
-    """Arguments, variables, own and outer cells; None if unset or unknown."""
+def test_variables_of_another_threads_frames_are_read(core):
+    """These are arguments, variables, own and outer cells. An unset or unknown one is None."""
     outer = kept_in_a_frame.__code__
     inner = code_in(outer, "inner")
     with in_a_thread(kept_in_a_frame) as thread:
@@ -165,13 +165,13 @@ def test_variables_of_another_threads_frames(core):
         assert read(inner, "unset", "no such name") == [None, None]
         assert read(outer, "shared", "absent_until_later", "target") == [[1], None, [0]]
         stack = core.current_frames(locals_of=((inner, "argument"),))[thread.ident]
-        assert stack.local("shared") is None  # it was not asked for
+        assert stack.local("shared") is None  # it was not requested
         elsewhere = core.current_frames(locals_of=((inner, "argument"),))[threading.get_ident()]
         assert (elsewhere.found, elsewhere.local("argument")) == (-1, None)
 
 
 def test_a_value_does_not_outlive_its_variable(core):
-    """Reading it leaves no reference in the frame, which may live as long as its thread."""
+    """Reading a value leaves no reference in the frame, which may live as long as its thread."""
     read, dropped = threading.Event(), threading.Event()
     references = []
 
@@ -197,8 +197,8 @@ def test_a_value_does_not_outlive_its_variable(core):
         assert references[0]() is None
 
 
-def test_what_a_worker_of_the_executor_does(core):
-    """The work item is the `self` of a live frame."""
+def test_the_work_of_an_executors_thread_is_read(core):
+    """The work item is the `self` of a frame that runs."""
     ready, end = threading.Event(), threading.Event()
     run = importlib.import_module("concurrent.futures.thread")._WorkItem.run.__code__
     with ThreadPoolExecutor(1) as pool:
@@ -210,8 +210,8 @@ def test_what_a_worker_of_the_executor_does(core):
     assert stack.local("self").future is future
 
 
-def test_what_a_worker_of_anyio_does(core):
-    """The future of its result is a live local of its thread."""
+def test_the_work_of_an_anyio_thread_is_read(core):
+    """The future of its result is a local variable of a frame that runs."""
     found = []
 
     async def main():
@@ -239,8 +239,8 @@ def test_what_a_worker_of_anyio_does(core):
 
 
 @needs_native
-def test_reading_makes_nothing_that_the_garbage_collector_tracks():
-    """So it causes no garbage collection, however often it is done."""
+def test_reading_creates_no_object_that_the_garbage_collector_tracks():
+    """So reading never causes a garbage collection."""
     with in_a_thread(wait_in_here) as thread:
         wanted = ((wait_in_here.__code__, "ready", "end"),)
         idents = (thread.ident, threading.get_ident())
@@ -261,11 +261,11 @@ def test_reading_makes_nothing_that_the_garbage_collector_tracks():
 
 @needs_native
 def test_references_are_released():
-    """A thousand readings change no reference count, after `clear` and errors too."""
+    """A thousand reads change no reference count, even after `clear` and errors."""
     code, value = wait_in_here.__code__, object()
     wanted = ((code, "ready", "end", "nothing"), (recurse.__code__, "function"))
 
-    def look():
+    def read_often():
         ident = threading.get_ident()
         for _ in range(1000):
             stacks = native.current_frames(None, 5, wanted)
@@ -278,11 +278,11 @@ def test_references_are_released():
         return value
 
     with in_a_thread(wait_in_here):
-        counted = [code, recurse.__code__, wanted, wanted[0], look]
-        recurse(3, look)
-        gc.collect()  # a traceback of `pytest.raises` has its frames until then
+        counted = [code, recurse.__code__, wanted, wanted[0], read_often]
+        recurse(3, read_often)
+        gc.collect()  # until then, the tracebacks of `pytest.raises` keep their frames
         before = list(map(sys.getrefcount, counted))
-        recurse(3, look)
+        recurse(3, read_often)
         gc.collect()
         assert list(map(sys.getrefcount, counted)) == before
 
@@ -301,7 +301,7 @@ def test_references_are_released():
     ],
 )
 def test_wrong_arguments_are_refused(arguments, error):
-    """They raise, and are not taken for anything else."""
+    """They raise an exception."""
     with pytest.raises(error):
         native.current_frames(*arguments)
 
@@ -340,7 +340,7 @@ class Ended(Exception):
 
 
 def begin(suspended):
-    """Run it until it is suspended, and return the object that resumes it."""
+    """Run the object until it is suspended; return the object that resumes it."""
     going_on = suspended
     if isinstance(suspended, types.AsyncGeneratorType):
         going_on = suspended.asend(None)
@@ -349,7 +349,7 @@ def begin(suspended):
 
 
 @pytest.mark.parametrize("make", [generator, coroutine, async_generator])
-def test_a_suspended_frame(core, make):
+def test_a_suspended_frame_is_read(core, make):
     """It is read before it starts, while it is suspended, and after it has ended."""
     made = make(7)
     code, offset = core.generator_frame(made)
@@ -375,8 +375,8 @@ def test_a_suspended_frame(core, make):
     assert core.running_frames(made) == ()
 
 
-def test_frames_down_to_a_running_coroutine(core):
-    """It may run in any thread; a suspended one has ()."""
+def test_the_frames_of_a_running_coroutine_are_read(core):
+    """The coroutine may run in any thread. A suspended one has no running frames."""
 
     async def outer(ready, end):
         inner(ready, end)
@@ -402,7 +402,7 @@ def test_frames_down_to_a_running_coroutine(core):
     waiting.close()
 
 
-def test_frames_down_to_the_coroutine_that_calls(core):
+def test_the_frames_of_the_calling_coroutine_are_read(core):
     """The reader's own frames are left out."""
 
     def inner():
@@ -418,7 +418,7 @@ def test_frames_down_to_the_coroutine_that_calls(core):
 
 
 @needs_native
-def test_what_has_no_frame_is_refused():
+def test_objects_without_a_frame_are_refused():
     """These functions read memory, so they check the type first."""
     for function in (native.awaited, native.generator_frame, native.running_frames):
         with pytest.raises(TypeError, match="no generator or coroutine"):
@@ -432,7 +432,7 @@ def test_what_has_no_frame_is_refused():
 
 @needs_native
 def test_variables_that_are_being_released_are_not_read():
-    """Before 3.11.2 it is still linked, with the addresses of freed objects."""
+    """Before 3.11.2 a returning frame is still linked, and has the addresses of freed objects."""
     said = run_program(
         """
         import gc, sys, threading
@@ -444,7 +444,7 @@ def test_variables_that_are_being_released_are_not_read():
                 read.wait(30)
 
         def leaf(first, second):
-            first = list(range(100))   # let go of before the second, whose finalizer waits
+            first = list(range(100))   # released before `second`, whose finalizer waits
             second = Waits()
 
         def caller():
@@ -454,7 +454,7 @@ def test_variables_that_are_being_released_are_not_read():
         thread = threading.Thread(target=caller)
         thread.start()
         dying.wait(30)
-        garbage = [bytes(800) for _ in range(1000)]  # where the list was
+        garbage = [bytes(800) for _ in range(1000)]  # reuses the list's memory
         wanted = ((leaf.__code__, "first", "second"),)
         stack = native.current_frames(locals_of=wanted)[thread.ident]
         print(stack.local("first"), stack.local("second"))
@@ -469,7 +469,7 @@ def test_variables_that_are_being_released_are_not_read():
 
 @needs_native
 def test_code_that_is_being_freed_is_in_no_stack():
-    """A callback of a weak reference may run then; before 3.11.2 the frame is still linked."""
+    """A weakref callback may run then, and before 3.11.2 the frame is still linked."""
     said = run_program(
         """
         import gc, threading, weakref
@@ -504,7 +504,7 @@ def test_code_that_is_being_freed_is_in_no_stack():
 
 
 @pytest.mark.parametrize("shift", [0, 1])
-def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
+def test_a_stack_is_of_one_moment_although_garbage_is_collected(shift):
     """
     The thread returns from all its frames during a garbage collection, and reuses their memory.
 
@@ -535,7 +535,7 @@ def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
             global calls
             calls += 1
             if shift and calls == 4:
-                kept.append([])  # from now on at every other allocation
+                kept.append([])  # moves all later collections by one allocation
             if calls == 20:
                 gate.set()
                 unwound.wait(30)
@@ -565,17 +565,17 @@ def test_a_stack_is_of_one_moment_whatever_collections_of_garbage_run(shift):
 
 @needs_native
 def test_what_a_coroutine_awaits_is_not_read_while_it_is_released():
-    """A callback of a weak reference may run just then, while another thread's loop cancels."""
+    """A weakref callback may run at that moment, while another thread's loop cancels the task."""
     said = run_program(
         """
         import asyncio, threading, weakref
         from asgi_pprof.collectors.goroutine.collector import TaskCollector
 
-        ending, read, references = threading.Event(), threading.Event(), []
+        ending, has_been_read, references = threading.Event(), threading.Event(), []
 
         def ended(_):
             ending.set()
-            read.wait(30)
+            has_been_read.wait(30)
 
         async def inner():
             await asyncio.sleep(60)
@@ -595,15 +595,15 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_is_released():
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-        async def look():
+        async def read():
             profile = (await TaskCollector(answer_s=0.1).snapshot())()
             return [[place.function.name for place in each.stack] for each in profile.samples]
 
         thread = threading.Thread(target=asyncio.run, args=(cancel(),))
         thread.start()
         ending.wait(30)
-        print(any("outer" in stack for stack in asyncio.run(look())))
-        read.set()
+        print(any("outer" in stack for stack in asyncio.run(read())))
+        has_been_read.set()
         thread.join()
         """,
         options=("-W", "error"),
@@ -612,8 +612,8 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_is_released():
 
 
 @needs_native
-def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception():
-    """3.11 may collect garbage while it makes the traceback, with nothing on the stack."""
+def test_what_a_coroutine_awaits_is_not_read_while_it_raises():
+    """3.11 may collect garbage while it makes the traceback; the frame's stack is empty then."""
     said = run_program(
         """
         import gc, threading
@@ -670,7 +670,7 @@ def test_what_a_coroutine_awaits_is_not_read_while_it_runs_an_exception():
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
 @pytest.mark.parametrize("switch", ["1", "0"])
 def test_threads_of_other_interpreters_are_not_read(switch, tmp_path):
-    """Their GIL is not ours. Without the C core no other thread is read meanwhile."""
+    """Another GIL guards their frames. Without the C core no other thread is read meanwhile."""
     said = run_program(
         """
         import importlib, os, sys, textwrap, threading, time
@@ -696,7 +696,7 @@ def test_threads_of_other_interpreters_are_not_read(switch, tmp_path):
             execute(number, f"STARTED, END = {sys.argv[1:]!r}" + textwrap.dedent(SCRIPT))
             module.destroy(number)
 
-        def look():
+        def read():
             names = {
                 code.co_name for stack in current_frames().values() for code, _ in stack.places()
             }
@@ -712,10 +712,10 @@ def test_threads_of_other_interpreters_are_not_read(switch, tmp_path):
         thread.start()
         while not os.path.exists(started):
             time.sleep(0.001)
-        print(native is not None, *look())
+        print(native is not None, *read())
         open(end, "w").close()
         thread.join()
-        print(*look())
+        print(*read())
         stop.set()
         """,
         str(tmp_path / "started"),
@@ -726,16 +726,16 @@ def test_threads_of_other_interpreters_are_not_read(switch, tmp_path):
     is_native, could_read, *why = meanwhile.split(maxsplit=2)
     assert could_read == is_native
     assert bool(why) == (is_native == "False")
-    # From 3.14 on the private module is always loaded, which says nothing about its use.
+    # From 3.14 on the private module is always loaded, so that does not show that it is used.
     as_before = is_native == "False" and sys.version_info < (3, 14)
     assert afterwards == (meanwhile.partition(" ")[2] if as_before else "True")
 
 
-# Frame objects, where there is no C core
+# Frame objects, which are used without the C core
 
 
 def test_locals_of_a_module_and_a_class():
-    """They are read from the dict that has them."""
+    """The values are read from the dict that holds the variables."""
     scope = {"frame_local": frame_local, "sys": sys, "value": 1, "seen": []}
     source = """
 seen.append(frame_local(sys._getframe(), "value"))
@@ -748,8 +748,8 @@ class Body:
     assert scope["seen"] == [1, 2, 3]
 
 
-def test_a_frame_that_has_ended_has_no_locals():
-    """A frame that is kept after its function has returned still has them, until it is cleared."""
+def test_a_cleared_frame_has_no_locals():
+    """A frame that is kept after its function has returned has its locals until it is cleared."""
 
     def function():
         value = object()
@@ -761,8 +761,8 @@ def test_a_frame_that_has_ended_has_no_locals():
     assert frame_local(frame, "value") is None
 
 
-def test_a_snapshot_the_application_has_stays_complete():
-    """Before 3.13 `locals()` returns the dict that the frame keeps: it is not emptied."""
+def test_a_dict_that_locals_returned_stays_complete():
+    """Before 3.13 the frame keeps the dict that `locals()` returns. Reading does not empty it."""
     value = [1]
     mine = locals()
     assert frame_local(sys._getframe(), "value") is value
@@ -771,7 +771,7 @@ def test_a_snapshot_the_application_has_stays_complete():
 
 @pytest.mark.parametrize("install", ["settrace", "setprofile"])
 def test_a_traced_frame_keeps_its_variables(install):
-    """The interpreter writes the snapshot back after a trace function; it must be complete."""
+    """After a trace function the interpreter copies the dict back into the frame."""
 
     def traced(argument):
         variable = 2
@@ -791,7 +791,7 @@ def test_a_traced_frame_keeps_its_variables(install):
 
 
 def test_garbage_is_not_collected_while_frame_objects_are_made():
-    """On 3.11. Collection is on again afterwards, unless the application had switched it off."""
+    """This is so on 3.11. Afterwards collection is on again, unless the application had it off."""
     off = sys.version_info < (3, 12)
     with frames.frame_objects(sys._getframe()):
         assert gc.isenabled() is not off
@@ -808,9 +808,9 @@ def test_garbage_is_not_collected_while_frame_objects_are_made():
         gc.enable()
 
 
-@pytest.mark.skipif(sys.version_info >= (3, 12), reason="garbage is not collected there")
-def test_of_several_readers_the_last_switches_collecting_on_again():
-    """In any order; a child that is forked meanwhile collects garbage too."""
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="only 3.11 collects garbage there")
+def test_the_last_of_several_readers_switches_collection_on_again():
+    """A child that is forked meanwhile collects garbage too."""
     collecting = frames._Collecting()
     collecting.off()
     collecting.off()
@@ -824,8 +824,8 @@ def test_of_several_readers_the_last_switches_collecting_on_again():
     assert gc.isenabled()
 
 
-def test_proxies_of_coroutines_are_seen_through():
-    """Proxies such as wrapt's claim the class of their object. Other values are returned."""
+def test_proxies_of_coroutines_are_unwrapped():
+    """Proxies such as wrapt's claim the class of their object. Other values stay as they are."""
 
     class Fails:
         def __getattr__(self, name):

@@ -1,4 +1,4 @@
-"""Garbage collections are timed, by the timer in C and by the one in Python."""
+"""Garbage collections are timed by a timer in C, or by one in Python."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RING = 256
 
 @pytest.fixture(params=TIMERS)
 def timer(request):
-    """The timer, with the C core and without."""
+    """The timer of the C core, or the one in Python."""
     if TIMERS[request.param] is None:
         pytest.skip("needs the C core")
     return TIMERS[request.param]()
@@ -29,12 +29,12 @@ def timer(request):
 
 @pytest.fixture
 def timed(timer):
-    """A GcPauses for this test alone."""
+    """A GcPauses that only this test uses."""
     return GcPauses(timer)
 
 
 def latest(timed):
-    """Return the last timed pause, from its place in the ring."""
+    """Return the latest timed pause from its place in the ring."""
     return timed.pauses()[(timed.count + RING - 1) % RING]
 
 
@@ -42,7 +42,7 @@ def latest(timed):
 
 
 def test_a_pause_has_its_place_its_length_and_its_end(timed):
-    """Its place follows the number of all collections; it is no longer than the call."""
+    """Its place depends on the number of all collections; it is no longer than the call."""
     timed.enable()
     began_ns, before_ns = time.perf_counter_ns(), time.time_ns()
     gc.collect()
@@ -76,9 +76,9 @@ def test_the_ring_holds_the_last_256(timed):
 
 
 def test_arguments_of_the_timer(timer):
-    """It takes `gc`'s arguments only, and no other phase counts as a start."""
+    """It accepts only `gc`'s arguments, and only the phase "start" starts a pause."""
     timer.begin(7)
-    assert timer("stop", {}) is None  # the start of it was not seen
+    assert timer("stop", {}) is None  # its start was not seen
     assert (timer.count, timer.total_ns) == (8, 0)
     timer("start", {})
     timer("stop", {})
@@ -91,7 +91,8 @@ def test_arguments_of_the_timer(timer):
 def lets_another_thread_run(timer):
     """Return whether another thread ran while the timer was called once."""
     calls = (COUNTER.copy, functools.partial(timer, "start", {}), COUNTER.copy)
-    before, _, after = map(operator.call, calls)  # all in C: only the timer can release the GIL
+    # `map` and the calls are in C, so only the timer can release the GIL.
+    before, _, after = map(operator.call, calls)
     return before != after
 
 
@@ -111,7 +112,7 @@ def another_thread_counts():
     sys.setswitchinterval(1e-6)
     thread = threading.Thread(target=count)
     thread.start()
-    gc.disable()  # or other callbacks in Python would be called
+    gc.disable()  # otherwise a collection would call other callbacks in Python
     yield
     gc.enable()
     sys.setswitchinterval(interval)
@@ -121,15 +122,15 @@ def another_thread_counts():
 
 @pytest.mark.usefixtures("another_thread_counts")
 def test_only_a_timer_in_python_lets_other_threads_run(timer):
-    """It would do so in the middle of any allocation, so the C core's timer is in C."""
+    """A callback runs inside any allocation, so the C core has a timer in C."""
     if isinstance(timer, PythonTimer):
         assert any(lets_another_thread_run(timer) for _ in range(100_000))
     else:
         assert not any(lets_another_thread_run(timer) for _ in range(20_000))
 
 
-def test_a_frame_of_the_timer_is_known():
-    """It is recognized by its code; the timer in C has none."""
+def test_the_python_timers_frame_is_recognized():
+    """It is recognized by its code; the timer in C has no frame."""
     assert is_timing(PythonTimer.__call__.__code__)
     assert not is_timing(latest.__code__)
 
@@ -137,8 +138,8 @@ def test_a_frame_of_the_timer_is_known():
 # Switching
 
 
-def test_enabled_and_disabled_leaves_the_callbacks_as_they_were(timed):
-    """The same objects are there, in the same order."""
+def test_enabling_and_disabling_restores_the_callbacks(timed):
+    """The list has the same objects in the same order."""
     others = list(gc.callbacks)
     timed.enable()
     assert len(gc.callbacks) == len(others) + 1
@@ -158,8 +159,8 @@ def test_users_are_counted(timed):
     assert gc.callbacks == others
 
 
-def test_callbacks_of_others_stay_where_they_are(timed):
-    """Also one that is added while ours is there."""
+def test_other_callbacks_stay_in_their_places(timed):
+    """A callback that is added while ours is there stays too."""
     others = list(gc.callbacks)
 
     def theirs(phase, info):
@@ -174,7 +175,7 @@ def test_callbacks_of_others_stay_where_they_are(timed):
         gc.callbacks.remove(theirs)
 
 
-def test_a_callback_that_was_removed_is_no_error(timed):
+def test_a_callback_that_was_removed_causes_no_error(timed):
     """The application may call `gc.callbacks.clear()`."""
     others = list(gc.callbacks)
     timed.enable()
@@ -183,8 +184,8 @@ def test_a_callback_that_was_removed_is_no_error(timed):
     assert gc.callbacks == others
 
 
-def test_nothing_is_timed_while_it_is_off(timed):
-    """Earlier times stay."""
+def test_no_collection_is_timed_while_timing_is_off(timed):
+    """The earlier times are kept."""
     timed.enable()
     gc.collect()
     timed.disable()
@@ -193,8 +194,8 @@ def test_nothing_is_timed_while_it_is_off(timed):
     assert (timed.total_ns, timed.last_end_ns, timed.pauses()) == known
 
 
-def test_the_ring_catches_up_after_it_was_off(timed):
-    """The place of a pause follows the number of all collections."""
+def test_pauses_have_the_right_places_after_timing_was_off(timed):
+    """The place of a pause depends on the number of all collections."""
     timed.enable()
     timed.disable()
     for _ in range(3):
@@ -211,8 +212,8 @@ def test_the_ring_catches_up_after_it_was_off(timed):
 
 
 @pytest.mark.parametrize("earlier_pauses", [0, 1])
-def test_switched_on_by_a_finalizer_in_the_middle_of_a_collection(timed, earlier_pauses):
-    """The start of that collection was missed, so it has no pause; the next one has its place."""
+def test_timing_may_be_switched_on_during_a_collection(timed, earlier_pauses):
+    """A finalizer switches it on. That collection has no pause; the next one is in its place."""
     for _ in range(earlier_pauses):
         timed.enable()
         gc.collect()
@@ -239,6 +240,6 @@ def test_switched_on_by_a_finalizer_in_the_middle_of_a_collection(timed, earlier
     assert timed.pauses()[(collections + RING - 1) % RING][1] == timed.last_end_ns > 0
 
 
-def test_importing_the_package_switches_nothing_on():
-    """The process's own timer is off until a middleware starts it."""
+def test_importing_the_package_starts_no_timing():
+    """The process's timer is off until a middleware switches it on."""
     assert not gc_pauses.is_on()

@@ -1,4 +1,4 @@
-"""Running loops and all tasks of the process, with the C core and without."""
+"""Running loops and all tasks of the process are found, with the C core and without."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from tests.loops import LOOPS, run
 from tests.programs import run_program
 from tests.threads import in_a_thread
 
-LINKED = sys.version_info >= (3, 14)  # tasks are in lists, not in sets
+LINKED = sys.version_info >= (3, 14)  # CPython keeps tasks in linked lists; before, in sets
 
 needs_native = pytest.mark.skipif(not native, reason="needs the C core")
 
 
 @pytest.fixture(params=["native", "pure"])
 def core(request, monkeypatch) -> str:
-    """With the C core and without."""
+    """Run the test with the C core and without."""
     if request.param == "pure":
         monkeypatch.setattr(loops, "native", None)
         monkeypatch.setattr(tasks, "native", None)
-        for name in frames._MAKE_INTERPRETERS:  # which another test may have loaded
+        for name in frames._MAKE_INTERPRETERS:  # another test may have loaded them
             monkeypatch.delitem(sys.modules, name, raising=False)
     elif not native:
         pytest.skip("needs the C core")
@@ -50,7 +50,7 @@ async def hold(ready, end, name):
     child = asyncio.create_task(asyncio.Event().wait(), name=name)
     await asyncio.sleep(0)
     ready.set()
-    while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+    while not end.is_set():  # noqa: ASYNC110 - another thread sets the event
         await asyncio.sleep(0.005)
     child.cancel()
     await asyncio.gather(child, return_exceptions=True)
@@ -64,16 +64,16 @@ def served_by_a_runner(loop_name, name):
 
 
 @pytest.mark.parametrize("other", list(LOOPS))
-def test_tasks_of_a_loop_in_another_thread(core, loop_name, other):
-    """They are listed on each kind of loop, and no longer once they have ended."""
+def test_tasks_of_a_loop_in_another_thread_are_listed(core, loop_name, other):
+    """They are listed on each kind of loop, and no longer listed once they have ended."""
     with in_a_thread(served_by_a_runner(other, "far away")):
         assert "far away" in run(names_now(), loop_name)
     assert "far away" not in run(names_now(), loop_name)
 
 
 @pytest.mark.parametrize("name", ["loop", "engine"])
-def test_a_hand_run_loop_in_another_thread(core, loop_name, name):
-    """It is found; without the C core on 3.14 for certain only in a variable of a usual name."""
+def test_a_loop_run_by_hand_in_another_thread_is_found(core, loop_name, name):
+    """Without the C core, on 3.14, it is sure to be found only in a variable of a usual name."""
 
     def by_hand(ready, end):
         scope = {"new": LOOPS[loop_name], "hold": hold, "ready": ready, "end": end}
@@ -82,7 +82,7 @@ def test_a_hand_run_loop_in_another_thread(core, loop_name, name):
 
     with in_a_thread(by_hand):
         found = run(names_now())
-    # Unless the thread happens to be in a function of asyncio that has the loop as `loop`.
+    # If the thread happens to be in asyncio's own code, a variable `loop` there refers to the loop.
     may_be_missed = core == "pure" and LINKED and loop_name == "uvloop" and name == "engine"
     assert "hand-run" in found or may_be_missed
 
@@ -110,8 +110,8 @@ def end(loop, task):
     loop.close()
 
 
-def test_tasks_of_a_loop_that_does_not_run(core, loop_name):
-    """They are listed; on 3.14 and later only by the C core."""
+def test_tasks_of_a_loop_that_does_not_run_are_listed(core, loop_name):
+    """On 3.14 and later this needs the C core."""
     loop, task = a_loop_that_waits(loop_name)
     found = run(names_now())
     end(loop, task)
@@ -119,7 +119,7 @@ def test_tasks_of_a_loop_that_does_not_run(core, loop_name):
 
 
 def test_a_loop_that_has_run_is_remembered(core, loop_name):
-    """Its tasks stay in the list when it stops running; this does not keep it alive."""
+    """Its tasks stay in the list when it stops running. The list does not keep the loop alive."""
     task_list = TaskList()
     loop, task = a_loop_that_waits(loop_name)
     loop.run_until_complete(names_now(task_list))
@@ -134,8 +134,8 @@ def test_a_loop_that_has_run_is_remembered(core, loop_name):
     assert reference() is None
 
 
-def test_tasks_of_a_thread_that_has_ended(core):
-    """Its tasks pass to the interpreter, which from 3.14 on keeps those of ended threads."""
+def test_tasks_of_an_ended_thread_are_listed(core):
+    """From 3.14 on the interpreter keeps the tasks of ended threads."""
     made = []
     thread = threading.Thread(target=lambda: made.append(a_loop_that_waits("asyncio")))
     thread.start()
@@ -146,8 +146,8 @@ def test_tasks_of_a_thread_that_has_ended(core):
 
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="eager tasks came with 3.12")
-def test_eager_tasks(core, loop_name):
-    """They are listed in their first step and while they wait."""
+def test_eager_tasks_are_listed(core, loop_name):
+    """They are listed during their first step and while they wait."""
     within = []
 
     async def child(event):
@@ -156,7 +156,7 @@ def test_eager_tasks(core, loop_name):
 
     async def main():
         event = asyncio.Event()
-        # Not through the loop: uvloop's does not know the factory of 3.13.0 to 3.13.2.
+        # uvloop's create_task fails with the eager factory of 3.13.0 to 3.13.2.
         task = asyncio.eager_task_factory(asyncio.get_running_loop(), child(event), name="eager")
         assert {each.get_name() for each in asyncio.all_tasks()} <= names()
         assert "eager" in names()
@@ -169,7 +169,7 @@ def test_eager_tasks(core, loop_name):
 
 
 class Foreign:
-    """A task of no class of asyncio's."""
+    """A task whose class is not derived from asyncio's."""
 
     def __init__(self, loop, name):
         self._loop, self._name = loop, name
@@ -185,7 +185,7 @@ class Foreign:
 
 
 class OurTask(asyncio.Task):
-    """A task class as frameworks have them."""
+    """A subclass of asyncio.Task, as frameworks have."""
 
 
 def made_by(make_task, loop_name):
@@ -204,15 +204,15 @@ def made_by(make_task, loop_name):
 
 
 @pytest.mark.parametrize("task_class", [OurTask, asyncio.tasks._PyTask])
-def test_tasks_of_other_classes(core, loop_name, task_class):
-    """A subclass and asyncio's Python class: their tasks are listed until they are done."""
+def test_tasks_of_other_classes_are_listed(core, loop_name, task_class):
+    """Tasks of a subclass and of asyncio's Python class are listed until they are done."""
     before, after = made_by(task_class, loop_name)
     assert "special" in before
     assert "special" not in after
 
 
-def test_a_registered_task_of_a_foreign_class(core, loop_name):
-    """A task that a library has registered with asyncio is listed."""
+def test_a_registered_task_of_a_foreign_class_is_listed(core, loop_name):
+    """A library may register such a task with asyncio."""
 
     async def main():
         task = Foreign(asyncio.get_running_loop(), "registered")
@@ -225,15 +225,15 @@ def test_a_registered_task_of_a_foreign_class(core, loop_name):
     assert "registered" in run(main(), loop_name)
 
 
-def test_the_list_equals_asyncios(core, loop_name):
-    """For two loops at a time: no task is missing, and none of our own is added."""
+def test_the_list_equals_asyncios_all_tasks(core, loop_name):
+    """Two loops run at a time. No task is missing, and the list adds none."""
 
     async def main(ready, end):
         tasks = {asyncio.create_task(asyncio.sleep(0 if i % 3 else 60)) for i in range(300)}
         for _ in range(3):
             await asyncio.sleep(0)
         ready.set()
-        while not end.is_set():  # noqa: ASYNC110 - the event is another thread's
+        while not end.is_set():  # noqa: ASYNC110 - another thread sets the event
             await asyncio.sleep(0.005)
         mine = asyncio.all_tasks()
         found = {task for task in alive(TaskList().tasks()) if task.get_loop() in known}
@@ -263,8 +263,8 @@ def test_the_list_equals_asyncios(core, loop_name):
 
 
 @needs_native
-def test_references_are_given_back():
-    """Listing a thousand times leaves every reference count as it was."""
+def test_listing_releases_its_references():
+    """Listing a thousand times changes no reference count."""
 
     async def main():
         event = asyncio.Event()
@@ -288,7 +288,7 @@ def test_references_are_given_back():
 
 @needs_native
 def test_no_list_is_read_before_its_layout_is_known():
-    """A task has to show where the list is; one that is not the last in it does not."""
+    """The layout is learnt from the last task of a list; any other object is refused."""
     program = """
 import asyncio, sys
 from asgi_pprof.runtime import tasks
@@ -315,8 +315,8 @@ asyncio.run(main())
 
 
 @needs_native
-def test_running_loops_are_unknown_if_the_layout_is():
-    """The calling thread's state must have the same loop as asyncio."""
+def test_running_loops_are_unknown_if_the_layout_is_unknown():
+    """The loop in the calling thread's state must be the loop that asyncio returns."""
     assert native.running_loops(None) == []
     assert native.running_loops(object()) is None
 
@@ -394,14 +394,14 @@ assert largest > 50, largest
 """
 
 
-def test_listing_while_tasks_loops_and_threads_come_and_go(core):
-    """10,000 tasks and more, in loops of both kinds in other threads."""
+def test_tasks_are_listed_while_tasks_loops_and_threads_start_and_end(core):
+    """Other threads run 10,000 tasks and more, on both kinds of loop."""
     variables = {} if core == "native" else {"ASGI_PPROF_NATIVE": "0"}
     run_program(CHURN, core, **variables)
 
 
-def test_running_loops_of_all_threads(core, loop_name):
-    """Each with its thread and its running task, the calling thread's included."""
+def test_running_loops_of_all_threads_are_listed(core, loop_name):
+    """Each is listed with its thread and its running task, including the calling thread's."""
 
     async def main(thread):
         rows = {row.thread_ident: row for row in running_loops()}
@@ -415,12 +415,12 @@ def test_running_loops_of_all_threads(core, loop_name):
 
     with in_a_thread(served_by_a_runner(loop_name, "child")) as thread:
         loop = run(main(thread))
-        assert loop in [row.loop for row in running_loops()]  # no loop runs here
+        assert loop in [row.loop for row in running_loops()]  # this thread runs no loop now
     assert [row.loop for row in running_loops() if row.loop is loop] == []
 
 
-def test_a_running_loop_has_its_current_task(core, loop_name):
-    """In another thread as well; there is none while a callback runs."""
+def test_a_running_loop_is_listed_with_its_current_task(core, loop_name):
+    """The loop is in another thread. While a callback runs there is no current task."""
     stuck, go_on = threading.Semaphore(0), threading.Semaphore(0)
 
     def be_stuck():
@@ -445,8 +445,8 @@ def test_a_running_loop_has_its_current_task(core, loop_name):
     assert names == ["in_a_task", None]
 
 
-def test_a_thread_that_refers_to_a_loop_does_not_run_it(core, loop_name):
-    """A worker thread that waits for the loop has it in a variable."""
+def test_a_thread_that_refers_to_a_loop_does_not_count_as_running_it(core, loop_name):
+    """A variable of a worker thread refers to the loop."""
 
     def worker(loop, ready, done):
         loop.call_soon_threadsafe(ready.set)

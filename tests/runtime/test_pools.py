@@ -1,4 +1,4 @@
-"""Worker threads: what each runs, for which future, and how busy their pools are."""
+"""The work of worker threads, the futures it is for, and the figures of their pools are found."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.servers import until
 
 
 class Job:
-    """Work for a thread: it blocks until it may end."""
+    """Work for a thread, which blocks until `end` is set."""
 
     def __init__(self):
         self.begun, self.end = threading.Event(), threading.Event()
@@ -43,14 +43,14 @@ def hold(job):
 
 @contextlib.contextmanager
 def working(size, *functions, prefix="shop"):
-    """Give a pool and the futures of functions submitted to it."""
+    """Yield a pool, and the futures of the functions submitted to it."""
     with ThreadPoolExecutor(size, thread_name_prefix=prefix) as pool:
         yield pool, [pool.submit(*each) for each in functions]
 
 
 @contextlib.contextmanager
 def holding(size, count):
-    """Give a pool, its jobs and their futures, with as many jobs begun as there are threads."""
+    """Yield a pool, its jobs and their futures, once every thread has begun a job."""
     jobs = [Job() for _ in range(count)]
     with working(size, *((hold, each) for each in jobs)) as (pool, futures):
         try:
@@ -70,8 +70,8 @@ def codes(stack):
     return [code.co_qualname for code, _ in stack]
 
 
-def test_a_thread_is_known_by_its_future():
-    """With its name, its frames without the pool's own, and the submitted function."""
+def test_a_thread_is_found_by_its_future():
+    """It has its name, its frames without the pool's own, and the submitted function."""
     with holding(1, 1) as (_, _, (future,)):
         work = Workers().working_for(future)
     assert work.future is future
@@ -80,8 +80,8 @@ def test_a_thread_is_known_by_its_future():
     assert work.function == f"{__name__}.hold"
 
 
-def test_other_futures_are_unknown():
-    """Futures of no thread, and those that are done."""
+def test_other_futures_belong_to_no_thread():
+    """These are futures that no thread works for, and futures that are done."""
     with holding(1, 1) as (_, (job,), (future,)):
         job.end.set()
         future.result()
@@ -90,7 +90,7 @@ def test_other_futures_are_unknown():
 
 
 def test_each_thread_of_a_pool_has_its_own_future():
-    """All three of them."""
+    """A pool of three threads works for three futures."""
     with holding(3, 3) as (_, _, futures):
         workers = Workers()
         found = [workers.working_for(each) for each in futures]
@@ -99,7 +99,7 @@ def test_each_thread_of_a_pool_has_its_own_future():
 
 
 def test_c_functions_have_no_frames():
-    """The thread has their name and no stack."""
+    """The thread has the function's name and an empty stack."""
     reading, writing = os.pipe()
     with working(1, (os.read, reading, 1)) as (_, (future,)):
         work = until(lambda: Workers().working_for(future))
@@ -127,7 +127,7 @@ def test_c_functions_have_no_frames():
     ids=["plain", "partial", "partials", "context", "to_thread", "all", "method", "object"],
 )
 def test_the_wrapped_function_is_named(wrap, name):
-    """Inside partials and `Context.run`; an object that is no function has no name."""
+    """Partials and `Context.run` are unwrapped. An object that is no function has no name."""
     job = Job()
     with working(1, wrap(job)) as (_, (future,)):
         assert job.begun.wait(20)
@@ -136,8 +136,8 @@ def test_the_wrapped_function_is_named(wrap, name):
     assert work.function == name
 
 
-def test_a_pool_has_its_figures():
-    """How many threads work, how many there may be, and how much work is queued."""
+def test_a_pools_figures():
+    """They say how many threads work, how many there may be, and how much work is queued."""
     with holding(2, 5) as (_, jobs, futures):
         assert pools() == [Pool("shop", 2, 2, 3)]
         for each in jobs[:4]:
@@ -148,14 +148,14 @@ def test_a_pool_has_its_figures():
 
 
 def test_the_size_of_a_pool_is_its_maximum():
-    """Even if it has started fewer threads."""
+    """It may have started fewer threads."""
     with holding(1, 1) as (_, _, _), ThreadPoolExecutor(9, thread_name_prefix="large") as large:
         large.submit(int).result()
         assert until(lambda: pools("large") == [Pool("large", 0, 9, 0)])
 
 
-def test_a_pool_that_was_freed_has_the_size_of_its_threads():
-    """Its workers refer to it only weakly."""
+def test_the_size_of_a_freed_pool_is_its_number_of_threads():
+    """Its workers refer to the pool only weakly."""
     job = Job()
     pool = ThreadPoolExecutor(5, thread_name_prefix="forsaken")
     future = pool.submit(job.run)
@@ -172,7 +172,7 @@ def test_a_pool_that_was_freed_has_the_size_of_its_threads():
 
 
 def test_queued_work_is_found_in_its_pool():
-    """By its future; work that runs is not queued."""
+    """It is found by its future. Work that runs is not queued."""
     with holding(1, 3) as (_, _, (first, *queued)):
         workers = Workers()
         assert workers.queued_in(first) is None
@@ -180,15 +180,15 @@ def test_queued_work_is_found_in_its_pool():
         assert workers.working_for(queued[0]) is None
 
 
-def test_cancelled_work_does_not_hurt():
+def test_cancelled_work_counts_as_queued():
     """It stays in the queue until a thread takes it."""
     with holding(1, 2) as (_, _, (_, queued)):
         assert queued.cancel()
         assert pools() == [Pool("shop", 1, 1, 1)]
 
 
-def test_pools_without_threads_are_unknown():
-    """A pool without threads is not listed."""
+def test_pools_without_threads_are_not_listed():
+    """A pool is found by its threads."""
     with ThreadPoolExecutor(1, thread_name_prefix="unused"):
         assert pools("unused") == []
 
@@ -202,7 +202,7 @@ def test_frames_of_ended_threads_are_ignored():
         assert [each for each in workers.pools if each.name == "shop"] == [Pool("shop", 0, 1, 0)]
 
 
-def test_a_derived_work_item_is_known():
+def test_a_subclass_of_the_work_item_is_recognized():
     """It runs the function of the executor's class."""
 
     class Item(thread_pool._WorkItem):
@@ -218,8 +218,8 @@ def test_a_derived_work_item_is_known():
         thread_pool._WorkItem = original
 
 
-def test_nothing_is_kept():
-    """Neither futures nor arguments, once the `Workers` are freed."""
+def test_workers_keep_nothing_alive():
+    """Once the `Workers` are freed, no future and no argument is kept."""
     with holding(1, 1) as (_, (job,), (future,)):
         workers = Workers()
         assert workers.working_for(future)
@@ -233,13 +233,13 @@ def test_nothing_is_kept():
     assert [each() for each in references] == [None, None]
 
 
-def test_anyios_threads_are_known(loop_name):
-    """By the asyncio future that the task waits for; they belong to no executor."""
+def test_anyios_threads_are_found(loop_name):
+    """They are found by the asyncio future that the task waits for, and belong to no executor."""
 
     async def main():
         job = Job()
         task = asyncio.create_task(anyio.to_thread.run_sync(hold, job))
-        while not job.begun.is_set():  # noqa: ASYNC110 - the event is another thread's
+        while not job.begun.is_set():  # noqa: ASYNC110 - another thread sets the event
             await asyncio.sleep(0.002)
         workers = Workers()
         work = workers.working_for(waits_for(task))
@@ -256,7 +256,7 @@ def test_anyios_threads_are_known(loop_name):
 
 
 def test_anyios_idle_threads_have_no_work(loop_name):
-    """A thread stays for the next work, and has none in between."""
+    """A thread waits for its next work, and has none meanwhile."""
 
     async def main():
         thread = await anyio.to_thread.run_sync(threading.current_thread)
@@ -272,8 +272,8 @@ def working_now(name):
 
 
 async def until_begun(*jobs):
-    await asyncio.sleep(0)  # the tasks, too
-    while not all(each.begun.is_set() for each in jobs):  # noqa: ASYNC110 - another thread's
+    await asyncio.sleep(0)  # lets the tasks start
+    while not all(each.begun.is_set() for each in jobs):  # noqa: ASYNC110 - set by other threads
         await asyncio.sleep(0.002)
 
 
@@ -291,8 +291,8 @@ def ending(*jobs):
 
 
 @pytest.mark.parametrize(("count", "known"), [(4, 3), (40, 10)])
-def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
-    """The first ten, in the order of the queue; not those whose work runs."""
+def test_tasks_that_wait_for_queued_work_are_found(loop_name, count, known):
+    """The first ten are found, in the order of the queue, without those whose work runs."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(count)]
@@ -312,8 +312,8 @@ def test_tasks_that_wait_for_queued_work_are_known(loop_name, count, known):
     assert waiting == list(range(1, known + 1))
 
 
-def test_the_order_holds_when_work_has_left_the_queue(loop_name):
-    """However the queue stores the rest."""
+def test_the_order_is_right_after_work_has_left_the_queue(loop_name):
+    """It does not depend on how the queue stores its items."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(30)]
@@ -339,8 +339,8 @@ def test_the_order_holds_when_work_has_left_the_queue(loop_name):
     assert run(main(), loop_name) == list(range(8, 18))
 
 
-def test_no_task_is_known_to_wait_for_other_work(loop_name):
-    """Work that was only submitted, or is part of a gather."""
+def test_work_that_no_task_awaits_itself_has_no_waiting_task(loop_name):
+    """Such work was only submitted, or is part of a gather."""
 
     async def main():
         loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(3)]
@@ -359,8 +359,8 @@ def test_no_task_is_known_to_wait_for_other_work(loop_name):
     assert run(main(), loop_name) == [(Pool("shop", 1, 1, 2), [])]
 
 
-def test_limiters_of_anyios_work_are_known(loop_name):
-    """With the loop that the work came from; the loop's default limiter is left out."""
+def test_limiters_of_anyios_work_are_found(loop_name):
+    """Each comes with the loop of its work. The loop's default limiter is left out."""
 
     async def main():
         limiter, jobs = anyio.CapacityLimiter(1), [Job(), Job()]
@@ -380,8 +380,8 @@ def test_limiters_of_anyios_work_are_known(loop_name):
     assert sorted(found, key=bool) == expected
 
 
-def test_the_default_limiter_of_a_loop(loop_name):
-    """None until anyio has started a thread for it; other threads see it as well."""
+def test_the_default_limiter_of_a_loop_is_found(loop_name):
+    """It is None until anyio has started a thread for the loop; other threads find it too."""
 
     async def main():
         loop = asyncio.get_running_loop()
@@ -395,8 +395,8 @@ def test_the_default_limiter_of_a_loop(loop_name):
 
 
 @pytest.mark.parametrize("where", ["inside", "outside"])
-def test_a_limiter_is_a_pool(loop_name, where):
-    """Its tokens count as threads; it may be created before there is a loop."""
+def test_a_limiter_is_described_as_a_pool(loop_name, where):
+    """Its tokens count as threads. It may be created before there is a loop."""
     made = anyio.CapacityLimiter(2) if where == "outside" else None
     unused = limiter_pool("unused", made)[0] if made else Pool("unused", 0, 2, 0)
     assert unused == Pool("unused", 0, 2, 0)
@@ -418,8 +418,8 @@ def test_a_limiter_is_a_pool(loop_name, where):
     assert run(main(), loop_name) == (Pool("mine", 2, 2, 3), [2, 3, 4])
 
 
-def test_a_limiter_without_a_limit(loop_name):
-    """Its size is infinite."""
+def test_a_limiter_without_a_limit_has_infinite_size(loop_name):
+    """Infinity is a valid number of tokens."""
 
     async def main():
         return limiter_pool("all", anyio.CapacityLimiter(float("inf")))
