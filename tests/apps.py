@@ -1,4 +1,4 @@
-"""A service for tests, with functions named after what they do."""
+"""A service for tests, whose functions are named after what they do."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ SERVERS = {"shop", "any_shop", "pure_shop", "service", "any_service"}
 
 
 def _left_behind() -> dict[str, object]:
-    """Return everything a profiler could leave in the process."""
+    """Return all state of the process that a profiler could leave changed."""
     return {
         **process_state(),
         "clock timers": clock_timers(),
@@ -54,17 +54,17 @@ def _is_hypothesis(callback) -> bool:
 def nothing_left_behind(request):
     """Fail any test that leaves a timer, handler, thread, patch or tracing behind."""
     for shared in SERVERS & set(request.fixturenames):
-        request.getfixturevalue(shared)  # the server outlives the test: start it first
+        request.getfixturevalue(shared)  # the server outlives the test, so it is started before
     before = _left_behind()
     yield
     after = {}
     for attempt in range(50):
         after = _left_behind()
         for count in ("descriptors", "native threads"):
-            after[count] = max(after[count], before[count])  # fewer: an earlier test's have ended
+            after[count] = max(after[count], before[count])  # fewer: an earlier test's ended
         if after == before:
             return
-        # Garbage may still hold it, or a thread that ends needs a moment.
+        # Garbage may still refer to it, or a thread may need a moment to end.
         gc.collect()
         time.sleep(0.05 * (attempt > 0))
     changed = {name: (before[name], after[name]) for name in before if before[name] != after[name]}
@@ -93,7 +93,7 @@ def pytest_collection_finish(session):
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def loop_name(request) -> str:
-    """Each kind of event loop that uvicorn offers."""
+    """Run the test with each kind of event loop that uvicorn offers."""
     return request.param
 
 

@@ -1,7 +1,8 @@
 """
-A second opinion on our protobuf: profile.proto decoded by hand, by people who read
-the specification and not `asgi_pprof/encoders`. Everything comes out as plain
-dicts, tuples and strings.
+Decodes profile.proto by hand, to check the encoder with other code.
+
+It was written from the specification, without `asgi_pprof/encoders`. The results are
+plain dicts, tuples and strings.
 
 Source: protobuf.dev/programming-guides/encoding; google/pprof, proto/profile.proto.
 """
@@ -50,7 +51,7 @@ def _signed(number):
 
 
 class _Message:
-    """The fields of one message: numbers are 0 and lists empty where nothing is set."""
+    """The fields of one message: a number is 0 and a list empty if the field is missing."""
 
     def __init__(self, data):
         self._fields = fields(data)

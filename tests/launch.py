@@ -11,8 +11,8 @@ import uvicorn
 
 def main() -> None:
     app, loop = sys.argv[1:3]
-    # With the protocol given, asyncio sets TCP_NODELAY; otherwise every answer waits
-    # for the kernel's timer, in step with the ticks that drive the samplers.
+    # If the protocol is given, asyncio sets TCP_NODELAY. Otherwise every answer waits for
+    # the kernel's timer, in step with the ticks that drive the samplers.
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.bind(("127.0.0.1", 0))
     listener.listen(128)

@@ -1,4 +1,4 @@
-"""Event loops of both kinds for tests: run a coroutine on one, and wait there."""
+"""Event loops of both kinds: run a coroutine on one, and wait inside it."""
 
 from __future__ import annotations
 

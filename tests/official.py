@@ -1,6 +1,7 @@
 """
-profile.proto for Google's own protobuf runtime, its descriptor built here from
-field tables instead of generated code.
+Builds profile.proto for Google's protobuf runtime, from field tables.
+
+No generated code is needed.
 
 Source: google/pprof, proto/profile.proto.
 """
@@ -11,7 +12,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 _PACKAGE = "perftools.profiles"
 
-# name, number, type; a type with * is repeated, one that is no scalar is a message.
+# name, number, type; a type with * is repeated, and one that is not a scalar is a message.
 _MESSAGES = {
     "Profile": """
         sample_type 1 ValueType*

@@ -1,4 +1,4 @@
-"""Programs in processes of their own, for tests that could crash or must exit."""
+"""Runs programs in subprocesses, for tests that could crash or must exit."""
 
 from __future__ import annotations
 

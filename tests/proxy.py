@@ -1,4 +1,4 @@
-"""A proxy of a coroutine, as libraries make them."""
+"""A proxy of a coroutine, as tracing libraries make them."""
 
 
 class Proxy:

@@ -1,4 +1,4 @@
-"""Real uvicorn servers for tests, and plain HTTP to talk to them."""
+"""Real uvicorn servers for tests, and plain HTTP requests to them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def leaving_client(port: int, path: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def serve(app, loop: str = "asyncio", **options) -> Iterator[int]:
-    """Run an app under uvicorn on a thread of this process; give the port."""
+    """Run an app under uvicorn on a thread of this process; yield the port."""
     config = uvicorn.Config(app, port=0, loop=loop, log_level="warning", **options)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, name="test server")
@@ -128,11 +128,11 @@ class ServerProcess:
         return f"http://127.0.0.1:{self.port}{PROFILES}"
 
     def get(self, name: str, **options) -> Answer:
-        """Ask for a profile by its name and query."""
+        """Request a profile by its name and query."""
         return ask(self.port, f"{PROFILES}/{name}", **options)
 
     def visit(self, path: str) -> Answer:
-        """Ask for a page of the service itself."""
+        """Request a page of the service itself."""
         return ask(self.port, path)
 
     def state(self) -> dict[str, object]:
@@ -174,7 +174,7 @@ class ServerProcess:
 
     @contextlib.contextmanager
     def load(self, path: str, clients: int = 2) -> Iterator[None]:
-        """Keep some clients asking for a path, one request after the other."""
+        """Let some clients request a path without a pause, one request after the other."""
         stop = threading.Event()
 
         def client() -> None:

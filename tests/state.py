@@ -1,4 +1,4 @@
-"""State of the process that a profiler changes."""
+"""Reads the state of the process that a profiler changes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def process_state() -> dict[str, object]:
 
 
 def _own_threads() -> int:
-    """Return how many of the process's threads have our native threads' name."""
+    """Return how many threads of the process have the name of our native threads."""
     return sum(_thread_name(task) == "asgi_pprof" for task in os.listdir("/proc/self/task"))
 
 

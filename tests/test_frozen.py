@@ -1,4 +1,4 @@
-"""Programs without sources or files: compiled only, in a zip archive."""
+"""The package works in programs without sources or files: compiled only, or in a zip archive."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def run(folder: Path, path: Path) -> list[str]:
     return done.stdout.split()
 
 
-def test_a_program_without_sources(program):
-    """As `compileall -b` makes it. Its code has the names of the sources it was made from."""
+def test_a_program_without_sources_can_be_profiled(program):
+    """`compileall -b` makes such a program. Its code objects have the sources' file names."""
     compileall.compile_dir(program / "built", quiet=2, legacy=True)
     for source in (program / "built").rglob("*.py"):
         source.unlink()
@@ -124,8 +124,8 @@ def test_a_program_without_sources(program):
     assert is_native == str(bool(native))
 
 
-def test_a_program_in_an_archive(program):
-    """Nothing is read from files of the package."""
+def test_a_program_in_an_archive_can_be_profiled(program):
+    """The package reads none of its own files."""
     archive = program / "all.zip"
     with zipfile.ZipFile(archive, "w") as file:
         for each in (program / "built" / "here").rglob("*.py"):

@@ -1,4 +1,4 @@
-"""The requests that are allowed by default, and the reasons to refuse others."""
+"""Local requests are allowed by default, and others are refused with a reason."""
 
 import pytest
 
@@ -41,7 +41,7 @@ def denial(request):
         "::ffff:7f00:1",
     ],
 )
-def test_a_peer_on_this_machine_comes_in(address):
+def test_a_peer_on_this_machine_is_allowed(address):
     """All of 127.0.0.0/8 is loopback, and so is its mapping into IPv6."""
     allow_loopback(scope((address, 50_000)))
 
@@ -71,14 +71,14 @@ def test_a_peer_on_this_machine_comes_in(address):
         "",
     ],
 )
-def test_a_peer_elsewhere_is_turned_away(address):
+def test_a_peer_elsewhere_is_refused(address):
     """Private networks, names and malformed addresses are not loopback either."""
     assert f"{address} is not one" in denial(scope((address, 50_000)))
 
 
 @pytest.mark.parametrize("request_scope", [scope(None), scope(()), {"type": "http", "headers": []}])
-def test_a_peer_without_an_address_is_turned_away(request_scope):
-    """A unix socket has no peer address, and probably a proxy at its other end."""
+def test_a_peer_without_an_address_is_refused(request_scope):
+    """A Unix socket has no peer address, and there is probably a proxy at its other end."""
     assert "no peer address" in denial(request_scope)
 
 
@@ -108,7 +108,7 @@ def test_a_peer_without_an_address_is_turned_away(request_scope):
     ],
 )
 @pytest.mark.parametrize("value", ["127.0.0.1", ""])
-def test_a_forwarded_request_is_turned_away(name, value):
+def test_a_forwarded_request_is_refused(name, value):
     """Behind a proxy on this machine every client looks local, whatever the header's value."""
     assert f"forwarded ({name.lower()})" in denial(scope(headers=[(name.lower(), value)]))
 
@@ -143,7 +143,7 @@ def test_headers_of_an_ordinary_request_make_no_difference(header):
         "192.168.0.7:8000",
     ],
 )
-def test_a_host_that_is_an_address_or_localhost_comes_in(host):
+def test_a_host_that_is_an_address_or_localhost_is_allowed(host):
     """An address cannot be rebound, and HTTP/1.0 has no Host."""
     allow_loopback(scope(host=host))
 
@@ -178,7 +178,7 @@ def test_a_host_that_is_an_address_or_localhost_comes_in(host):
         "\xff",
     ],
 )
-def test_a_host_that_is_another_name_is_turned_away(host):
+def test_a_host_that_is_another_name_is_refused(host):
     """Any name but localhost may have been rebound to 127.0.0.1 by its owner."""
     assert "Host" in denial(scope(host=host))
 
@@ -201,15 +201,15 @@ def test_a_host_that_is_another_name_is_turned_away(host):
         "127.0.0.1.",
     ],
 )
-def test_a_host_that_reaches_this_machine_unmarked_is_turned_away(host):
-    """To 0.0.0.0 browsers connect by loopback, but do not say that another site's page asks."""
+def test_a_host_that_reaches_this_machine_unmarked_is_refused(host):
+    """Browsers connect to 0.0.0.0 by loopback, and do not mark requests of other sites' pages."""
     assert "Host" in denial(scope(host=host))
 
 
 @pytest.mark.parametrize(
     "referer", ["http://127.0.0.1:8000/debug/pprof/?x=http://evil.example", "about:blank", ""]
 )
-def test_a_referer_of_this_site_or_none_comes_in(referer):
+def test_a_referer_of_this_site_or_none_is_allowed(referer):
     allow_loopback(scope(headers=[("referer", referer)], host="127.0.0.1:8000"))
 
 
@@ -223,8 +223,8 @@ def test_a_referer_of_this_site_or_none_comes_in(referer):
         "//127.0.0.1:8000/",
     ],
 )
-def test_a_referer_of_another_site_is_turned_away(referer):
-    """Images, frames and scripts have no Origin, but a Referer."""
+def test_a_referer_of_another_site_is_refused(referer):
+    """Requests for images, frames and scripts have no Origin, but a Referer."""
     assert "Referer" in denial(scope(headers=[("referer", referer)], host="127.0.0.1:8000"))
 
 
@@ -236,13 +236,13 @@ def test_every_one_of_several_hosts_must_be_local():
 
 
 @pytest.mark.parametrize("site", ["none", "same-origin"])
-def test_a_browser_on_this_site_comes_in(site):
+def test_a_browser_on_this_site_is_allowed(site):
     """The user has typed the address or followed a link on the index page."""
     allow_loopback(scope(headers=[("sec-fetch-site", site)]))
 
 
 @pytest.mark.parametrize("site", ["cross-site", "same-site"])
-def test_a_page_of_another_site_or_port_is_turned_away(site):
+def test_a_page_of_another_site_or_port_is_refused(site):
     """Such a page could not read the answer, but it could start profiles."""
     assert "Sec-Fetch-Site" in denial(scope(headers=[("sec-fetch-site", site)]))
 
@@ -257,7 +257,7 @@ def test_a_page_of_another_site_or_port_is_turned_away(site):
         ("http://[::1]:8000", "[::1]:8000"),
     ],
 )
-def test_an_origin_that_is_the_host_comes_in(origin, host):
+def test_an_origin_that_is_the_host_is_allowed(origin, host):
     """Pages of the service itself may post to `symbol`."""
     allow_loopback(scope(headers=[("origin", origin)], host=host))
 
@@ -279,12 +279,12 @@ def test_an_origin_that_is_the_host_comes_in(origin, host):
         ("", None),
     ],
 )
-def test_an_origin_that_is_not_the_host_is_turned_away(origin, host):
+def test_an_origin_that_is_not_the_host_is_refused(origin, host):
     """The port must be equal as well, and a request without a Host has no valid origin."""
     assert "Origin" in denial(scope(headers=[("origin", origin)], host=host))
 
 
-def test_the_first_reason_is_where_the_request_comes_from():
+def test_the_peers_address_is_checked_first():
     """A remote client learns nothing about the other rules."""
     request = scope(
         ("8.8.8.8", 1), [("via", "x"), ("sec-fetch-site", "cross-site")], host="evil.example"
@@ -292,7 +292,7 @@ def test_the_first_reason_is_where_the_request_comes_from():
     assert "8.8.8.8 is not one" in denial(request)
 
 
-def test_a_reason_repeats_no_value_of_a_header():
+def test_a_reason_contains_no_value_of_a_header():
     """Reasons are logged and shown; headers may hold secrets."""
     for headers in ([("via", "s3cret")], [("origin", "http://s3cret")], [("host", "s3cret")]):
         assert "s3cret" not in denial(scope(headers=headers))

@@ -82,7 +82,7 @@ def test_the_fault_is_found(stuck, command, excerpt):
 
 
 def test_nothing_else_is_found(stuck):
-    """There are two leaks, two tasks at the second lock, forty threads, and two tasks that wait."""
+    """There are two leaks, two tasks at the second lock, forty threads and two waiting tasks."""
     leaks = stuck.get("goroutineleak?debug=1").text
     assert leaks.startswith("goroutineleak profile: total 2\n")
     dump = stuck.get("goroutine?debug=2").text

@@ -1,4 +1,4 @@
-"""Labels that the application sets, and how tasks and threads inherit them."""
+"""The application can set labels, which tasks and threads inherit."""
 
 import asyncio
 import inspect

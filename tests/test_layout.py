@@ -1,4 +1,4 @@
-"""Who may import whom, read from the imports themselves."""
+"""The rules of which module may import which are checked by reading the imports."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KNOW_ASGI = {
         )
     ),
 }
-"""What may know scope, receive and send, or the classes of starlette."""
+"""Modules that may use scope, receive and send, or the classes of starlette."""
 
 
 def name_of(path: Path) -> str:
@@ -31,7 +31,7 @@ def name_of(path: Path) -> str:
 
 
 FORMER_NAMES = {"asgi_pprof.collectors.heap_native"}
-"""Modules that only import what is elsewhere now."""
+"""Modules that only import names from their new places."""
 TREES = {name_of(path): ast.parse(path.read_text()) for path in ROOT.rglob("*.py")}
 for former in FORMER_NAMES:
     assert all(isinstance(node, ast.ImportFrom | ast.Expr) for node in TREES.pop(former).body)

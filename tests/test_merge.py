@@ -1,4 +1,4 @@
-"""Sums and differences of profiles."""
+"""Profiles are added up and subtracted."""
 
 from collections import Counter
 from dataclasses import replace
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.once
 SPACE = ValueType("inuse_space", "bytes")
 OBJECTS = ValueType("inuse_objects", "count")
 
-# Few locations and labels, so that some samples have the same.
+# There are few locations and labels, so that some samples have the same.
 places = st.builds(
     Location,
     st.sampled_from([Function("build_cart", "a.py", 1), Function("build_page", "a.py", 9)]),
@@ -65,8 +65,8 @@ def test_summing_in_steps_gives_the_same_samples(left, right):
     assert sum_samples([*sum_samples(left), *sum_samples(right)]) == sum_samples(left + right)
 
 
-def test_samples_keep_the_order_in_which_they_first_came():
-    """Equal inputs make equal outputs, in a readable order."""
+def test_samples_keep_the_order_of_their_first_occurrence():
+    """Equal inputs give equal outputs, in a readable order."""
     leaf = Location(Function("build_cart", "a.py", 1), 2)
     root = Location(Function("main", "a.py", 1), 9)
     samples = [Sample((root,), (1, 1)), Sample((leaf,), (1, 1)), Sample((root,), (2, 5))]
@@ -88,7 +88,7 @@ def test_a_difference_added_to_the_start_gives_the_end(before, after):
     assert all(any(sample.values) for sample in delta.samples)
 
 
-def test_what_shrank_is_negative():
+def test_values_that_shrank_are_negative():
     """Negative values are kept, even if other values of the sample did not change."""
     stack = (Location(Function("drop_cart", "a.py", 1), 2),)
     delta = subtract(
@@ -97,7 +97,7 @@ def test_what_shrank_is_negative():
     assert delta.samples == (Sample(stack, (0, -4_032)),)
 
 
-def test_what_is_gone_is_negative():
+def test_stacks_that_are_gone_are_negative():
     """A stack that is only in the earlier snapshot has negative values."""
     stack = (Location(Function("drop_cart", "a.py", 1), 2),)
     delta = subtract(snapshot([], 2_000), snapshot([Sample(stack, (3, 4_096))]))
@@ -131,7 +131,7 @@ def test_a_difference_ends_at_the_later_snapshot_and_covers_the_time_between():
 
 
 @pytest.mark.parametrize("after_ns", [1_000, 999])
-def test_a_difference_has_a_duration_even_if_the_clock_stood_still(after_ns):
+def test_a_difference_has_a_duration_even_if_the_clock_did_not_move(after_ns):
     """Readers take a profile of duration 0 for a snapshot, and clocks can be set back."""
     assert subtract(snapshot([], after_ns), snapshot([], 1_000)).duration_ns == 1
 

@@ -1,4 +1,4 @@
-"""PprofMiddleware: what it answers, what it forwards, and what it restores."""
+"""PprofMiddleware answers profile requests, forwards others, and restores what it changed."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ async def answered(app, scope):
 
 
 @pytest.mark.parametrize("kind", ["websocket", "lifespan", "something-new"])
-def test_other_scopes_pass_untouched(kind):
+def test_other_scopes_are_forwarded_unchanged(kind):
     """The application receives the same objects, whatever the path is."""
     recorder, scope = Recorder(), {"type": kind, "path": "/debug/pprof/heap"}
     asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
@@ -85,7 +85,7 @@ def test_other_scopes_pass_untouched(kind):
 
 
 @pytest.mark.parametrize("path", ["/", "/debug", "/debug/pprofx", "/debug/pprof/../x", ""])
-def test_other_requests_pass_untouched(path):
+def test_other_requests_are_forwarded_unchanged(path):
     """The application receives the same objects, and runs under the request's labels."""
     recorder, scope = Recorder(), http_scope(path)
     asyncio.run(PprofMiddleware(recorder)(scope, no_receive, no_send))
@@ -95,7 +95,7 @@ def test_other_requests_pass_untouched(path):
     assert recorder.labels == (("method", "GET"),)
 
 
-def test_an_exception_of_the_application_passes_and_labels_are_reset():
+def test_an_exception_of_the_application_is_passed_on_and_labels_are_reset():
     """The server receives the application's exception."""
 
     async def failing(scope, receive, send):
@@ -134,7 +134,7 @@ def test_an_unknown_heap_engine_is_refused():
         PprofMiddleware(Recorder(), heap="jemalloc")
 
 
-def test_everything_is_put_back_when_the_middleware_goes():
+def test_everything_is_restored_when_the_middleware_is_freed():
     """Thread.start is the original object, no callback remains, tracing is off."""
     start, callbacks = threading.Thread.start, list(gc.callbacks)
     middlewares = [PprofMiddleware(Recorder(), heap="tracemalloc") for _ in range(2)]
@@ -173,7 +173,7 @@ def test_a_wrapper_around_ours_is_not_undone():
 
 
 @pytest.mark.server
-def test_shutdown_puts_everything_back_and_a_second_start_works():
+def test_shutdown_restores_everything_and_a_second_start_works():
     """After the lifespan everything is restored, even while the app object exists."""
     start, callbacks = threading.Thread.start, list(gc.callbacks)
     app = Starlette(routes=[Route("/", lambda request: PlainTextResponse("home"))])
@@ -321,7 +321,7 @@ def test_gzip_wrapped_around_by_hand_is_noticed():
 @pytest.mark.parametrize(
     "path", ["/debug/pprof", "/debug/pprof/", "/debug/pprof//heap", "/debug/pprof/nosuch"]
 )
-def test_a_stranger_is_refused_before_anything_else(change, word, path):
+def test_a_request_from_elsewhere_is_refused_before_anything_else(change, word, path):
     """Every path of ours answers 403, with a text that go tool pprof prints."""
     app = PprofMiddleware(Recorder())
     start, body = asyncio.run(answered(app, http_scope(path, **change)))
@@ -409,7 +409,7 @@ def test_bare_scopes_get_through():
 
 
 @pytest.mark.server
-def test_labels_do_not_pass_from_request_to_request(loop_name):
+def test_labels_do_not_leak_from_request_to_request(loop_name):
     """On a kept connection servers reuse a context after large bodies."""
     seen = []
 
@@ -542,8 +542,8 @@ def test_tracking_tasks_can_be_switched_off():
     assert factory_seen_by(app, http_scope("/"), http_scope("/debug/pprof/")) == [None, None]
 
 
-def test_the_middleware_sets_rates_of_contention_and_takes_them_back():
-    """They are arguments as in Go; a rate that is set later by hand is not reset."""
+def test_the_middleware_sets_contention_rates_and_resets_them():
+    """Rates are arguments as in Go. A rate that is set later by hand is not reset."""
     original = threading.Condition.wait
     app = PprofMiddleware(Recorder(), block_profile_rate=1000, mutex_profile_fraction=5)
     assert threading.Condition.wait is not original
@@ -576,7 +576,7 @@ def thresholds_seen_by(*apps):
     return asyncio.run(serve_all())
 
 
-def test_loops_are_watched_for_stalls_from_the_first_request_until_the_end():
+def test_loops_are_monitored_for_stalls_from_the_first_request_to_the_end():
     """The default threshold is 100 ms; the monitor ends with the app."""
     threads = process_state()["native threads"]
     app = PprofMiddleware(Recorder())
@@ -586,7 +586,7 @@ def test_loops_are_watched_for_stalls_from_the_first_request_until_the_end():
     until(lambda: process_state()["native threads"] == threads)
 
 
-def test_the_threshold_of_stalls_is_an_argument_and_0_watches_nothing():
+def test_a_stall_threshold_of_0_monitors_no_loop():
     """A second middleware with a threshold has the loop monitored."""
     app = PprofMiddleware(Recorder(), stall_threshold_ms=0)
     assert thresholds_seen_by(app) == [(0, False)]
@@ -594,8 +594,8 @@ def test_the_threshold_of_stalls_is_an_argument_and_0_watches_nothing():
     assert thresholds_seen_by(app, other) == [(30, False), (30, True)]
 
 
-def test_of_two_thresholds_the_lower_counts_while_it_lives():
-    """The other threshold counts afterwards; the loop is monitored until both apps are gone."""
+def test_the_lower_of_two_thresholds_applies_while_it_lives():
+    """Afterwards the other one applies. The loop is monitored until both apps are gone."""
 
     async def main():
         apps = [PprofMiddleware(Recorder(), stall_threshold_ms=each) for each in (300, 20)]
@@ -613,13 +613,13 @@ def test_of_two_thresholds_the_lower_counts_while_it_lives():
 
 
 @pytest.mark.parametrize("threshold_ms", [-1, float("inf"), float("nan")])
-def test_a_threshold_that_means_nothing_is_refused(threshold_ms):
+def test_invalid_thresholds_are_refused(threshold_ms):
     """The constructor raises before it switches anything on."""
     with pytest.raises(ValueError, match=str(threshold_ms)):
         PprofMiddleware(Recorder(), stall_threshold_ms=threshold_ms)
 
 
-def test_a_figure_that_fails_does_not_take_the_index_down(monkeypatch, caplog):
+def test_a_figure_that_fails_does_not_break_the_index(monkeypatch, caplog):
     """Reading the attributes of a foreign task can raise any exception."""
 
     async def fail(self):

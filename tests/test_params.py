@@ -295,7 +295,7 @@ def test_a_cpu_profile_takes_100_samples_a_second_unless_told_otherwise(query, h
     ],
     ids=lambda query: repr(query)[:40],
 )
-def test_a_frequency_that_is_none_is_refused(query):
+def test_invalid_frequencies_are_refused(query):
     """Go has no such parameter; the error has the form of Go's errors."""
     with pytest.raises(BadParameter) as caught:
         _ = Params(query).hz

@@ -1,4 +1,4 @@
-"""Which requests are for us, and for which profile."""
+"""A request's path says whether it is for a profile, and for which one."""
 
 from urllib.parse import unquote, urlsplit
 
@@ -102,13 +102,13 @@ def check(scope, prefix, expected):
         ("/debug/pprof//a%25b", redirected("/debug/pprof/a%25b")),
         ("/debug/pprof//a%3Fb", redirected("/debug/pprof/a%3Fb")),
         ("/debug/pprof//a%23b", redirected("/debug/pprof/a%23b")),
-        # the query stays as it is
+        # the query is kept
         ("/debug/pprof?debug=1", redirected("/debug/pprof/?debug=1")),
         ("/debug/pprof//heap?a=%2F&a;b=%zz", redirected("/debug/pprof/heap?a=%2F&a;b=%zz")),
         # the Location never names another host
         ("//evil.example/../debug/pprof", redirected("/debug/pprof/")),
         ("//evil.example//../debug/pprof/heap", redirected("/debug/pprof/heap")),
-        # not ours
+        # paths for the application
         ("/", None),
         ("", None),
         ("/debug", None),

@@ -1,4 +1,4 @@
-"""The model: scrapers can rely on addresses, and each profile keeps the rules."""
+"""The model of a profile: scrapers can rely on addresses, and each profile keeps the rules."""
 
 import os
 import subprocess
@@ -20,12 +20,12 @@ PLACES = [
 ]
 
 
-def test_every_place_has_an_address_of_its_own():
+def test_every_location_has_its_own_address():
     """The address depends on name, file and line."""
     assert len({place.address for place in PLACES}) == len(PLACES)
 
 
-def test_fields_do_not_run_into_one_another():
+def test_fields_are_kept_apart():
     """A digit that moves from the line to the file or the name gives another address."""
     places = [
         Location(Function("f", "/srv/shop.py1", 1), 2),
@@ -75,7 +75,7 @@ def test_the_start_line_makes_no_difference_to_the_address():
     assert first.address == second.address
 
 
-def test_a_place_that_is_no_code_stands_in_angle_brackets():
+def test_a_location_that_is_no_code_is_in_angle_brackets():
     """A pseudo location has only a name, and still an address."""
     place = pseudo_location("unknown")
     assert place == Location(Function("<unknown>", "", 0), 0)

@@ -1,4 +1,4 @@
-"""The labels of a request: its method and its route's template, from real applications' routing."""
+"""The labels of a request are its method and its route's template, as real routers set them."""
 
 import asyncio
 import contextvars
@@ -183,7 +183,7 @@ def test_an_unmatched_request_has_no_route(make_app, path):
 
 
 def test_a_mounted_app_without_routes_is_named_by_its_mount():
-    """As for static files: the path below the mount never becomes a label."""
+    """This is so for static files: the path below the mount never becomes a label."""
     scope = request_scope("/opaque/secret")
     assert serve(starlette_app(), scope) == 200
     assert route_template(scope) == "/opaque"
@@ -227,7 +227,7 @@ def test_the_endpoint_itself_sees_its_route():
 
 
 def test_labels_inside_a_request_add_to_its_own():
-    """Outer labels, then the request's, then those set while it is served."""
+    """The outer labels come first, then the request's, then those set while it is served."""
     with labels(tenant="acme", method="outer"):
         token = current.set(RequestLabels(request_scope("/plain"), current.get()))
         with labels(job="import"):
@@ -241,7 +241,7 @@ class Session:
 
 @pytest.mark.parametrize("make_app", [fastapi_app, starlette_app])
 @pytest.mark.parametrize("path", ["/plain", "/sub/acme/plain", "/a/1/c/2", "/nope"])
-def test_a_finished_request_is_let_go_of(make_app, path):
+def test_a_finished_request_is_released(make_app, path):
     """A task that outlives the request keeps the route, not the scope."""
     session = Session()
     scope = request_scope(path, state={"session": session}, session=session)

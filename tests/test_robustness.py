@@ -1,4 +1,4 @@
-"""Nothing that a client or one object of the application does takes an answer from the others."""
+"""No client, and no object of the application, can keep others from getting an answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def application(scope, receive, send):
 
 
 async def asked(app, path, *, leaves=False, query=None):
-    """Ask for a path and return the status and the text; a client that leaves does so at once."""
+    """Request a path and return status and text. A client that `leaves` disconnects at once."""
     name, _, parameters = path.partition("?")
     scope = {
         "type": "http",
@@ -70,7 +70,7 @@ def middleware(**options):
 
 @contextlib.asynccontextmanager
 async def waiting(kind=asyncio.Task, count=1):
-    """Give tasks of a class that wait."""
+    """Yield while tasks of this class wait."""
     never = asyncio.Event()
     loop = asyncio.get_running_loop()
     tasks = [kind(never.wait(), loop=loop) for _ in range(count)]
@@ -83,7 +83,7 @@ async def waiting(kind=asyncio.Task, count=1):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-# A fault of ours
+# A fault of our own
 
 
 @pytest.mark.once
@@ -135,7 +135,7 @@ class CoroutineRaises(asyncio.Task):
 
 
 class LoopRaises(asyncio.Task):
-    on = False  # asyncio asks for it as well, at the end
+    on = False  # asyncio too reads the attribute, at the end
 
     def get_loop(self):
         if self.on:
@@ -188,11 +188,11 @@ def test_a_task_that_cannot_be_read_is_shown_beside_the_others(kind):
         return texts["goroutine?debug=2"][1]
 
     dump = run(main(), debug=False)
-    assert dump.count("goroutine ") - dump.count("in goroutine ") == 5  # with the one that asks
+    assert dump.count("goroutine ") - dump.count("in goroutine ") == 5  # one of them asks
     assert max(map(len, dump.splitlines())) < 1000
 
 
-def test_what_is_not_known_of_a_task_has_the_reason():
+def test_values_of_a_task_that_cannot_be_read_are_replaced_by_the_reason():
     async def main():
         with middleware() as served:
             async with waiting(NameRaises), waiting(NameIsNoString), waiting(ContextRaises):
@@ -218,7 +218,7 @@ def test_a_thread_whose_name_raises_is_shown_beside_the_others():
     stop = threading.Event()
     odd = Odd(target=stop.wait)
     threads = [odd, threading.Thread(target=stop.wait, name="n" * 100_000)]
-    odd._name = "odd"  # what `start` asks for
+    odd._name = "odd"  # `start` reads the name
     for each in threads:
         threading.Thread.start(each)
     try:
@@ -242,7 +242,7 @@ def test_a_route_that_raises_is_a_label_that_says_so():
     assert request.own() == {"method": "GET", "route": "unreadable: RuntimeError"}
 
 
-# What somebody else decides
+# Values that others choose
 
 
 @pytest.mark.parametrize(
@@ -255,12 +255,12 @@ def test_a_route_that_raises_is_a_label_that_says_so():
         ("get", "other"),
     ],
 )
-def test_a_made_up_method_takes_no_memory(method, label):
-    """The client chooses it, and a label may be kept for the life of the process."""
+def test_an_invented_method_takes_no_memory(method, label):
+    """A client chooses the method, and a label may be kept for the life of the process."""
     assert RequestLabels({"type": "http", "method": method}).own() == {"method": label}
 
 
-def test_long_keys_and_values_are_cut_and_say_so():
+def test_long_keys_and_values_are_cut_and_marked():
     cut = clip("x" * 100_000)
     assert len(cut) < MAX_LETTERS + 30
     assert cut.endswith("... (100000 letters)")
@@ -278,7 +278,7 @@ class Path:
         self.path = path
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 class Counted(asyncio.Task):
@@ -293,8 +293,8 @@ class Counted(asyncio.Task):
 
 @pytest.mark.parametrize("path", [*OF_TASKS, "goroutineleak?debug=2"])
 @pytest.mark.parametrize("loop_name", LOOPS)
-def test_for_a_client_that_has_left_nothing_is_read(path, loop_name):
-    """Whether it has left while it waited for its turn or in the middle."""
+def test_nothing_is_read_for_a_client_that_has_left(path, loop_name):
+    """The client may leave while its request waits, or while its profile is made."""
 
     async def main():
         with middleware(stall_threshold_ms=0, track_tasks=False) as served:
@@ -317,8 +317,8 @@ def test_for_a_client_that_has_left_nothing_is_read(path, loop_name):
         assert (status, text) in ((500, "context canceled\n"), (None, ""))
 
 
-def test_a_client_that_leaves_ends_the_making_of_its_profile(monkeypatch):
-    """On the thread that names, encodes and compresses."""
+def test_a_client_that_leaves_stops_the_thread_that_makes_its_profile(monkeypatch):
+    """The thread names functions, encodes and compresses."""
     started, ended = threading.Event(), threading.Event()
 
     async def leave(app):
@@ -353,7 +353,7 @@ def test_a_client_that_leaves_ends_the_making_of_its_profile(monkeypatch):
         assert ended.wait(20)
 
 
-# Dumps, which are sent while they are made
+# Dumps, which are sent while they are being made
 
 
 def dump_that_fails_after(count):
@@ -386,7 +386,7 @@ def test_a_dump_that_fails_is_an_error_or_ends_with_one(monkeypatch, caplog, cou
 @pytest.mark.once
 @pytest.mark.parametrize("query", ["debug=1", "debug=2"])
 def test_a_text_is_sent_in_pieces(query):
-    """So it takes no memory, and no single step of it is long."""
+    """So a text takes little memory, and none of its steps is long."""
 
     async def main():
         sent = []
@@ -425,11 +425,11 @@ async def no_message():
     await asyncio.sleep(3600)
 
 
-# What is switched on and fails
+# Recorders that cannot be switched on
 
 
 def test_contention_that_cannot_be_switched_on_leaves_nothing_on(monkeypatch):
-    """By a window, a rate or a middleware: methods are wrapped one after the other."""
+    """A window, a rate or a middleware may fail to; methods are wrapped one after the other."""
 
     def fails():
         raise OSError("too many open files")
@@ -455,7 +455,7 @@ def test_contention_that_cannot_be_switched_on_leaves_nothing_on(monkeypatch):
     assert (asyncio.Lock.acquire, threading.Condition.wait) == before
 
 
-def test_of_recorders_that_fail_none_stays_on(monkeypatch):
+def test_if_one_recorder_fails_none_stays_on(monkeypatch):
     def fails():
         raise RuntimeError("no more threads")
 
@@ -512,6 +512,6 @@ trio.run(main)
 
 
 @pytest.mark.once
-def test_under_trio_what_does_not_need_asyncio_is_served():
-    """The rest says why not, without a traceback."""
+def test_under_trio_everything_that_does_not_need_asyncio_is_answered():
+    """The other answers give the reason, without a traceback."""
     run_program(TRIO)

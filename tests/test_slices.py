@@ -1,4 +1,4 @@
-"""Long work leaves the loop to others."""
+"""Long work yields to the loop between its slices."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Clock:
 
 
 def iterations_given(others_s: float) -> int:
-    """Return how often the loop iterates after a slice of 4 ms, if each takes others so long."""
+    """Return how often the loop iterates after a slice of 4 ms, if each iteration takes so long."""
 
     async def main():
         clock, count = Clock(), 0
@@ -52,7 +52,7 @@ def test_an_idle_loop_iterates_once():
 
 
 def test_a_busy_loop_has_three_times_the_slice():
-    """In as many iterations as that takes, so that none of its tasks waits for many slices."""
+    """The loop gets as many iterations as fit into that time, so no task waits for many slices."""
     assert iterations_given(0.001) in (12, 13)
     assert iterations_given(0.005) == 3
     assert iterations_given(0.1) == 1

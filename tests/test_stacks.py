@@ -1,4 +1,4 @@
-"""Live frames and chains of awaits as stacks of locations, leaf first."""
+"""Live frames and chains of awaits become stacks of locations, leaf first."""
 
 import asyncio
 import importlib.util
@@ -60,8 +60,8 @@ def test_a_call_stack_is_leaf_first():
     assert stack[0] == Location(function, leaf_code.co_firstlineno + 1)
 
 
-def test_no_frame_has_no_stack():
-    """A thread that has just ended has no frame."""
+def test_a_thread_without_a_frame_has_no_stack():
+    """It is a thread that has just ended."""
     assert Symbols().stack(capture(None)) == ()
 
 
@@ -87,7 +87,7 @@ def test_a_deep_call_stack_is_cut_at_its_root(extra):
     assert names(stack)[1] == "recurse"
 
 
-def test_a_cut_stack_says_so():
+def test_a_cut_stack_is_marked():
     """The outermost location says it, in angle brackets."""
     assert TRUNCATED.function.name == "<truncated: outer frames not recorded>"
 
@@ -151,8 +151,8 @@ def test_equal_codes_in_different_files_get_their_own_names(twins):
     ]
 
 
-def test_code_of_no_loaded_module_has_its_bare_name():
-    """Code of exec and of removed modules has no module."""
+def test_code_of_no_loaded_module_has_a_name_without_module():
+    """This is code of exec and of removed modules."""
     namespace = {"leaf": stack_here}
     exec(compile("def run():\n\n    return leaf()\n", "<made up>", "exec"), namespace)
     assert namespace["run"]()[0] == Location(Function("run", "<made up>", 1), 3)
@@ -179,7 +179,7 @@ class Hostile:
         raise AssertionError(name)
 
 
-def test_odd_things_in_sys_modules_are_passed_over(monkeypatch):
+def test_odd_entries_of_sys_modules_are_ignored(monkeypatch):
     """They are None, objects that are not modules, and modules whose `__file__` is not a string."""
     odd = types.ModuleType("odd")
     odd.__file__ = None
@@ -241,7 +241,7 @@ def test_a_chain_of_coroutines_is_leaf_first():
 
 
 @pytest.mark.parametrize("waitable", [None, 7, "text", object()])
-def test_what_has_no_frames_has_no_stack(waitable):
+def test_an_awaitable_without_frames_has_no_stack(waitable):
     """Futures of extension modules have no frames."""
     assert chain_of(waitable, Symbols()) == ()
 
@@ -403,7 +403,7 @@ INLINED = sys.version_info >= (3, 12)  # PEP 709: comprehensions have no frame
         (enter_manager, ["SlowManager.__aenter__"]),
     ],
 )
-def test_the_way_to_the_leaf_goes_through_all_that_can_be_awaited(root, between):
+def test_the_chain_goes_through_everything_that_can_be_awaited(root, between):
     """These are async generators, asend() and anext(), comprehensions, objects with `__await__`."""
     stack = names(suspended_stack(root()))
     assert stack == ["suspend", "wait_leaf", *between, root.__name__]
@@ -415,7 +415,7 @@ def test_a_generator_that_is_an_objects_await_is_followed():
     assert stack == ["suspend", "GeneratorAwait.__await__", "await_object_with_generator"]
 
 
-def test_a_chain_ends_at_an_iterator_that_tells_nothing():
+def test_a_chain_ends_at_an_iterator_that_cannot_be_inspected():
     """The iterator's location has the name of its class."""
     stack = suspended_stack(await_object_with_iterator())
     assert names(stack) == ["<builtins.list_iterator>", "await_object_with_iterator"]
@@ -485,8 +485,8 @@ def test_a_deep_chain_of_awaits_is_cut_at_its_root(depth):
     assert stack[kept:] == ((TRUNCATED,) if in_all > MAX_DEPTH else ())
 
 
-def test_a_chain_that_bites_its_tail_ends():
-    """A cyclic chain cannot be awaited, but it can be made, and must not hang the process."""
+def test_a_cyclic_chain_ends():
+    """Such a chain cannot be awaited, but it can be built, and must not hang the process."""
 
     class Endless:
         pass
@@ -530,7 +530,7 @@ def test_a_counter_is_bounded_and_loses_nothing():
     assert (len(counter), counter.overflowed, counter.count()) == (3, 2, 5)
 
 
-def test_a_counter_tells_equal_code_of_different_files_apart():
+def test_a_counter_distinguishes_equal_code_of_different_files():
     source = "def function(): pass"
     codes = [compile(source, name, "exec").co_consts[0] for name in ("a.py", "a.py", "b.py")]
     counter = StackCounter(UNKNOWN)
@@ -548,7 +548,7 @@ def test_a_stack_without_frames_is_unknown():
 
 
 def test_totals_are_copied_without_a_copy_of_each_stack():
-    """A loop copies them: of 4,096 stacks of 30 frames that would take tens of milliseconds."""
+    """A loop copies them. For 4,096 stacks of 30 frames, copies would take tens of milliseconds."""
     key = here()
     counter = StackCounter(UNKNOWN)
     counter.add(key, (1,))

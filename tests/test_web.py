@@ -1,4 +1,4 @@
-"""The index page, compared with pages of a real Go server."""
+"""The index page is compared with pages of a real Go server."""
 
 import html
 import re

@@ -1,4 +1,4 @@
-"""Threads that stay at a known place while a test reads their stacks."""
+"""Threads that wait at a known place while a test reads their stacks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 def in_a_thread(
     function: Callable[[threading.Event, threading.Event], object],
 ) -> Iterator[threading.Thread]:
-    """Run function(ready, end) in a thread; inside the block it is ready."""
+    """Run function(ready, end) in a thread. Inside the `with`, `ready` is set."""
     ready, end = threading.Event(), threading.Event()
     thread = threading.Thread(target=function, args=(ready, end))
     thread.start()

@@ -1,4 +1,4 @@
-"""The rules of all readers of profiles, which every profile in the tests has to keep."""
+"""The rules that all readers of profiles have, which every profile in the tests must keep."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Protobuf profiles, read back by the tests' own small decoder and by Google's runtime."""
+"""Protobuf profiles are read back by the tests' own small decoder and by Google's runtime."""
 
 import gzip
 import os
@@ -25,7 +25,7 @@ NOT_NEGATIVE = st.integers(0, 2**63 - 1)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 SOME_TEXT = TEXT.filter(bool)
 
-# Few different functions and lines, so that samples share entries of the tables.
+# There are few different functions and lines, so that samples share entries of the tables.
 functions = st.builds(
     Function, st.sampled_from(["<module>", "build_cart", "é"]) | TEXT, TEXT, NOT_NEGATIVE
 )
@@ -134,13 +134,13 @@ PROFILE = Profile(
 
 
 @given(profiles())
-def test_what_is_encoded_is_read_back(profile):
+def test_a_profile_is_read_back_as_it_was(profile):
     """Decoding gives the same values in the same order."""
     assert decode(encode(profile)) == plain(profile)
 
 
 @given(profiles())
-def test_googles_runtime_reads_the_same(profile):
+def test_googles_runtime_reads_the_same_profile(profile):
     """Google's runtime gives the same values, and finds no unknown field."""
     message = official.parse(encode(profile))
     assert plain_of_official(message) == plain(profile)
@@ -262,14 +262,14 @@ def test_only_profiles_of_a_time_span_have_a_duration(duration_ns, times):
     assert message.time_nanos == PROFILE.time_ns
 
 
-def test_the_time_is_there_once():
-    """If it was there twice, pprof would report concatenated profiles."""
+def test_the_time_is_written_once():
+    """If it were written twice, pprof would report concatenated profiles."""
     numbers = [number for number, _ in fields(encode_uncompressed(PROFILE))]
     assert numbers.count(9) == 1
 
 
-def test_what_go_does_not_set_is_not_set():
-    """There is no drop_frames, keep_frames or doc_url, and no comment if there is none to make."""
+def test_fields_that_go_does_not_set_are_not_set():
+    """These are drop_frames, keep_frames and doc_url, and comments if there are none."""
     present = {field.name for field, _ in official.parse(encode(PROFILE)).ListFields()}
     assert present == {
         "sample_type",

@@ -1,4 +1,4 @@
-"""Text profiles, compared with texts of a real Go server (tests/golden/README.md)."""
+"""Text profiles are compared with texts of a real Go server (tests/golden/README.md)."""
 
 import re
 from dataclasses import replace
@@ -65,25 +65,25 @@ def test_columns_line_up_as_in_gos_own_texts(name):
         ("a\tb\n", "a\tb\n"),
         ("1234567\tb\n", "1234567\tb\n"),
         ("12345678\tb\n", "12345678\tb\n"),
-        # the longest cell plus one, in whole tabs
+        # a cell is as wide as the longest one plus one, in whole tabs
         ("a\tb\n1234567\tb\n", "a\tb\n1234567\tb\n"),
         ("a\tb\n12345678\tb\n", "a\t\tb\n12345678\tb\n"),
         ("a\tb\n123456789012345\tb\n", "a\t\tb\n123456789012345\tb\n"),
         ("a\tb\n1234567890123456\tb\n", "a\t\t\tb\n1234567890123456\tb\n"),
-        # the last cell of a line is never padded and does not widen a column
+        # the last cell of a line is not padded, and does not widen its column
         ("a\n12345678\tb\n", "a\n12345678\tb\n"),
         ("a\tb\n1234567890\nc\td\n", "a\tb\n1234567890\nc\td\n"),
-        # a line without the column ends it
+        # a line without a column ends the column
         ("a\tb\n\n12345678\tb\n", "a\tb\n\n12345678\tb\n"),
         ("#\ta\tb\n#\t12345678\n#\t12345678\tb\n", "#\ta\tb\n#\t12345678\n#\t12345678\tb\n"),
         ("#\ta\tb\n#\t12345678\tb\n", "#\ta\t\tb\n#\t12345678\tb\n"),
-        # empty cells are cells
+        # an empty cell counts as a cell
         ("\ta\n12345678\tb\n", "\t\ta\n12345678\tb\n"),
         ("a\t\tb\nc\t12345678\td\n", "a\t\t\tb\nc\t12345678\td\n"),
         # widths are counted in characters, not bytes
         ("ééééééé\tb\n", "ééééééé\tb\n"),
         ("a\tb\néééééééé\tb\n", "a\t\tb\néééééééé\tb\n"),
-        # a trailing tab ends a cell as well
+        # a trailing tab ends a cell too
         ("a\t\n12345678\t\n", "a\t\t\n12345678\t\n"),
         ("a\tb", "a\tb"),
     ],
@@ -166,7 +166,7 @@ def test_records_are_sorted_by_count_then_by_text():
 
 
 @pytest.mark.parametrize("name", ["goroutine", "threadcreate", "example.com/conns"])
-def test_the_header_is_the_one_the_parser_knows(name):
+def test_the_header_is_what_the_parser_expects(name):
     """The header is `NAME profile: total N`, and an empty profile has one too."""
     assert count_text(name, counts()) == f"{name} profile: total 0\n"
 
@@ -179,7 +179,7 @@ def test_labels_stand_between_the_record_and_its_frames():
     assert lines[3] == frame_line(MAIN, "m+0x0", "/srv/shop.py:1")
 
 
-def test_labels_have_the_form_of_gos():
+def test_labels_have_the_form_of_gos_labels():
     """One pattern matches Go's label lines and these."""
     pattern = re.compile(r'# labels: \{"[^"]+":"[^"]+"(, "[^"]+":"[^"]+")*\}')
     go = [line for line in read("goroutine_debug1.body").splitlines() if "# labels" in line]
@@ -211,7 +211,7 @@ def test_labels_have_the_form_of_gos():
     ],
 )
 def test_labels_are_quoted_as_go_quotes_them(value, quoted):
-    """Printable characters are kept, as by %q, and not only ASCII."""
+    """As with %q, printable characters are kept, not only ASCII ones."""
     for sample in (Sample((MAIN,), (1,), (("k", value),)), Sample((MAIN,), (1,), ((value, "v"),))):
         line = count_text("goroutine", counts(sample)).split("\n")[2]
         assert line in (f'# labels: {{"k":{quoted}}}', f'# labels: {{{quoted}:"v"}}')
@@ -232,7 +232,7 @@ def test_labels_are_quoted_as_go_quotes_them(value, quoted):
         ("with space", "with space"),
     ],
 )
-def test_a_name_cannot_fake_a_cell_or_a_line(text, shown):
+def test_a_name_adds_no_cell_and_no_line(text, shown):
     """Tabs, line breaks of every kind and surrogates are escaped; other characters are kept."""
     odd = place(text, 3, filename=f"/srv/{text}.py")
     profile = counts(Sample((odd,), (1,)))
@@ -335,14 +335,14 @@ def test_the_totals_are_never_equal(samples, totals):
     assert text.startswith(f"heap profile: {totals} @ ")
 
 
-def test_only_the_header_is_changed_where_totals_are_equal():
+def test_only_the_header_is_changed_if_totals_are_equal():
     """The record shows the true values."""
     text = heap_text(replace(HEAP, samples=(Sample((MAIN,), (1, 64, 1, 64)),)), "")
     assert text.splitlines()[1].startswith("1: 64 [1: 64] @ ")
 
 
 @pytest.mark.parametrize("name", [name for name in ALIGNED if name.startswith(("heap", "allocs"))])
-def test_heap_lines_have_the_form_of_gos(name):
+def test_heap_lines_have_the_form_of_gos_lines(name):
     """The same patterns match every line of Go's text and of this one."""
     header = re.compile(r"heap profile: \d+: \d+ \[\d+: \d+\] @ heap/\d+")
     record = re.compile(r"\d+: \d+ \[\d+: \d+\] @( 0x[0-9a-f]+)+")
@@ -392,7 +392,7 @@ def test_contentions_are_sorted_by_delay(name, head):
 
 
 @pytest.mark.parametrize("name", ["block", "mutex"])
-def test_the_head_of_contentions_has_the_form_of_gos(name):
+def test_the_head_of_contentions_has_the_form_of_gos_head(name):
     """The lines are equal except for the number of cycles."""
 
     def head(text):
@@ -517,7 +517,7 @@ def test_the_creator_of_a_task_is_not_elided():
     assert text.endswith("created by shop.build_page in goroutine 2\n\t/srv/shop.py:5 +0x4\n")
 
 
-def test_without_a_known_creation_there_is_no_such_line():
+def test_a_task_without_a_known_creator_has_no_such_line():
     """The creator's number alone is not shown: it belongs to the line of the call."""
     assert "created by" not in goroutine_dump([Goroutine(1, "sleep", (MAIN,), creator=2)])
 
@@ -534,7 +534,7 @@ def test_minutes_and_creators_are_where_gos_dumps_have_them():
         assert re.fullmatch(r"created by \S+( in goroutine \d+)?", line)
 
 
-def test_a_dump_of_nothing_is_empty():
+def test_a_dump_without_tasks_is_empty():
     """Without an event loop there are no tasks."""
     assert goroutine_dump([]) == ""
 

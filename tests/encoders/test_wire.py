@@ -1,4 +1,4 @@
-"""The wire format, checked by the specification's examples and by the tests' decoder."""
+"""The wire format agrees with the specification's examples and with the tests' decoder."""
 
 import pytest
 from hypothesis import given
@@ -78,7 +78,7 @@ def test_packed_numbers_are_read_back(numbers):
     """Numbers keep their order, and zeros are kept."""
     ((field, payload),) = fields(packed_field(4, numbers))
     assert field == 4
-    # A packed list is a sequence of varints. With a tag before each it is a list of fields.
+    # A packed list is a sequence of varints. If each had a tag, it would be a list of fields.
     tagged, start = b"", 0
     for end, byte in enumerate(payload, 1):
         if byte < 0x80:

@@ -90,7 +90,7 @@ def _profile_in_a_new_loop() -> int:
         messages.append(message)
 
     def run() -> None:
-        asyncio.events._set_running_loop(None)  # the parent's is still marked as running
+        asyncio.events._set_running_loop(None)  # otherwise the parent's loop counts as running
         asyncio.run(PprofApp()(scope, receive, send))
 
     run()

@@ -1,4 +1,4 @@
-"""A service whose endpoints spend CPU and keep memory wherever labels have to follow them."""
+"""A service whose endpoints use CPU and keep memory in all places that labels must reach."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def work(seconds: float = 0.02) -> None:
     keep_blocks()
 
 
-# One for each route, so that the stack identifies the route independently of the labels.
+# Each route has its own function, so that a stack shows the route without any labels.
 
 
 def work_in_coroutine() -> None:
@@ -117,7 +117,7 @@ async def in_task_that_lasts(number: int) -> None:
 
 @app.get("/rest")
 async def rest() -> None:
-    """Wait for the tasks that have outlived their requests."""
+    """Wait for tasks that have outlived their requests."""
     await asyncio.gather(*lasting)
 
 
@@ -132,7 +132,7 @@ async def state() -> dict[str, object]:
 
 
 def __getattr__(name: str) -> PprofMiddleware:
-    # Created on demand: the first one of a process sets the rate.
+    # Created on demand, because the first middleware of a process sets the rate.
     rates = {"frequent": FREQUENT, "every_block": 1, "never": 0}
     if name in rates:
         return PprofMiddleware(app, memory_profile_rate=rates[name])

@@ -1,4 +1,4 @@
-"""The CPU profile's shares are the truth, within what sampling allows."""
+"""Shares in the CPU profile are right, within what sampling allows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.bench.accuracy import measure
 
 pytestmark = [pytest.mark.server, pytest.mark.timing, pytest.mark.oldest_and_newest]
 
-# Its period is the kernel's tick: the most samples a second that are still independent.
+# Its period is the kernel's tick: at a higher rate samples would not be independent.
 HZ = 250
 
 needs_native = pytest.mark.skipif(cpu_native.why_not() != "", reason=cpu_native.why_not())
@@ -19,16 +19,15 @@ needs_native = pytest.mark.skipif(cpu_native.why_not() != "", reason=cpu_native.
 @pytest.mark.parametrize("endpoint", ["loop", "thread"])
 def test_shares_are_within_two_points(endpoint):
     """
-    3,000 samples of an `async` and of a `def` endpoint: every named function's share.
+    Every named function's share is right in 3,000 samples of an `async` or a `def` endpoint.
 
-    The truth is the thread's clock: threads that contend for the GIL cost each
-    other what no calibration knows. A perfect sampler's standard error is 0.7
-    points for the largest share. A first failure is tried again with twice the
-    samples.
+    The truth is the thread's clock, since no calibration knows what threads that contend
+    for the GIL cost each other. A perfect sampler's standard error is 0.7 points for the
+    largest share. After a first failure the test is tried again with twice the samples.
 
-    Among threads, hashing gives the GIL away and waits for it; its short runs
-    at both ends are over before the kernel's tick is there. That was measured
-    2.7 points of 15, so hashing has 4 there.
+    In threads, hashing releases the GIL and waits for it again. It runs for so short a
+    time before and after that the kernel's tick does not come. This was measured as 2.7
+    points of 15, so the limit for hashing is 4 there.
     """
     limits = {"hashing": 4.0} if endpoint == "thread" else {}
     for samples in (3000, 6000):
@@ -41,8 +40,8 @@ def test_shares_are_within_two_points(endpoint):
 
 
 @needs_native
-def test_threads_are_told_apart():
-    """A thread that burns CPU is charged with its own CPU time, the loop with the rest."""
+def test_threads_are_charged_with_their_own_time():
+    """A thread that burns CPU is charged with its own CPU time, and the loop with the rest."""
     found = measure("loop", 500, hz=HZ, burner=True)
     shares = {share.name: share for share in found.others}
     assert shares["the burner"].truth > 0.3
@@ -52,10 +51,10 @@ def test_threads_are_told_apart():
 
 def test_shares_on_the_loop_are_within_three_points_without_the_c_core():
     """
-    3,000 samples of the signal engine: an `async` endpoint's.
+    The signal engine takes 3,000 samples of an `async` endpoint.
 
-    The truth is known in two ways, which differ by up to a point; their mean
-    counts. A first failure is tried again with twice the samples.
+    The truth is known in two ways, which differ by up to a point; their mean counts.
+    After a first failure the test is tried again with twice the samples.
     """
     for samples in (3000, 6000):
         found = measure("loop", samples, hz=HZ, env={"ASGI_PPROF_NATIVE": "0"})

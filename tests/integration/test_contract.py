@@ -1,8 +1,8 @@
 """
-The HTTP contract, request by request against a real Go server's answers.
+The HTTP contract is compared, request by request, with a real Go server's answers.
 
-tests/golden/http has them: the curl command, the response's headers, and the
-body where it is small.
+For each request tests/golden/http has the curl command, the response's headers, and
+the body if it is small.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def golden_requests():
 @pytest.mark.parametrize(
     ("method", "path", "body", "status", "expected", "text"), list(golden_requests())
 )
-def test_answers_as_go_does(any_shop, method, path, body, status, expected, text):
+def test_answers_are_gos(any_shop, method, path, body, status, expected, text):
     """Status, pprof's headers and the texts of errors equal those of a Go server."""
     answer = ask(any_shop.port, path, method, body=body)
     assert answer.status == status

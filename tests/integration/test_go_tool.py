@@ -15,7 +15,7 @@ from tests.servers import ask, leaving_client, until
 pytestmark = [pytest.mark.server, pytest.mark.go, pytest.mark.once]
 
 
-def test_cpu_profile_names_the_function_that_burns(any_shop, tmp_path):
+def test_the_cpu_profile_names_the_function_that_burns(any_shop, tmp_path):
     """-top lists the function first, with the duration of the profile."""
     with any_shop.load("/burn/100"):
         report = go_pprof(tmp_path, "-top", f"{any_shop.url}/profile?seconds=2")
@@ -49,8 +49,8 @@ def test_hostport_and_seconds_are_enough(any_shop, tmp_path):
     ],
 )
 def test_every_profile_is_read(any_shop, tmp_path, name, kind):
-    """It is read as a snapshot, as a delta with -seconds, and with -base."""
-    # pprof names the file that it saves after the sample type, including slashes.
+    """pprof reads it as a snapshot, as a delta with -seconds, and with -base."""
+    # pprof names the file that it saves by the sample type, including slashes.
     (tmp_path / "pprof" / "pprof.python.example.com").mkdir(parents=True)
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/{name}")
     assert f"Type: {kind}" in report.text
@@ -90,8 +90,8 @@ def test_goroutine_profile_has_files_and_lines(any_shop, tmp_path):
     assert "state:[Event.wait]" in raw
 
 
-def test_goroutine_tags_tell_what_tasks_wait_for(any_shop, tmp_path):
-    """-tags counts tasks by what they wait for, -tagfocus keeps those."""
+def test_goroutine_tags_say_what_tasks_wait_for(any_shop, tmp_path):
+    """-tags counts tasks by what they wait for, and -tagfocus keeps some of them."""
     with leaving_client(any_shop.port, "/wait/8"), leaving_client(any_shop.port, "/wait/9"):
         until(lambda: any_shop.get("goroutine?debug=1").text.count("wait_for_release") == 2)
         saved = tmp_path / "goroutine.pb.gz"
@@ -106,7 +106,7 @@ def test_goroutine_tags_tell_what_tasks_wait_for(any_shop, tmp_path):
 
 
 def test_contention_of_a_window_has_waiters_and_holders(any_shop, tmp_path):
-    """While block and mutex are off, ?seconds=N records for that long only."""
+    """While block and mutex are off, ?seconds=N records only for that long."""
     with any_shop.load("/queue", clients=4):
         waited = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/block?seconds=1").text
         held = go_pprof(tmp_path, "-top", "-cum", f"{any_shop.url}/mutex?seconds=1").text
@@ -140,7 +140,7 @@ def test_labels_reach_tags_and_focus(any_shop, tmp_path):
     assert "tests.apps.item" in by_route
 
 
-def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
+def test_a_heap_window_shows_the_memory_that_is_kept(pure_shop, tmp_path):
     """heap?seconds=N shows ten megabytes that were kept in the window; tracing ends with it."""
     traced = []
 
@@ -163,7 +163,7 @@ def test_heap_window_sees_what_is_kept(pure_shop, tmp_path):
     assert "lower bounds" in top
 
 
-def test_errors_are_shown_in_our_words(any_shop, tmp_path):
+def test_errors_are_shown_to_the_user(any_shop, tmp_path):
     """go tool pprof prints the server's message to its user."""
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/nosuch", fails=True)
     assert "404 Not Found - Unknown profile" in report.messages
@@ -171,8 +171,8 @@ def test_errors_are_shown_in_our_words(any_shop, tmp_path):
     assert "seconds and debug params are incompatible" in report.messages
 
 
-def test_busy_cpu_profile_is_refused_in_gos_words(any_shop):
-    """The second of two CPU profiles fails at once, the first goes on."""
+def test_a_second_cpu_profile_is_refused_in_gos_words(any_shop):
+    """It fails at once, and the first profile goes on."""
     first = []
     reader = threading.Thread(target=lambda: first.append(any_shop.get("profile?seconds=2")))
     reader.start()

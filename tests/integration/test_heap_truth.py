@@ -1,4 +1,4 @@
-"""The heap profile agrees with functions of known size within the sampling error."""
+"""The heap profile agrees, within the sampling error, with functions that know their memory."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ HOLDING = [pytest.param(holder, id=holder.__name__) for holder in HOLDERS if hol
 @pytest.mark.parametrize("holder", HOLDING)
 def test_live_bytes_are_within_a_tenth(holder):
     """
-    64 MiB of one shape: live bytes, and bytes asked for in all where they are known.
+    The live bytes of 64 MiB are right, and all allocated bytes if the function knows them.
 
-    One sample in 32 KiB: the standard error is 2.2 % for small blocks and less
-    for large ones, so that 10 % is more than four of them.
+    At one sample in 32 KiB the standard error is 2.2 % for small blocks and less for large
+    ones, so 10 % is more than four standard errors.
     """
     seen = measure(holder, ONE_IN_32_KB)
     assert seen.held.live > 50 << 20
@@ -39,9 +39,9 @@ def test_live_bytes_are_within_a_tenth(holder):
 @pytest.mark.parametrize("holder", HOLDING)
 def test_mean_at_the_default_rate_is_within_a_tenth(holder):
     """
-    The same at the default rate, where one profile's standard error is 8.8 %.
+    At the default rate one profile's standard error is 8.8 %.
 
-    The mean of 14 samplers started anew has 2.4 %: 10 % is more than four of them.
+    The mean of 14 samplings has a standard error of 2.4 %: 10 % is more than four of them.
     """
     seen = [measure(holder, DEFAULT_RATE) for _ in range(14)]
     ratio = statistics.fmean(each.live / each.held.live for each in seen)
@@ -49,7 +49,7 @@ def test_mean_at_the_default_rate_is_within_a_tenth(holder):
 
 
 def test_freed_memory_is_allocated_but_not_in_use():
-    """1 GiB in blocks of 2 kB, each freed at once: 2,048 samples, so 2.2 % standard error."""
+    """Blocks of 2 kB, 1 GiB in all, are freed at once: 2,048 samples, 2.2 % standard error."""
     seen = measure(churn, DEFAULT_RATE)
     assert seen.live < HELD / 64
     assert seen.allocated == pytest.approx(CHURNED, rel=0.1)

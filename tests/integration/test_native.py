@@ -32,7 +32,7 @@ ROUTES = {
 
 @pytest.fixture(scope="module")
 def servers():
-    """The service whose memory is sampled often, by the kind of its loop."""
+    """The service whose memory is sampled often, by kind of loop."""
     with contextlib.ExitStack() as stack:
 
         @functools.cache
@@ -80,7 +80,7 @@ def labels_of(route):
 @pytest.mark.oldest_and_newest
 def test_cpu_is_charged_under_the_labels_of_its_request(service):
     """Requests of all routes run at once; each route's work has its labels in any thread."""
-    for seconds in (3, 9, 27):  # a busy machine needs the longer ones
+    for seconds in (3, 9, 27):  # a busy machine needs the longer profiles
         with contextlib.ExitStack() as load:
             for route in ROUTES:
                 load.enter_context(service.load(f"{route}/1", clients=1))
@@ -190,7 +190,7 @@ def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
 
 
 @pytest.mark.parametrize("query", ["hz=0", "hz=1001", "hz=abc", "hz=-5", "hz=1.5", "hz=%20"])
-def test_frequencies_that_are_none_are_refused(any_shop, query):
+def test_invalid_frequencies_are_refused(any_shop, query):
     """The answer is 400 with the reason, and no profile starts."""
     answer = any_shop.get(f"profile?seconds=1&{query}")
     assert answer.status == 400
@@ -200,7 +200,7 @@ def test_frequencies_that_are_none_are_refused(any_shop, query):
 
 
 @pytest.mark.parametrize("hz", [1, 10, 250, 1000])
-def test_the_frequency_is_the_one_asked_for(any_shop, hz):
+def test_the_frequency_is_the_requested_one(any_shop, hz):
     """The period and the comment have it, with either engine."""
     with any_shop.load("/burn/50", clients=1):
         message = official.parse(any_shop.get(f"profile?seconds=1&hz={hz}").body)
@@ -209,7 +209,7 @@ def test_the_frequency_is_the_one_asked_for(any_shop, hz):
 
 
 @needs_native
-def test_a_loop_outside_the_main_thread_is_served(loop_name):
+def test_a_loop_outside_the_main_thread_can_be_profiled(loop_name):
     """The native engine does not need Python's signal handling."""
     with serve(apps.app, loop=loop_name) as port:
         answers = []
@@ -237,8 +237,8 @@ def test_worker_threads_have_stacks(shop):
     assert {labels.get("route") for _, labels in found} == {"/thread/{kind}"}
 
 
-def test_the_index_names_the_engines_and_without_them_the_reason(any_shop, pure_shop):
-    """It names native engines, or says why they are off with ASGI_PPROF_NATIVE=0."""
+def test_the_index_names_the_engines_or_says_why_they_are_off(any_shop, pure_shop):
+    """It names the native engines. With ASGI_PPROF_NATIVE=0 it gives the reason."""
     if native:
         assert any_shop.get("").text.count("engine: native") == 3  # allocs, heap, profile
     page = pure_shop.get("").text
@@ -247,12 +247,12 @@ def test_the_index_names_the_engines_and_without_them_the_reason(any_shop, pure_
 
 
 @needs_native
-def test_rate_0_is_said_on_the_index():
-    """A delta uses tracemalloc then, as without the native engine."""
+def test_the_index_says_that_the_rate_is_0():
+    """A delta then uses tracemalloc, as without the native engine."""
     with serve_process("tests.integration.native_apps:never") as server:
         page = server.get("").text
         assert page.count("memory_profile_rate is 0") == 2
-        assert "engine: native" in page  # of the CPU
+        assert "engine: native" in page  # the CPU engine
         assert server.state()["heap rate"] == 0
         assert server.get("heap?seconds=1").status == 200
 
@@ -280,7 +280,7 @@ def test_every_block_of_a_service_can_be_sampled(loop_name):
 
 
 @needs_native
-def test_shutdown_takes_the_hooks_out(loop_name):
+def test_shutdown_removes_the_hooks(loop_name):
     """The server ends without messages while it samples and works; see serve_process."""
     server = serve_process("tests.integration.native_apps:every_block", loop=loop_name)
     with server:

@@ -1,4 +1,4 @@
-"""Profiles of CPU, heap, threads and tasks of a real service are true and end cleanly."""
+"""Profiles of a real service's CPU, heap, threads and tasks are true and end cleanly."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def samples(message):
     ]
 
 
-def test_client_that_leaves_stops_the_sampler_at_once(shop):
+def test_a_client_that_leaves_stops_the_sampler_at_once(shop):
     """Timer and handler are restored long before the 30 s end; the next profile can start."""
     before = shop.state()
     with leaving_client(shop.port, "/debug/pprof/profile"):
@@ -44,7 +44,7 @@ def test_client_that_leaves_stops_the_sampler_at_once(shop):
     assert shop.get("profile?seconds=1").status == 200
 
 
-def test_client_that_leaves_a_heap_window_stops_tracing(pure_shop):
+def test_a_client_that_leaves_a_heap_window_stops_tracing(pure_shop):
     """tracemalloc is switched off when the client of the delta has left."""
     with leaving_client(pure_shop.port, "/debug/pprof/heap?seconds=30"):
         until(lambda: pure_shop.state()["tracing"])
@@ -58,7 +58,7 @@ def test_overlapping_heap_windows_share_the_tracing(pure_shop):
     def window(seconds):
         answers.append(pure_shop.get(f"heap?seconds={seconds}"))
 
-    for seconds in (3, 12):  # the longer one is for a machine that is busy
+    for seconds in (3, 12):  # a busy machine needs the longer window
         long = threading.Thread(target=window, args=(seconds,))
         long.start()
         until(lambda: pure_shop.state()["tracing"])
@@ -79,7 +79,7 @@ def test_overlapping_heap_windows_share_the_tracing(pure_shop):
     assert sum(values[3] for values in kept) >= 10 * 2**20
 
 
-def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(pure_shop):
+def test_the_cpu_time_of_worker_threads_is_counted_without_stacks(pure_shop):
     """The CPU of `def` endpoints is counted in full, under a pseudo-frame for each thread."""
     with pure_shop.load("/thread/x"):
         message = official.parse(pure_shop.get("profile?seconds=3").body)
@@ -95,7 +95,7 @@ def test_cpu_of_worker_threads_is_counted_and_says_it_is_not_sampled(pure_shop):
     assert sum(values[1] for _, values, _ in threads) > total / 3
 
 
-def test_cpu_samples_carry_method_and_route(shop):
+def test_cpu_samples_have_method_and_route(shop):
     """The route label is the template; the raw path does not appear."""
     with shop.load("/v1/items/12345"):
         message = official.parse(shop.get("profile?seconds=2").body)
@@ -105,7 +105,7 @@ def test_cpu_samples_carry_method_and_route(shop):
     assert "12345" not in str(list(message.string_table))
 
 
-def test_cpu_profile_is_marked_as_go_marks_it(any_shop):
+def test_the_cpu_profile_has_gos_types_and_times(any_shop):
     """Types, period, start time and duration are those of spec 2.3."""
     before = time.time_ns()
     message = official.parse(any_shop.get("profile?seconds=1").body)
@@ -117,7 +117,7 @@ def test_cpu_profile_is_marked_as_go_marks_it(any_shop):
     assert 10**9 <= message.duration_nanos < 5 * 10**9
 
 
-def test_deep_recursion_is_cut_and_says_so(any_shop):
+def test_deep_recursion_is_cut_and_marked(any_shop):
     """10,000 frames are sampled without harm: 128 are kept, and the cut is marked."""
     with any_shop.load("/recurse/10000", clients=1):
         message = official.parse(any_shop.get("profile?seconds=2").body)
@@ -131,7 +131,7 @@ def test_deep_recursion_is_cut_and_says_so(any_shop):
     assert any_shop.visit("/quick").status == 200
 
 
-def test_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
+def test_a_blocked_loop_with_a_wakeup_descriptor_is_profiled_quietly():
     """Signals during seconds of a blocked loop do not overflow asyncio's signal pipe."""
     app, env = "tests.integration.busy_apps:with_signal_handler", {"ASGI_PPROF_NATIVE": "0"}
     with serve_process(app, env=env) as server:
@@ -199,7 +199,7 @@ def test_two_middlewares_share_one_process():
         assert first[0].status == 200
 
 
-def test_forked_child_is_clean_and_can_profile_itself():
+def test_a_forked_child_can_profile_itself():
     """A child forked during a profile has no timer, is not busy, and serves a profile."""
     with serve_process("tests.integration.busy_apps:forking") as server:
         answers = []
@@ -211,7 +211,7 @@ def test_forked_child_is_clean_and_can_profile_itself():
         assert answers[0].status == 200
 
 
-def test_thread_profile_has_every_thread(shop):
+def test_the_thread_profile_has_every_thread(shop):
     """Each thread has one sample with its name; the loop runs in the main thread."""
     shop.visit("/thread/x")
     message = official.parse(shop.get("thread").body)
@@ -224,8 +224,8 @@ def test_thread_profile_has_every_thread(shop):
     assert main[-1].endswith("<module>") or "_run_module_as_main" in main[-1]
 
 
-def test_threadcreate_knows_who_started_a_thread(shop):
-    """Threads from before have the unknown stack; later ones have their starter's."""
+def test_threadcreate_has_the_code_that_started_a_thread(shop):
+    """Threads from before have the unknown stack, and later ones their starter's."""
     shop.visit("/thread/x")
     found = samples(official.parse(shop.get("threadcreate").body))
     assert ["<unknown>"] in [stack for stack, _, _ in found]
@@ -272,7 +272,7 @@ def test_seconds_delta_of_goroutines_shows_the_new_ones(any_shop):
     assert answer.headers["content-disposition"] == 'attachment; filename="goroutine-delta"'
 
 
-def test_gc_parameter_collects_for_the_heap_only(any_shop):
+def test_the_gc_parameter_collects_for_heap_only(any_shop):
     """heap?gc=1 counts as a forced collection, allocs?gc=1 does not."""
 
     def forced() -> int:
@@ -286,7 +286,7 @@ def test_gc_parameter_collects_for_the_heap_only(any_shop):
     assert forced() == before + 1
 
 
-def test_heap_that_is_off_says_how_to_switch_it_on(pure_shop):
+def test_a_heap_profile_that_is_off_says_how_to_switch_it_on(pure_shop):
     """A comment in the empty profile gives the reason, as the index does."""
     message = official.parse(pure_shop.get("heap").body)
     assert len(message.sample) == 0
@@ -295,7 +295,7 @@ def test_heap_that_is_off_says_how_to_switch_it_on(pure_shop):
     assert 'heap="tracemalloc"' in comment
 
 
-def test_heap_that_is_on_from_the_start():
+def test_tracemalloc_may_be_on_from_the_start():
     """heap="tracemalloc" traces from the construction; the application's own tracing is used."""
     pure = {"ASGI_PPROF_NATIVE": "0"}  # otherwise the native engine samples
     for app, env in (("always_tracing", {}), ("tracing_by_itself", pure)):
