@@ -193,8 +193,8 @@ async def show_profiles(pprof: str, profiles: str, seconds: int) -> None:
     Raises:
         DemoError: pprof failed.
     """
-    # One after the other, since tracing memory makes everything slower. The heap comes
-    # first, while the shop's cache still grows.
+    # One profile after the other, because without the C core tracing memory slows the shop
+    # down. The heap comes first, while the shop's cache still grows.
     cpu_s = max(5, round(seconds * 0.6))
     heap_s = max(3, seconds - cpu_s)
     with tempfile.TemporaryDirectory(prefix="asgi_pprof-demo-") as directory:

@@ -32,7 +32,7 @@ accounts = [Account() for _ in range(10)]
 async def transfer(source: int, target: int) -> int:
     """Deadlocks if two transfers run at once, one each way: each waits for the other's lock."""
     async with accounts[source].lock:
-        await asyncio.sleep(0.05)  # ask another service whether the amount is allowed
+        await asyncio.sleep(0.5)  # ask another service whether the amount is allowed
         async with accounts[target].lock:
             accounts[source].balance -= 1
             accounts[target].balance += 1
