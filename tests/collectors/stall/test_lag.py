@@ -39,6 +39,7 @@ def test_lag_is_taken_over_all_moments(monkeypatch, delays, pending_ms, after_s,
     assert tuple(ns // MS for ns in found) == quantiles_ms
 
 
+@pytest.mark.timing
 def test_the_lag_comes_from_the_stalls_that_are_counted():
     """A loop that is blocked for a part of its time has lag at that part of all moments."""
 
