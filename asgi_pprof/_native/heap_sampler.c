@@ -49,7 +49,7 @@ static struct {
     Tables tables[2];
     uint32_t current; /* the table that new stacks go to */
     uint32_t moved;   /* the next bucket whose stack is moved to this table; 0: none is moved */
-    uint32_t kept;    /* stacks and names in this one when all had been moved */
+    uint32_t kept;    /* stacks and names in the current table when the last move ended */
     bool is_asked;    /* a pending call will make room */
     uint64_t lost, unreadable;
     Reader reader;
@@ -153,12 +153,12 @@ recorded(const Tables *tables)
     return atomic_load(&tables->stacks.count) + names_count(tables->names);
 }
 
-/* Return whether room must be made now, though nobody reads the samples. */
+/* Return whether room must be made now, although no profile is being read. */
 static bool
 wants_room(void)
 {
     const Tables *current = &heap.tables[heap.current];
-    /* If all that is recorded lives, to move it all would gain nothing. */
+    /* A move gains nothing soon after the last one: what was kept then was alive. */
     return !heap.is_asked && (heap.moved != 0 || (is_nearly_full(current) &&
                                                   recorded(current) - heap.kept > FEW_RECORDS));
 }
@@ -182,7 +182,7 @@ on_allocated(void *address, size_t size)
         block.bucket = record_bucket(size);
         add_block(&block);
         if (wants_room()) {
-            /* It needs the GIL, and a thread that may do more than allocate. */
+            /* The work needs this interpreter's GIL, and must not be done inside an allocation. */
             heap.is_asked = Py_AddPendingCall(make_room, NULL) == 0;
         }
     }

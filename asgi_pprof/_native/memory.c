@@ -7,7 +7,7 @@
 #include <unistd.h>
 
 #define MAX_MAPPINGS 256 /* more are not counted; the tables and 16,384 threads need 80 */
-#define PAGES 4096       /* that are asked for at a time */
+#define PAGES 4096       /* pages whose state is requested at a time */
 
 static struct {
     char *start;

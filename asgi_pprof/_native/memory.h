@@ -1,14 +1,14 @@
 /*
- * Memory of our tables, apart from any allocator that is sampled: mapped, and counted.
+ * Maps and counts the memory of our tables, which comes from no allocator that is sampled.
  *
- * A mapping is address space until it is used, so the tables may be reserved for their maximum.
+ * An unused page of a mapping takes no memory, so tables are reserved at their maximum size.
  */
 #ifndef ASGI_PPROF_MEMORY_H
 #define ASGI_PPROF_MEMORY_H
 
 #include <stddef.h>
 
-/* Return zeros; NULL without memory. */
+/* Return new memory, all zeros; NULL if there is none. */
 void *memory_map(size_t size);
 void memory_unmap(void *memory, size_t size);
 
