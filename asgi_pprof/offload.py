@@ -19,8 +19,8 @@ from typing import Any, Generic, TypeVar
 import anyio
 import anyio.to_thread
 
+from asgi_pprof.forks import Renewed, process_lock
 from asgi_pprof.native.core import native
-from asgi_pprof.recorder import Shared
 
 _Result = TypeVar("_Result")
 
@@ -98,7 +98,7 @@ class _Work(Generic[_Result]):
             self._future.set_result(result)  # type: ignore[arg-type]  # None only with an error
 
 
-class Workers(Shared):
+class Workers(Renewed):
     """
     The threads that run slow work, at most two at a time; more work waits.
 
@@ -117,12 +117,12 @@ class Workers(Shared):
 
     def keep(self) -> None:
         """Keep one thread from now on; pair with `release`."""
-        with self._lock:
+        with process_lock():
             self._users += 1
 
     def release(self) -> None:
         """Without users, threads end when there is no work."""
-        with self._lock:
+        with process_lock():
             self._users -= 1
             self._wake()
 
@@ -133,7 +133,7 @@ class Workers(Shared):
         Raises:
             RuntimeError: There is no thread, and none can be started.
         """
-        with self._lock:
+        with process_lock():
             self._waiting.append(work)
             self._wake()
             free = self._threads - self._busy
@@ -162,13 +162,13 @@ class Workers(Shared):
             del work  # with its result, which may be large
 
     def _end_work(self) -> None:
-        with self._lock:
+        with process_lock():
             self._busy -= 1
 
     def _next(self) -> _Work[Any] | None:
         """Wait for work; None if this thread must end."""
         while True:
-            with self._lock:
+            with process_lock():
                 if self._waiting:
                     self._busy += 1
                     return self._waiting.popleft()

@@ -6,10 +6,10 @@ Each recorder counts its users, so several middlewares in one process share it.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import logging
 import math
-import threading
 import weakref
 from contextlib import ExitStack
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from asgi_pprof.collectors.heap.sampler import MAX_RATE, HeapSampler
 from asgi_pprof.collectors.heap.tracing import Tracing
 from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, StallWatch
 from asgi_pprof.collectors.threadcreate import ThreadStarts
+from asgi_pprof.forks import process_lock
 from asgi_pprof.native.core import native
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.offload import workers
@@ -127,9 +128,12 @@ class UsedRecorders:
         self._attached: weakref.WeakKeyDictionary[
             asyncio.AbstractEventLoop, list[StallWatch | TaskTracking]
         ] = weakref.WeakKeyDictionary()
-        self._lock = threading.RLock()  # a finalizer may close in the middle of opening
         self._on = False
         self._has_failed = False
+
+    @property
+    def _lock(self) -> _thread.RLock:
+        return process_lock()
 
     def on(self) -> None:
         """Enable all of them; those that were on go on, in a forked process from the start."""

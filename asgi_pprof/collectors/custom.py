@@ -13,7 +13,6 @@ import math
 import posixpath
 import re
 import sys
-import threading
 import time
 from collections.abc import Callable, Hashable
 
@@ -51,10 +50,8 @@ class CustomProfile(AlwaysOn):
             raise ValueError(f"{name!r} cannot name a profile")
         self.name = name
         self._stacks: dict[Hashable, list[RawStack]] = {}
-        with _registry_lock:
-            if name in BUILT_IN_NAMES or name in _registry:
-                raise ValueError(f"a profile named {name!r} exists already")
-            _registry[name] = self
+        if name in BUILT_IN_NAMES or _registry.setdefault(name, self) is not self:
+            raise ValueError(f"a profile named {name!r} exists already")
 
     def add(self, value: Hashable, skip: int = 0) -> None:
         """
@@ -79,9 +76,8 @@ class CustomProfile(AlwaysOn):
 
     def close(self) -> None:
         """Stop serving the profile, drop its values and free its name."""
-        with _registry_lock:
-            if _registry.get(self.name) is self:
-                del _registry[self.name]
+        if _registry.get(self.name) is self:
+            _registry.pop(self.name, None)
         self._stacks.clear()
 
     def count(self) -> int:
@@ -108,11 +104,10 @@ BUILT_IN_NAMES = frozenset(
     " threadcreate trace".split()
 )
 
+# Single dictionary operations, as for values.
 _registry: dict[str, CustomProfile] = {}
-_registry_lock = threading.Lock()
 
 
 def custom_profiles() -> dict[str, CustomProfile]:
     """Return the profiles that are in service, by name."""
-    with _registry_lock:
-        return dict(_registry)
+    return _registry.copy()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from asgi_pprof.forks import Renewed
 from asgi_pprof.labels import LabelSet, Pairs, current, resolve
 from asgi_pprof.native.core import native
 
@@ -18,7 +19,7 @@ _MAX_LABELS = 8_192  # different sets of pairs; routes and methods need far fewe
 _LABEL_BYTES = 400  # of three pairs, one of whose values nobody else has
 
 
-class LabelInterner:
+class LabelInterner(Renewed):
     """
     Numbers the different pairs of dead label sets. These numbers are called labels.
 
@@ -29,17 +30,21 @@ class LabelInterner:
     """
 
     def __init__(self, used_labels: Callable[[int], bytes]) -> None:
+        super().__init__()
         self._used_labels = used_labels
         self._pairs: list[Pairs] = [()]
         self._labels: dict[Pairs, int] = {(): 0}
         self._unused: list[int] = []
         self._retry_at = 0
-        self._active: list[int] = []  # numbers of the sets that are being stored
+        self._renew_after_fork()
         self._by_number: dict[int, Pairs] = {}
         self.reuses = 0
         """How often labels have been released; each time, some may stand for other pairs."""
         self.refused = 0
         """The number of label sets for which there was no label."""
+
+    def _renew_after_fork(self) -> None:
+        self._active: list[int] = []  # numbers of the sets that are being stored
 
     def store(self, label_set: LabelSet, number: int, marked: bool, waited_for: bool) -> int:
         """
@@ -49,14 +54,15 @@ class LabelInterner:
         have its number, and `waited_for` if memory samples wait for its label. If none
         waits, the result is 0.
         """
-        self._active.append(number)
+        active = self._active
+        active.append(number)
         try:
             pairs = resolve(label_set)
             if marked:
                 self._by_number[number] = pairs
             return self._label(pairs) if waited_for else 0
         finally:
-            self._active.pop()
+            active.pop()
 
     def _label(self, pairs: Pairs) -> int:
         label = self._labels.get(pairs)

@@ -32,8 +32,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import AsyncGeneratorType, CodeType, CoroutineType, FrameType, GeneratorType
 from typing import Any, Protocol, TypeAlias, TypeGuard, cast
 
+from asgi_pprof.forks import Renewed, expect_forks
 from asgi_pprof.native.core import native
-from asgi_pprof.recorder import Shared
 
 MAX_DEPTH = 128  # as Go's profstackdepth; go tool pprof -top reads deeper ones, slowly
 
@@ -182,20 +182,25 @@ def no_collections() -> AbstractContextManager[None]:
     return nullcontext() if sys.version_info >= (3, 12) else collecting_off()
 
 
-class _Collecting(Shared):
+class _Collecting(Renewed):
     """Switches garbage collection off while there are readers of frames, and on again."""
 
     def __init__(self) -> None:
+        super().__init__()
+        self._begin()
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()  # a finalizer may read frames at any point, in here too
         self._readers = 0
         self._was_enabled = False
-        super().__init__()
 
     def _renew_after_fork(self) -> None:
         if self._readers and self._was_enabled:
             gc.enable()  # the child has no reader
-        self._readers = 0
+        self._begin()
 
     def off(self) -> None:
+        expect_forks()
         with self._lock:
             if self._readers == 0:
                 self._was_enabled = gc.isenabled()

@@ -84,7 +84,7 @@ class Contention(Recorder):
     def __init__(self) -> None:
         super().__init__()
         self._rates: dict[Kind, int] = {"block": 0, "mutex": 0}
-        self._windows: dict[Kind, int] = {"block": 0, "mutex": 0}
+        self._windows = self._no_windows()
         self._recording: Recording | None = None
         self._waits, self._releases, self._lock_classes = PatchGroup(), PatchGroup(), PatchGroup()
         self._changes = 0
@@ -124,14 +124,15 @@ class Contention(Recorder):
     @contextmanager
     def window(self, kind: Kind) -> Iterator[None]:
         """Hold a profile on, at the rate of windows unless one is set."""
+        windows = self._windows  # a forked child has others
         try:
             with self._lock:
-                self._windows[kind] += 1
+                windows[kind] += 1
                 self._apply()
             yield
         finally:
             with self._lock:
-                self._windows[kind] -= 1
+                windows[kind] -= 1
                 self._apply()
 
     def describe(self, kind: Kind) -> str:
@@ -184,14 +185,22 @@ class Contention(Recorder):
         if lock_classes_on:
             self._lock_classes.install(recording, lock_classes.targets)
 
+    @staticmethod
+    def _no_windows() -> dict[Kind, int]:
+        return {"block": 0, "mutex": 0}
+
     def _renew_after_fork(self) -> None:
         # The threads that waited do not exist in the child. If one thread was in the middle of
         # switching, the next switch here completes that.
         self._applying = False
         asyncio_waits.reset_in_child()
         threading_waits.reset_in_child()
-        for records in _RECORDS.values():
+        self._windows = self._no_windows()
+        for kind, records in _RECORDS.items():
             records.clear()
+            records.rate = self._rates[kind]
+        if not any(self._rates.values()):
+            self._apply()  # to put back waits for nothing; to replace may import, and so wait
 
 
 class ContentionCollector:

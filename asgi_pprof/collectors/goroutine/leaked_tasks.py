@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 
 from asgi_pprof.collectors.goroutine.references import Task
+from asgi_pprof.forks import Renewed, expect_forks
 from asgi_pprof.runtime.task_records import record_of
 from asgi_pprof.runtime.tasks import is_done
 
 _RETRY_S = 0.05  # from one attempt to begin a search to the next
 
 
-class LeakedTasks:
+class LeakedTasks(Renewed):
     """The leaked tasks of this process, and the right to search for them, one search at a time."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._tasks: weakref.WeakSet[Task] = weakref.WeakSet()
-        # By process: a fork may happen in the middle of a search.
-        self._searching: dict[int, threading.Lock] = {}
+        self._renew_after_fork()
+
+    def _renew_after_fork(self) -> None:
+        self._searching = threading.Lock()
 
     def __iter__(self) -> Iterator[Task]:
         return iter(list(self._tasks))
@@ -34,7 +37,8 @@ class LeakedTasks:
     @asynccontextmanager
     async def alone(self) -> AsyncIterator[None]:
         """Wait for other searches, on other loops as well: each would hide tasks from the other."""
-        lock = self._searching.setdefault(os.getpid(), threading.Lock())
+        expect_forks()
+        lock = self._searching
         # An Event would belong to one loop.
         while not lock.acquire(blocking=False):  # noqa: ASYNC110
             await asyncio.sleep(_RETRY_S)

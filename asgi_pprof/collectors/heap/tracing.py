@@ -41,6 +41,7 @@ from typing import Any, cast
 from asgi_pprof.collectors.heap.sizes import size_class
 from asgi_pprof.collectors.heap.sources import LineNames
 from asgi_pprof.errors import PprofError, ProfileUnavailable
+from asgi_pprof.forks import Renewed
 from asgi_pprof.merge import sum_samples
 from asgi_pprof.offload import yield_gil
 from asgi_pprof.profile import Location, Sample, Stack, pseudo_location
@@ -64,6 +65,7 @@ _Trace = tuple[int, int, _Frames, int | None]  # domain, size, and a traceback
 _Site = tuple[_Traceback, int]  # a traceback, and a size class in bytes
 _Usage = tuple[int, int]  # objects and bytes
 _NONE = (0, 0)
+_WINDOW = "window"  # the setting of those who trace for a while
 
 
 class Tracing(Recorder):
@@ -92,6 +94,10 @@ class Tracing(Recorder):
                 tracemalloc.stop()
             self._witness = None
 
+    def _renew_after_fork(self) -> None:
+        self._settings = [each for each in self._settings if each != _WINDOW]
+        self._disabled(None)
+
     @contextmanager
     def on(self) -> Iterator[None]:
         """
@@ -100,14 +106,16 @@ class Tracing(Recorder):
         Raises:
             PprofError: The application has stopped tracing meanwhile.
         """
-        self.enable()
+        settings = self._settings
+        self.enable(_WINDOW)
         try:
             witness = _Witness()
             yield
             if not witness.is_traced():
                 raise PprofError("failed to collect profile: tracemalloc was stopped meanwhile")
         finally:
-            self.disable()
+            if self._settings is settings:  # else this is a forked child, which has no such user
+                self.disable(_WINDOW)
 
     def copy(self) -> Traces:
         """
@@ -165,7 +173,7 @@ class Traces:
         return tuple(comments)
 
 
-class Peaks:
+class Peaks(Renewed):
     """
     The maximum of objects and bytes seen alive at each site; at least these were allocated.
 
@@ -174,12 +182,16 @@ class Peaks:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        super().__init__()
+        self._renew_after_fork()
         self._peaks: dict[_Site, _Usage] = {}
         self._others = _NONE
         self._starts = 0
         self._names = LineNames()
         self.last_count = 0
+
+    def _renew_after_fork(self) -> None:
+        self._lock = threading.Lock()
 
     def samples(self, live: dict[_Site, _Usage], starts: int) -> tuple[Sample, ...]:
         """Return peak and live usage by site, given the number of starts of tracing."""

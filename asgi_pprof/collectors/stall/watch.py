@@ -93,7 +93,7 @@ class StallWatch(Recorder):
         self._begin()
 
     def _begin(self) -> None:
-        self._windows = 0
+        self._windows: list[None] = []  # one for each
         self._threshold = Threshold(self._threshold_ns)
         self._monitors: dict[int, LoopMonitor] = {}  # by the id of the loop, not kept alive
         self._dropped: list[LoopMonitor] = []
@@ -195,10 +195,10 @@ class StallWatch(Recorder):
     @contextmanager
     def window(self) -> Iterator[None]:
         """Watch the running loop meanwhile, from 100 ms if no threshold is set."""
-        loop = asyncio.get_running_loop()
+        loop, windows = asyncio.get_running_loop(), self._windows  # a forked child has others
         with self._lock:
             self.attach(loop)
-            self._windows += 1
+            windows.append(None)
         try:
             with self._lock:
                 self._apply_threshold()
@@ -206,7 +206,7 @@ class StallWatch(Recorder):
         finally:
             with self._lock:
                 self.detach(loop)
-                self._windows -= 1
+                windows.pop()
                 self._apply_threshold()
 
     def _add(self, stall: Stall) -> None:
