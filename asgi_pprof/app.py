@@ -50,7 +50,7 @@ from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
-from asgi_pprof.errors import BadParameter, PprofError, ProfileUnavailable
+from asgi_pprof.errors import BadParameter, Cancelled, PprofError, ProfileUnavailable
 from asgi_pprof.guard import Guard, allow_loopback
 from asgi_pprof.merge import subtract
 from asgi_pprof.params import Params
@@ -63,6 +63,7 @@ from asgi_pprof.responses import (
     error_response,
     failure_response,
     fit_to_request,
+    last_words,
     made_in_thread,
     profile_response,
     redirect_response,
@@ -176,6 +177,10 @@ class PprofApp:
         try:
             self._guard(request.scope)
             reply = await self._route(target, request)
+        except Cancelled as error:
+            async with last_words():
+                await error_response(str(error), error.status)(request.scope, receive, send)
+            return
         except PprofError as error:
             reply = error_response(str(error), error.status)
         except Exception:

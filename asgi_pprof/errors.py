@@ -45,8 +45,8 @@ class ProfileUnavailable(PprofError):
     status = 501
 
 
-class ClientGone(PprofError):
-    """The client disconnected before its profile was complete. Text and status are Go's."""
+class Cancelled(PprofError):
+    """The client has left, or the server has cancelled the request. Text and status are Go's."""
 
     def __init__(self) -> None:
         super().__init__("context canceled")

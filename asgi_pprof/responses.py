@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Mapping
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 
 from starlette.requests import Request
@@ -17,13 +17,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from asgi_pprof.encoders.protobuf import encode
-from asgi_pprof.errors import ClientGone, PprofError
+from asgi_pprof.errors import Cancelled, PprofError
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile
 from asgi_pprof.runtime.tasks import hidden
 
 _PIECE = 32_768  # letters of a dump that are sent at a time
 _BUFFERED = 2048  # net/http: a longer body is sent in chunks, without its length
+_LAST_S = 1.0  # for the error of a cancelled request: its client may not read
 _COMPRESSORS = re.compile(r"gzip|brotli|zstd|compress", re.IGNORECASE)
 
 
@@ -89,11 +90,14 @@ class DumpResponse(Response):
         try:
             async with while_connected(receive), aclosing(self._bodies()) as bodies:
                 await self._send(bodies, scope["method"] == "HEAD", send)
+        except Cancelled as error:
+            async with last_words():
+                await self._fail(error, scope, receive, send)
         except PprofError as error:
-            await self._fail(error_response(str(error), error.status), scope, receive, send)
+            await self._fail(error, scope, receive, send)
         except Exception:
             self._on_failure()
-            await self._fail(failure_response(), scope, receive, send)
+            await self._fail(None, scope, receive, send)
 
     async def _send(self, bodies: AsyncGenerator[bytes, None], is_head: bool, send: Send) -> None:
         first = await anext(bodies)
@@ -109,12 +113,16 @@ class DumpResponse(Response):
             await send(_body(body))
         await send(_body(b"", more=False))
 
-    async def _fail(self, error: Response, scope: Scope, receive: Receive, send: Send) -> None:
-        if not self._is_started:
-            await error(scope, receive, send)
-        else:
-            text = "\nfailed: the rest is missing, and the reason is in the log\n"
+    async def _fail(
+        self, error: PprofError | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        if self._is_started:
+            reason = "and the reason is in the log" if error is None else str(error)
+            text = f"\nfailed: the rest is missing, {reason}\n"
             await send(_body(_utf8(text), more=False))
+        else:
+            response = error_response(str(error), error.status) if error else failure_response()
+            await response(scope, receive, send)
 
     async def _bodies(self) -> AsyncGenerator[bytes, None]:
         texts: list[str] = []
@@ -160,7 +168,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
     Cancel what runs inside when the client leaves; on asyncio only.
 
     Raises:
-        ClientGone: It has left.
+        Cancelled: It has left, or the server has cancelled the request.
     """
     this = asyncio.current_task() if asyncio._get_running_loop() else None
     if this is None:
@@ -190,10 +198,22 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
                 task.cancel()
                 await asyncio.gather(task, return_exceptions=True)
     except asyncio.CancelledError:
-        # Unless the server cancels the request as well.
-        if gone and this.uncancel() == 0:
-            raise ClientGone from None
-        raise
+        if gone:
+            this.uncancel()
+        raise Cancelled from None
+
+
+@asynccontextmanager
+async def last_words() -> AsyncIterator[None]:
+    """
+    Let the error of a cancelled request be sent, for a second at most.
+
+    A server that ends cancels its requests. It takes the exception for a failure, and
+    logs it, so a cancelled request is answered as in Go. It must end all the same.
+    """
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_LAST_S):
+            yield
 
 
 async def profile_response(make_profile: Callable[[], Profile], name: str) -> Response:

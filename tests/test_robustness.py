@@ -17,7 +17,7 @@ from asgi_pprof.profile import Goroutine
 from asgi_pprof.recorders import UsedRecorders, contention, gc_pauses, set_block_profile_rate
 from asgi_pprof.request_labels import RequestLabels
 from asgi_pprof.stacks import UNKNOWN
-from tests.loops import LOOPS, run
+from tests.loops import LOOPS, iterations, run
 from tests.programs import run_program
 
 TASKS = 400
@@ -351,6 +351,110 @@ def test_a_client_that_leaves_stops_the_thread_that_makes_its_profile(monkeypatc
     with middleware() as served:
         assert asyncio.run(leave(served)) == (500, b"context canceled\n")
         assert ended.wait(20)
+
+
+# Servers that end and cancel their requests
+
+
+@pytest.mark.parametrize("path", ["profile?seconds=60", "heap?seconds=60", *OF_TASKS])
+@pytest.mark.parametrize("loop_name", LOOPS)
+def test_a_cancelled_request_is_answered_as_in_go(path, loop_name):
+    """Wherever it is; a server would take the exception for a failure of the application."""
+
+    async def main():
+        with middleware() as served:
+            async with waiting(count=TASKS):
+                for steps in range(1, 8):
+                    task = asyncio.create_task(asked(served, path))
+                    await iterations(steps)
+                    task.cancel()
+                    status, text = await task
+                    assert (status, text) == (500, "context canceled\n") or status == 200
+                    assert status != 200 or steps > 1
+                assert asyncio.all_tasks().isdisjoint({task})
+        assert len(asyncio.all_tasks()) == 1
+
+    run(main(), loop_name, debug=False)
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("reads", [True, False])
+def test_a_cancelled_dump_says_so_at_its_end_and_waits_for_no_client(monkeypatch, reads):
+    async def main():
+        sent = []
+
+        async def send(message):
+            sent.append(message)
+            if len(sent) == 3:
+                task.cancel()
+            if len(sent) >= 3:
+                await asyncio.sleep(0 if reads else 3600)
+
+        with middleware() as served:
+            async with waiting(count=2000):
+                scope = {"type": "http", "method": "GET", "path": "/debug/pprof/goroutine"}
+                scope |= {"query_string": b"debug=2", "headers": [], "client": ("127.0.0.1", 1)}
+                task = asyncio.create_task(served(scope, no_message, send))
+                await task
+        return sent[-1]
+
+    monkeypatch.setattr("asgi_pprof.responses._LAST_S", 0.05)
+    last = run(main(), debug=False)
+    assert last["body"] == b"\nfailed: the rest is missing, context canceled\n"
+    assert not last["more_body"]
+
+
+UVICORN = """
+import asyncio, http.client, logging, socket, sys, threading, time
+import uvicorn
+from asgi_pprof import PprofMiddleware
+from asgi_pprof.recorders import contention
+
+async def application(scope, receive, send):
+    if scope["type"] == "lifespan":
+        for event in "startup", "shutdown":
+            await receive()
+            await send({"type": f"lifespan.{event}.complete"})
+
+class Log(logging.Handler):
+    def emit(self, record):
+        logged.append((record.getMessage(), record.exc_info))
+
+def pull(path):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    connection.request("GET", f"/debug/pprof/{path}")
+    response = connection.getresponse()
+    print(path, response.status, response.read())
+
+def end():
+    while contention.describe("mutex").startswith("off"):
+        time.sleep(0.01)
+    server.should_exit = True
+
+logged = []
+logging.getLogger("uvicorn.error").addHandler(Log(logging.WARNING))
+app = PprofMiddleware(application)
+with socket.create_server(("127.0.0.1", 0)) as listener:
+    port = listener.getsockname()[1]
+    config = uvicorn.Config(app, loop=sys.argv[1], log_config=None, timeout_graceful_shutdown=0)
+    server = uvicorn.Server(config)
+    threads = [threading.Thread(target=pull, args=(each,)) for each in sys.argv[2:]]
+    for thread in (*threads, threading.Thread(target=end)):
+        thread.start()
+    server.run(sockets=[listener])
+for thread in threads:
+    thread.join()
+(message, failure), = logged
+assert message.startswith("Cancel 2 running task(s)") and failure is None
+"""
+
+
+@pytest.mark.server
+@pytest.mark.parametrize("loop_name", LOOPS)
+def test_a_server_that_ends_in_the_middle_of_profiles_logs_no_failure(loop_name):
+    said = run_program(UVICORN, loop_name, "profile?seconds=60", "mutex?seconds=60")
+    for path in ("profile?seconds=60", "mutex?seconds=60"):
+        assert f"{path} 500 b'context canceled\\n'\n" in said
 
 
 # Dumps, which are sent while they are being made
