@@ -52,8 +52,8 @@ bench: install ## Measure cost and accuracy; ARGS=--help shows the parts
 .PHONY: soak soak-asan
 soak: SLICES ?= 10
 soak: SOAK_SECONDS ?= 60
-soak: install ## Read all threads' stacks under stress, then sample SLICES=10 times, SOAK_SECONDS=60 each
-	for slice in looks $$(seq $(SLICES) | sed s/.*/samplers/); do $(RUN) -m tests.soak --slice $$slice --seconds $(SOAK_SECONDS) $(ARGS) || exit; done
+soak: install ## Read all threads' stacks under stress, keep 1,500 threads, then sample SLICES=10 times, SOAK_SECONDS=60 each
+	for slice in looks crowd $$(seq $(SLICES) | sed s/.*/samplers/); do $(RUN) -m tests.soak --slice $$slice --seconds $(SOAK_SECONDS) $(ARGS) || exit; done
 
 soak-asan: install ## The same for 60 s with a C core compiled with AddressSanitizer
 	$(RUN) -m tests.soak.asan $(ARGS)

@@ -22,7 +22,7 @@ from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from asgi_pprof.errors import ProfileBusy
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.recorders import heap_sampler
-from tests.soak import children, looks, work
+from tests.soak import children, crowd, looks, work
 from tests.soak.checks import Checker
 
 _PROFILE_S = 3.0
@@ -33,6 +33,7 @@ _MOST_BUSY = 1000  # refusals in a row
 _SLICES = {
     "samplers": [*work.THREADS, *work.TASKS, *children.CHILDREN],
     "looks": [*looks.LOOKING, *looks.THREADS, *looks.WITH],
+    "crowd": [*crowd.CROWD, *crowd.WITH],
 }
 _NAMES = list(dict.fromkeys(name for names in _SLICES.values() for name in names))
 
@@ -80,7 +81,7 @@ class Soak:
             for name, run in children.CHILDREN.items()
         }
         looking = {name: lambda look=look: look(checker) for name, look in looks.LOOKING.items()}
-        everything = {**work.THREADS, **looks.THREADS, **looking, **child_work}
+        everything = {**work.THREADS, **looks.THREADS, **crowd.CROWD, **looking, **child_work}
         return {name: each for name, each in everything.items() if name in options.only}
 
     def _repeat(self, name: str, each: Callable[[], None]) -> None:

@@ -52,6 +52,14 @@ def test_looking_at_threads_crashes_nobody(what):
     soak("--only", f"looks,profiles,{WHILE_LOOKED_AT[what]}", "--seconds", "3", *sampling)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(native is None, reason=f"no native core: {reason}")
+def test_a_thousand_threads_at_once():
+    """They wait, run, end and are replaced, beside other interpreters."""
+    soak("--slice", "crowd", "--seconds", "3")
+
+
 @pytest.mark.timeout(300)
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="interpreters share the GIL")
 def test_without_the_c_core_nobody_is_looked_at_beside_other_interpreters():
