@@ -200,7 +200,7 @@ class Contention(Recorder):
             records.clear()
             records.rate = self._rates[kind]
         if not any(self._rates.values()):
-            self._apply()  # to put back waits for nothing; to replace may import, and so wait
+            self._apply()  # putting back waits for nothing; replacing may import, and so wait
 
 
 class ContentionCollector:

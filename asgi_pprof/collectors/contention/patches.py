@@ -43,11 +43,13 @@ class PatchGroup:
 
     def __init__(self) -> None:
         self._patches: list[_Patch] = []
+        self._is_installed = False
 
     def install(self, recording: Recording, *targets: Callable[[], list[Target]]) -> None:
         """Replace the targets that exist, unless this is done already; pair with `remove`."""
-        if self._patches:
+        if self._is_installed:
             return
+        self.remove()  # what was replaced when this was cut off, such as by a fork
         for target in [each for listed in targets for each in listed()]:
             original = getattr(target.owner, target.name, None)
             if original is None:
@@ -60,6 +62,7 @@ class PatchGroup:
             # Listed before it is replaced, so that `remove` finds it whatever happens in between.
             self._patches.append(_Patch(target.owner, target.name, original, ours, inherited))
             setattr(target.owner, target.name, ours)
+        self._is_installed = True
 
     def remove(self) -> None:
         """
@@ -68,6 +71,7 @@ class PatchGroup:
         If another library has wrapped our wrapper meanwhile, it stays in place
         and only delegates.
         """
+        self._is_installed = False
         while self._patches:
             patch = self._patches.pop()
             if vars(patch.owner).get(patch.name) is not patch.ours:

@@ -19,6 +19,7 @@ from asgi_pprof import PprofApp
 from asgi_pprof.collectors.contention import threading_waits
 from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
 from asgi_pprof.collectors.contention.lock_classes import RecordedLock
+from asgi_pprof.collectors.contention.patches import Target
 from asgi_pprof.collectors.contention.recording import block, mutex
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.threads import ThreadCollector
@@ -309,6 +310,41 @@ def test_a_forked_child_records_its_own_events_only():
             os._exit(status)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     assert seen.of("block", "contend_a")[0] == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_a_child_forked_in_the_middle_of_switching_on_wraps_everything(monkeypatch):
+    """Its parent's thread has wrapped the first half, and does not exist there."""
+    parent, half, forked = os.getpid(), threading.Event(), threading.Event()
+    targets = threading_waits.wait_targets()
+
+    def pause(recording, original):
+        if os.getpid() == parent:
+            half.set()
+            forked.wait(20)
+        return original
+
+    middle = Target(threading, "Event", pause)
+    monkeypatch.setattr(threading_waits, "wait_targets", lambda: [targets[0], middle, *targets[1:]])
+    before = patched()
+    thread = threading.Thread(target=set_block_profile_rate, args=(1,))
+    thread.start()
+    assert half.wait(20)
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            set_block_profile_rate(1)
+            now = patched()
+            wrapped = [now[f"{each.owner}.{each.name}"] for each in targets]
+            ours = [hasattr(each, "__wrapped__") for each in wrapped]
+            set_block_profile_rate(0)
+            os._exit(0 if all(ours) and identical(before, patched()) else 2)
+        os._exit(1)
+    forked.set()
+    thread.join()
+    set_block_profile_rate(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.go
