@@ -74,12 +74,16 @@ class _Work(Generic[_Result]):
         return not self._future.cancelled()
 
     def run(self, on_end: Callable[[], None]) -> None:
-        """Run the function unless nobody waits for it, call `on_end`, deliver the result."""
+        """
+        Run the function, call `on_end`, and deliver the result.
+
+        The function is called though nobody waits for it any more: it may have to free
+        what its caller has begun. It ends where it calls `yield_gil`.
+        """
         result, error = None, None
         _gil_hold.ends, _gil_hold.is_wanted = 0, self.is_wanted
         try:
-            if self.is_wanted():
-                result = self._function()
+            result = self._function()
         except BaseException as raised:
             error = raised
         _gil_hold.is_wanted = bool

@@ -11,7 +11,7 @@ import weakref
 import pytest
 
 from asgi_pprof.native.core import native
-from asgi_pprof.offload import run_in_thread, workers
+from asgi_pprof.offload import run_in_thread, workers, yield_gil
 from tests.loops import LOOPS, run
 from tests.programs import run_program
 from tests.servers import until
@@ -69,27 +69,37 @@ def test_of_much_work_two_pieces_run_at_a_time(kept):
     assert order[2:] == sorted(order[2:])
 
 
-def test_work_whose_caller_has_gone_is_not_begun(kept):
+def test_work_whose_caller_has_gone_is_begun_and_ends_soon(kept):
+    """It may have to free what its caller began, as the sampler of a CPU profile."""
     started, free = threading.Event(), threading.Event()
-    begun = []
+    begun, freed = [], []
 
     def hold():
         started.set()
         free.wait(20)
 
+    def work():
+        try:
+            begun.append(True)
+            while True:
+                yield_gil()
+        finally:
+            freed.append(True)
+
     async def main():
         holders = [asyncio.create_task(run_in_thread(hold)) for _ in range(2)]
         await asyncio.to_thread(started.wait, 20)
-        waiting = asyncio.create_task(run_in_thread(lambda: begun.append(True)))
+        waiting = asyncio.create_task(run_in_thread(work))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.gather(waiting, return_exceptions=True)
+        assert begun == []
         free.set()
         await asyncio.gather(*holders)
         await run_in_thread(this_thread)
 
     run(main())
-    assert begun == []
+    until(lambda: freed == begun == [True])
 
 
 def test_an_idle_thread_keeps_no_result_alive(kept):

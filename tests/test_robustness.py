@@ -424,14 +424,16 @@ def pull(path):
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     connection.request("GET", f"/debug/pprof/{path}")
     response = connection.getresponse()
-    print(path, response.status, response.read())
+    answer = path, response.status, response.read()
+    with printing:
+        print(*answer)
 
 def end():
     while contention.describe("mutex").startswith("off"):
         time.sleep(0.01)
     server.should_exit = True
 
-logged = []
+logged, printing = [], threading.Lock()
 logging.getLogger("uvicorn.error").addHandler(Log(logging.WARNING))
 app = PprofMiddleware(application)
 with socket.create_server(("127.0.0.1", 0)) as listener:
