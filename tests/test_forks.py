@@ -112,6 +112,44 @@ os._exit(0)
     )
 
 
+def test_no_request_imports_a_module():
+    """A child that is forked in the middle of an import gets its lock, or half a module."""
+    run_program(
+        """
+        import asyncio, sys
+        from asgi_pprof import PprofMiddleware
+        from asgi_pprof.registry import DESCRIPTIONS, Registry
+
+        async def application(scope, receive, send):
+            pass
+
+        async def ask(path, query):
+            async def receive():
+                await asyncio.sleep(3600)
+
+            async def send(message):
+                sent.append(message)
+
+            sent = []
+            scope = {"type": "http", "method": "GET", "path": f"/debug/pprof/{path}"}
+            scope |= {"query_string": query, "headers": [], "client": ("127.0.0.1", 1)}
+            await app(scope, receive, send)
+            assert sent
+
+        async def main():
+            names = [each.name for each in Registry().profiles()]
+            requests = [(path, b"seconds=1") for path in ("", "unknown", *DESCRIPTIONS, *names)]
+            requests += [(name, query) for name in names for query in (b"debug=1", b"debug=2")]
+            await asyncio.gather(*(ask(*each) for each in requests))
+
+        app = PprofMiddleware(application)
+        known = set(sys.modules)
+        asyncio.run(main())
+        assert not set(sys.modules) - known, set(sys.modules) - known
+        """
+    )
+
+
 def test_in_a_child_no_window_is_open():
     """What its parent records for some seconds is off there, whatever becomes of the window."""
     run_program(

@@ -19,12 +19,10 @@ import asyncio
 import selectors
 import sys
 from types import CodeType
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from asgi_pprof.runtime.frames import LocalsOf, ThreadStack
-
-if TYPE_CHECKING:
-    import ctypes
+from asgi_pprof.runtime.libraries import ctypes
 
 
 class IterationClock(Protocol):
@@ -150,13 +148,11 @@ def _libuv_time(loop: asyncio.AbstractEventLoop) -> ctypes.c_uint64 | None:
     if module is None or not isinstance(loop, module.Loop) or sys.platform != "linux":
         return None  # elsewhere libuv's clock need not be that of time.monotonic
     try:
-        import ctypes  # here: a build without it must still be able to import this package
-
         pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c_char_p)(
             ("PyCapsule_GetPointer", ctypes.pythonapi)
         )
         address = pointer(module.libuv_get_loop_t_ptr(loop), None)
-    except (ImportError, AttributeError, TypeError, ValueError):
+    except (AttributeError, TypeError, ValueError):
         return None
     words = (ctypes.c_uint64 * _UV_LOOP_WORDS).from_address(address)
     now_ms = round(loop.time() * 1000)

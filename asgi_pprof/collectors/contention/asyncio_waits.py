@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import importlib
 import sys
 import time
 from asyncio import locks, queues
@@ -28,6 +27,7 @@ from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.stack_rules import rules
 from asgi_pprof.runtime.chains import code_of
+from asgi_pprof.runtime.libraries import anyio_backend, anyio_streams
 
 clock = time.monotonic_ns
 
@@ -286,13 +286,10 @@ def release_targets() -> list[Target]:
 
 def _anyio_backend() -> Any:
     """Return the module with anyio's own primitives; None before anyio 4.5, which has none."""
-    anyio = sys.modules.get("anyio")
+    anyio, backend, streams = sys.modules.get("anyio"), anyio_backend, anyio_streams
     if anyio is None:
         return None
     try:
-        # anyio imports it only with its first call on a loop.
-        backend = importlib.import_module("anyio._backends._asyncio")
-        streams = importlib.import_module("anyio.streams.memory")
         rules.add_primitives(
             (
                 *(backend.Lock, backend.Event, backend.Semaphore, backend.CapacityLimiter),
@@ -301,7 +298,7 @@ def _anyio_backend() -> Any:
                 *_anyio_adapters(),
             )
         )
-    except (ImportError, AttributeError, KeyError):
+    except (AttributeError, KeyError):
         return None
     return backend
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-import importlib
 import logging
 import sys
 import time
@@ -286,8 +285,6 @@ _EAGER = getattr(getattr(asyncio, "eager_task_factory", None), "__code__", objec
 
 def _library_files() -> frozenset[str]:
     """Return the files whose functions create tasks for their callers: asyncio's and anyio's."""
-    with contextlib.suppress(ImportError):
-        importlib.import_module("anyio._backends._asyncio")  # anyio loads it at its first use
     names = ("asyncio.", "anyio.")
     modules = [each for name, each in sys.modules.copy().items() if name.startswith(names)]
     return frozenset(filter(None, map(code_filename, modules)))

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from asgi_pprof.runtime.gc_pauses import GcPauses
+from asgi_pprof.runtime.libraries import ctypes, resource
 from asgi_pprof.runtime.proc import proc_status
 
 
@@ -119,28 +120,25 @@ def _text(value: object) -> str:
 
 _MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
 
+if ctypes is not None:
+
+    class _Mallinfo2(ctypes.Structure):
+        _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
+
 
 def _mallinfo() -> dict[str, int]:
     """Return the fields of glibc's mallinfo2; all are 0 with another C library."""
     try:
-        import ctypes  # not at the top: some builds of Python do not have it
-
         mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (ImportError, AttributeError, OSError, TypeError):
+    except (AttributeError, OSError, TypeError):
         return dict.fromkeys(_MALLINFO2, 0)
-
-    class Mallinfo2(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
-
-    mallinfo2.restype = Mallinfo2
+    mallinfo2.restype = _Mallinfo2
     info = mallinfo2()
     return {name: getattr(info, name) for name in _MALLINFO2}
 
 
 def _max_rss() -> int:
-    try:
-        import resource
-    except ImportError:
-        return 0  # Windows
+    if resource is None:
+        return 0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -23,6 +23,7 @@ from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
+from asgi_pprof.runtime.libraries import resource
 from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.stacks import StackCounter, StackTotal, stack_key
 
@@ -33,13 +34,7 @@ _CHEAP_SCANS = 10  # in a row, while all loops are quiet
 _SETTLING_MS = 100  # at most, for the thread to count what has ended
 _MAX_STACKS = 1024  # different stacks, labels and causes
 
-_RUSAGE_THREAD: int | None = None  # what Linux has
-try:
-    import resource
-except ImportError:
-    pass
-else:
-    _RUSAGE_THREAD = getattr(resource, "RUSAGE_THREAD", None)
+_RUSAGE_THREAD: int | None = getattr(resource, "RUSAGE_THREAD", None)  # what Linux has
 
 logger = logging.getLogger("asgi_pprof")
 
