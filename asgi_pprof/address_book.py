@@ -38,6 +38,8 @@ class AddressBook:
         for sample in profile.samples:
             yield_gil()
             locations.update(sample.stack)
+            if len(locations) >= _MAX_NAMES:
+                break
         for location in locations:
             yield_gil()
             address = location.address

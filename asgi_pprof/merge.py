@@ -6,7 +6,8 @@ Source: google/pprof, profile/merge.go; net/http/pprof, delta handling.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from asgi_pprof.errors import IncompatibleProfiles
@@ -19,8 +20,7 @@ SampleKey = tuple[Stack, tuple[Label, ...]]
 def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     """Return one sample per stack and labels with the summed values, in order of appearance."""
     totals: dict[SampleKey, Sample] = {}
-    for sample in samples:
-        yield_gil()
+    for sample in _yielding(samples):
         key = (sample.stack, sample.labels)
         known = totals.get(key)
         if known is not None:
@@ -34,10 +34,10 @@ def subtract(after: Profile, before: Profile) -> Profile:
     """
     Return the difference of two snapshots of one profile.
 
-    Values of samples with the same stack and labels are subtracted one by one, and
-    are negative where a quantity shrank. Samples without a change are left out. The
-    duration is the time between the snapshots; all else is the later one's (Go loses
-    the default sample type).
+    Neither snapshot has two samples with the same stack and labels. The values of
+    samples that are in both are subtracted one by one, and are negative where a
+    quantity shrank. Samples without a change are left out. The duration is the time
+    between the snapshots; all else is the later one's (Go loses the default sample type).
 
     Raises:
         IncompatibleProfiles: The sample or period types differ.
@@ -47,13 +47,33 @@ def subtract(after: Profile, before: Profile) -> Profile:
     kind = (after.sample_types, after.period_type)
     if kind != (before.sample_types, before.period_type):
         raise IncompatibleProfiles("failed to compute delta")
-    negated = (
-        replace(sample, values=tuple(-value for value in sample.values))
-        for sample in before.samples
-    )
-    changes = sum_samples([*after.samples, *negated])
     return replace(
         after,
-        samples=tuple(sample for sample in changes if any(sample.values)),
+        samples=tuple(_changes(after.samples, before.samples)),
         duration_ns=max(after.time_ns - before.time_ns, 1),
     )
+
+
+def _changes(after: Sequence[Sample], before: Sequence[Sample]) -> Iterator[Sample]:
+    # Only the hashes are kept, since the samples of a heap profile are made as they are read.
+    at = {hash((sample.stack, sample.labels)): i for i, sample in enumerate(_yielding(before))}
+    is_left = bytearray(b"\1" * len(before))
+    for sample in _yielding(after):
+        index = at.get(hash((sample.stack, sample.labels)))
+        values = sample.values
+        if index is not None and is_left[index]:
+            old = before[index]
+            if (old.stack, old.labels) == (sample.stack, sample.labels):
+                is_left[index] = 0
+                values = tuple(a - b for a, b in zip(values, old.values, strict=True))
+        if any(values):
+            yield replace(sample, values=values)
+    for sample in itertools.compress(_yielding(before), is_left):
+        if any(sample.values):
+            yield replace(sample, values=tuple(-value for value in sample.values))
+
+
+def _yielding(samples: Iterable[Sample]) -> Iterator[Sample]:
+    for sample in samples:
+        yield_gil()
+        yield sample

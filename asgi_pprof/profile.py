@@ -14,10 +14,10 @@ Source: google/pprof, proto/profile.proto and profile/profile.go, CheckValid.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 Label = tuple[str, str | int]
 """A key, and a string or a number; the key names the number's unit (`bytes`)."""
@@ -88,6 +88,33 @@ class Sample:
     labels: tuple[Label, ...] = ()
 
 
+class LazySamples(Sequence[Sample]):
+    """
+    Samples that are made each time they are read: thousands at once take 1 KB each.
+
+    Args:
+        count: Their number.
+        make: Returns the sample at an index.
+    """
+
+    def __init__(self, count: int, make: Callable[[int], Sample]) -> None:
+        self._indices = range(count)
+        self._make = make
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    @overload
+    def __getitem__(self, index: int) -> Sample: ...
+    @overload
+    def __getitem__(self, index: slice) -> LazySamples: ...
+    def __getitem__(self, index: int | slice) -> Sample | LazySamples:
+        if isinstance(index, int):
+            return self._make(self._indices[index])
+        indices = self._indices[index]
+        return LazySamples(len(indices), lambda at: self._make(indices[at]))
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
     """
@@ -95,6 +122,7 @@ class Profile:
 
     Args:
         sample_types: The types of the values, one to four.
+        samples: One for each stack and labels.
         period_type: The type of the sampled events, of which there is one sample
             for every `period`.
         time_ns: UTC nanoseconds: the start of a CPU profile, the moment of a
@@ -106,7 +134,7 @@ class Profile:
     """
 
     sample_types: tuple[ValueType, ...]
-    samples: tuple[Sample, ...]
+    samples: Sequence[Sample]
     period_type: ValueType
     period: int
     time_ns: int

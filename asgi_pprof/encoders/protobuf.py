@@ -90,13 +90,17 @@ def encode_uncompressed(profile: Profile) -> bytes:
 
 
 class _Encoder:
-    """Encodes one message; its tables hold every string, function and location once."""
+    """
+    Encodes one message, which has every string, function and location once.
+
+    Functions and locations follow the first sample that has them.
+    """
 
     def __init__(self) -> None:
         self._strings: dict[str, int] = {"": 0}
         self._functions: dict[Function, int] = {}
         self._locations: dict[Location, int] = {}
-        self._tables: list[bytes] = []
+        self._tables: list[bytes] = []  # functions and locations that have not been yielded
 
     def profile(self, profile: Profile) -> Iterator[bytes]:
         """Yield the message field by field."""
@@ -107,7 +111,8 @@ class _Encoder:
         yield int_field(_DEFAULT_SAMPLE_TYPE, self._string(profile.default_sample_type))
         for sample in profile.samples:
             yield bytes_field(_SAMPLE, self._sample(sample))
-        yield from self._tables
+            yield from self._tables
+            self._tables.clear()
         yield int_field(_TIME_NANOS, profile.time_ns)
         yield int_field(_DURATION_NANOS, profile.duration_ns)
         yield bytes_field(_MAPPING, self._mapping())

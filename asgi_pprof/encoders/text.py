@@ -129,8 +129,9 @@ def _sorted(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> Iterator
     runs = []
     for start in range(0, len(samples), _RUN):
         yield_gil()
-        runs.append(sorted(samples[start : start + _RUN], key=key))
-    return heapq.merge(*runs, key=key)
+        indices = range(start, min(start + _RUN, len(samples)))
+        runs.append(sorted((key(samples[index]), index) for index in indices))
+    return (samples[index] for _, index in heapq.merge(*runs))
 
 
 def _by_count_then_text(sample: Sample) -> tuple[int, str, str]:

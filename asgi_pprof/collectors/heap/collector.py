@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from asgi_pprof.collectors.heap import sampler, tracing
@@ -81,7 +81,7 @@ class HeapCollector:
         return lambda: self._profile((), time_ns, (f"heap profiling is {self.note()}",))
 
     def _profile(
-        self, samples: tuple[Sample, ...], time_ns: int, comments: tuple[str, ...], period: int = 1
+        self, samples: Sequence[Sample], time_ns: int, comments: tuple[str, ...], period: int = 1
     ) -> Profile:
         return Profile(
             sample_types=_SAMPLE_TYPES,

@@ -26,24 +26,25 @@ from __future__ import annotations
 import struct
 import time
 import tracemalloc
-from collections.abc import Iterator
+from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from asgi_pprof.collectors.heap.memstats import AllocationCounters
 from asgi_pprof.labels import Pairs, resolve
-from asgi_pprof.merge import sum_samples
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
 from asgi_pprof.native.places import Places
 from asgi_pprof.offload import yield_gil
-from asgi_pprof.profile import Label, Sample, Stack
+from asgi_pprof.profile import Label, LazySamples, Sample, Stack
 from asgi_pprof.recorder import Recorder
 
 ENGINE = "native"
 DEFAULT_RATE = 512 * 1024  # as Go's MemProfileRate
 
 _ROW = struct.Struct("=7Q")
+_COLUMNS = 6
 _PENDING = 1 << 63  # labels above this stand for living label sets
 MAX_RATE = 2**62
 _TRIES = 3
@@ -179,21 +180,70 @@ class SampledHeap:
     rate: int
     comments: tuple[str, ...]
 
-    def samples(self) -> tuple[Sample, ...]:
-        """Return a heap profile's samples, not scaled."""
-        return sum_samples(self._rows())
-
-    def _rows(self) -> Iterator[Sample]:
-        places = Places()
-        # Most rows share their stack, or their label and size, with others.
-        stacks: dict[int, Stack] = {}
+    def samples(self) -> Sequence[Sample]:
+        """Return a heap profile's samples, not scaled, one for each stack, size and labels."""
+        rows = _Rows()
+        # Most rows have the size and the labels of others.
         labels: dict[tuple[int, int], tuple[Label, ...]] = {}
         for stack, size, label, *values in _ROW.iter_unpack(self.rows):
-            if stack not in stacks:
-                stacks[stack] = places.stack(native.heap_stack(stack))
+            yield_gil()
             if (label, size) not in labels:
                 pairs = self.labels.get(label, ())
                 if size:  # else the samples have various sizes
                     pairs = tuple(sorted((*pairs, ("bytes", size)), key=lambda pair: pair[0]))
                 labels[label, size] = pairs
-            yield Sample(stacks[stack], tuple(values), labels[label, size])
+            rows.add(stack, labels[label, size], values)
+        return LazySamples(len(rows), rows.sample)
+
+
+class _Rows:
+    """Samples in the least memory: some 300 bytes each, of which 150 are for a stack."""
+
+    def __init__(self) -> None:
+        self._names = Places()
+        self._places = array("I")  # of all stacks, one after the other
+        self._starts = array("I", [0])
+        self._labels: list[tuple[Label, ...]] = []
+        self._rows = array("Q")  # the number of the stack here, that of the labels, the values
+        self._label_numbers: dict[tuple[Label, ...], int] = {}
+        self._stack_numbers: dict[int, int] = {}  # by the sampler's number
+        self._stacks_by_hash: dict[int, int] = {}
+        self._row_numbers: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._rows) // _COLUMNS
+
+    def add(self, stack: int, labels: tuple[Label, ...], values: Sequence[int]) -> None:
+        """Add a row of the sampler's."""
+        if stack not in self._stack_numbers:
+            self._stack_numbers[stack] = self._add_stack(native.heap_stack(stack))
+        label_number = self._label_numbers.setdefault(labels, len(self._labels))
+        if label_number == len(self._labels):
+            self._labels.append(labels)
+        stack_number = self._stack_numbers[stack]
+        row = self._row_numbers.setdefault(stack_number << 32 | label_number, len(self._rows))
+        if row == len(self._rows):
+            self._rows.extend((stack_number, label_number, *values))
+        else:
+            for column, value in enumerate(values, row + 2):
+                self._rows[column] += value
+
+    def _add_stack(self, places: tuple[int, ...]) -> int:
+        # Code that has been loaded twice has other places, but the same names.
+        stack = self._names.stack(places)
+        number = len(self._starts) - 1
+        known = self._stacks_by_hash.setdefault(hash(stack), number)
+        if known != number and self._stack(known) == stack:
+            return known
+        self._places.extend(places)
+        self._starts.append(len(self._places))
+        return number
+
+    def _stack(self, number: int) -> Stack:
+        start, end = self._starts[number : number + 2]
+        return self._names.stack(self._places[start:end])
+
+    def sample(self, index: int) -> Sample:
+        """Return a sample."""
+        row = self._rows[index * _COLUMNS : (index + 1) * _COLUMNS]
+        return Sample(self._stack(row[0]), tuple(row[2:]), self._labels[row[1]])

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from asgi_pprof.offload import yield_gil
-from asgi_pprof.profile import Profile, Sample
+from asgi_pprof.profile import LazySamples, Profile, Sample
 
 _SMALL = 512  # pymalloc serves up to here, in classes of 16 bytes
 
@@ -42,11 +41,13 @@ def scale_sampled(profile: Profile) -> Profile:
     """
     if profile.period <= 1:
         return profile
-    return replace(profile, samples=tuple(_scale(s, profile.period) for s in profile.samples))
+    samples, rate = profile.samples, profile.period
+    return replace(
+        profile, samples=LazySamples(len(samples), lambda index: _scale(samples[index], rate))
+    )
 
 
 def _scale(sample: Sample, rate: int) -> Sample:
-    yield_gil()
     alloc_objects, alloc_bytes, live_objects, live_bytes = sample.values
     values = (
         *_estimate(alloc_objects, alloc_bytes, rate),

@@ -636,7 +636,7 @@ def test_rate_0_is_off_and_says_so():
             "memory_profile_rate is 0" in HeapCollector(heap_sampler, heap_tracing, Peaks()).note()
         )
         profile = snapshot()
-        assert profile.samples == ()
+        assert not profile.samples
         assert "memory_profile_rate is 0" in profile.comments[0]
     finally:
         app.close()
@@ -656,7 +656,7 @@ def test_an_enormous_rate_samples_next_to_nothing():
         before = heap_sampler.counters()
         keep_blocks(1000, 1000)
         assert heap_sampler.counters().mallocs - before.mallocs >= 1000
-        assert snapshot().samples == ()
+        assert not snapshot().samples
     finally:
         heap_sampler.disable()
 
