@@ -6,10 +6,13 @@ import asyncio
 import time
 from collections.abc import Callable
 
-import anyio.lowlevel
+import anyio
 
 _IDLE_S = 0.0002  # an iteration with nothing else to do is shorter
 _OTHERS = 3  # times the slice is for other work
+# A thread that waits for the GIL gets it while the loop waits for events. A wait of 0 ends
+# before the thread has woken, and so the thread would only get it every 5 ms.
+_PAUSE_S = 0.001
 
 
 class Slices:
@@ -45,15 +48,21 @@ class Slices:
         Let the loop do other work, then begin the next slice.
 
         While the loop has work it gets up to three times the slice. With one iteration
-        after each slice, requests that take many iterations would all be held up.
+        after each slice, requests that take many iterations would all be held up. When it
+        has none it waits for a millisecond, in which other threads get the GIL.
         """
         start = now = self._clock()
-        while True:
-            if asyncio._get_running_loop() is not None:
-                await asyncio.sleep(0)
-            else:
-                await anyio.lowlevel.checkpoint()
+        while now - start <= _OTHERS * self._slice_s:
+            await _sleep(0)
             before, now = now, self._clock()
-            if now - before < _IDLE_S or now - start > _OTHERS * self._slice_s:
+            if now - before < _IDLE_S:
+                await _sleep(_PAUSE_S)
                 break
         self.begin()
+
+
+async def _sleep(seconds: float) -> None:
+    if asyncio._get_running_loop() is not None:
+        await asyncio.sleep(seconds)
+    else:
+        await anyio.sleep(seconds)

@@ -47,8 +47,22 @@ def iterations_given(others_s: float) -> int:
     return run(main())
 
 
-def test_an_idle_loop_iterates_once():
-    assert iterations_given(0) == 1
+def test_an_idle_loop_waits_so_that_threads_get_the_gil():
+    """A wait of 0 returns before a thread that waits for the GIL has woken."""
+    timeouts = []
+
+    async def main():
+        selector = asyncio.get_running_loop()._selector
+        select = selector.select
+        selector.select = lambda timeout: timeouts.append(timeout) or select(timeout)
+        try:
+            await Slices(0.004, Clock()).yield_to_loop()
+        finally:
+            selector.select = select
+
+    asyncio.run(main())
+    assert timeouts[0] == 0
+    assert 0 < max(timeouts) <= 0.001
 
 
 def test_a_busy_loop_has_three_times_the_slice():

@@ -42,6 +42,7 @@ from asgi_pprof.collectors.goroutine.references import (
     future_of,
     has_inline_values,
     is_done,
+    is_empty,
     is_main,
     own_dict,
     referents,
@@ -188,7 +189,7 @@ class Graph:
         found = referents(value)
         if not found and type(value) is dict and value:
             self._empty_dicts.append(number)
-        for each in found:
+        for each in self._kinds.without_known_skip(found):
             known = self._numbers.get(id(each))
             if known is None and not in_module:
                 known = self._discover(each)
@@ -209,7 +210,7 @@ class Graph:
 
     def _discover(self, value: object) -> int | None:
         kind = self._kinds.of(value)
-        if kind == SKIP or not (gc.is_tracked(value) or type(value) is dict):
+        if kind == SKIP or not (gc.is_tracked(value) or type(value) is dict) or is_empty(value):
             return None
         if len(self._objects) >= self._max_objects:
             self.is_cut = True

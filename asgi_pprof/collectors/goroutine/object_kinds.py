@@ -25,6 +25,7 @@ from types import (
     ModuleType,
     WrapperDescriptorType,
 )
+from typing import Any
 
 from asgi_pprof.runtime import type_info
 
@@ -77,6 +78,11 @@ class ObjectKinds:
             kind = self._by_type[id(of)] = _kind(of)
             self._types.append(of)
         return kind
+
+    def without_known_skip(self, values: list[Any]) -> list[Any]:
+        """Return the objects without those, most of all, whose type is known to be skipped."""
+        by_type = self._by_type
+        return [each for each in values if by_type.get(id(type(each))) != SKIP]
 
 
 def _kind(of: type) -> int:

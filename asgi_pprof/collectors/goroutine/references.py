@@ -91,6 +91,12 @@ def referents(value: Any) -> list[Any]:
     return gc.get_referents(value)
 
 
+def is_empty(value: Any) -> bool:
+    """Return whether an object is a list, dict or the like without items."""
+    length = _LENGTHS.get(id(type(value)))
+    return length is not None and not length(value)
+
+
 def _is_running(generator: Any) -> bool:
     if type(generator) is CoroutineType:
         return bool(generator.cr_running)
