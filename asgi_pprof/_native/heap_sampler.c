@@ -17,9 +17,9 @@
 #include "unwinder.h"
 
 #define SMALL 512 /* pymalloc serves sizes up to this, in classes of 16 bytes */
-#define NAMES_MIB 16 /* some 20,000 functions */
-#define STACK_SLOTS (1u << 16)
-#define STACK_UNITS (1u << 19) /* 8 MiB of address space: some 40,000 stacks */
+#define NAMES_MIB 8 /* some 10,000 functions */
+#define STACK_SLOTS (1u << 15)
+#define STACK_UNITS (1u << 18) /* 4 MiB of address space: some 20,000 stacks */
 
 /* Stacks, and the names of their places. There are two tables: when one is nearly full, the stacks
    that are still needed are moved to the other. */
