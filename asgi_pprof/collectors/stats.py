@@ -44,6 +44,7 @@ from asgi_pprof.encoders.prometheus import Figure, figures_text, label_value, qu
 from asgi_pprof.offload import run_in_thread, yield_gil
 from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.loops import running_loops
+from asgi_pprof.runtime.memory import Memory, MemoryReader
 from asgi_pprof.runtime.pools import Pool, Task, Workers, default_limiter, limiter_pool
 from asgi_pprof.runtime.proc import proc_status
 from asgi_pprof.runtime.task_records import update_wait
@@ -70,6 +71,15 @@ NAMES = (
     "process_resident_memory_bytes",
     "process_virtual_memory_bytes",
     "process_threads",
+    "process_resident_memory_part_bytes",
+    "python_memstats_heap_alloc_bytes",
+    "python_memstats_heap_inuse_bytes",
+    "python_memstats_heap_idle_bytes",
+    "python_memstats_heap_released_bytes",
+    "python_memstats_heap_sys_bytes",
+    "python_memstats_heap_objects",
+    "python_memstats_stack_inuse_bytes",
+    "python_memstats_stack_sys_bytes",
     "asgi_pprof_memory_bytes",
 )
 """All names, in the order of their lines."""
@@ -156,6 +166,7 @@ class Stats:
         self._own_memory = own_memory
         self._clock = clock
         self._tasks = TaskList()
+        self._memory = MemoryReader()
 
     async def text(self) -> str:
         """Return all figures that are known now, a line each."""
@@ -173,6 +184,7 @@ class Stats:
                 *_gc_figures(self._gc_pauses),
                 *_process_figures(),
                 Figure("asgi_pprof_memory_bytes", (), self._own_memory()),
+                *_memory_figures(self._memory.read()),
             ]
             return figures_text(figures, NAMES)
 
@@ -317,3 +329,24 @@ def _process_figures() -> Iterator[Figure]:
     for field, name in _STATUS.items():
         if field in status:
             yield Figure(name, (), status[field])
+
+
+def _memory_figures(memory: Memory) -> Iterator[Figure]:
+    for part, size in memory.parts.items():
+        if size:
+            yield Figure("process_resident_memory_part_bytes", (("part", part),), size)
+    figures = {
+        "stack_inuse_bytes": memory.stack_inuse,
+        "stack_sys_bytes": memory.stack_system,
+    }
+    if not memory.unknown:
+        figures |= {
+            "heap_alloc_bytes": memory.alloc,
+            "heap_inuse_bytes": memory.inuse,
+            "heap_idle_bytes": memory.idle,
+            "heap_released_bytes": memory.released,
+            "heap_sys_bytes": memory.system,
+            "heap_objects": memory.objects,
+        }
+    for name, value in figures.items():
+        yield Figure(f"python_memstats_{name}", (), value)
