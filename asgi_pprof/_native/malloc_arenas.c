@@ -61,7 +61,7 @@ is_bin(uintptr_t bin, uintptr_t next, uintptr_t previous)
 {
     uintptr_t head = head_of(bin);
     Chunk first, last;
-    if (next == head || previous == head || (next | previous) % (2 * sizeof(size_t)) != 0) {
+    if (next == head || previous == head || next < 4096 || (next | previous) % 16 != 0) {
         return next == head && previous == head;
     }
     return copy(next, &first, sizeof first) && first.previous == head &&
@@ -142,45 +142,42 @@ find_mapped_bytes(void)
     return counter;
 }
 
-/* Find malloc's structures, which a thread that uses malloc meanwhile may prevent. */
+/*
+ * Find malloc's structures, in about a millisecond. With the GIL, so that no other Python thread
+ * uses malloc: its lists must not change meanwhile.
+ */
 static bool
 find(void)
 {
-    if (!found.known && found.searches < SEARCHES && gnu_get_libc_version != NULL) {
+    for (int i = 0; i < TRIES && !found.known && found.searches < SEARCHES; i++) {
         found.searches++;
-        Py_BEGIN_ALLOW_THREADS
-        if (found.bins == 0 && dl_iterate_phdr(find_data, NULL)) {
+        if (gnu_get_libc_version != NULL && dl_iterate_phdr(find_data, NULL)) {
             found.bins = find_bins(found.data, found.data_size);
+            found.mapped_bytes = found.bins != 0 ? find_mapped_bytes() : NULL;
+            found.known = found.mapped_bytes != NULL;
         }
-        Py_END_ALLOW_THREADS
-        /* With the GIL, so that no other Python thread uses malloc. */
-        found.mapped_bytes = found.bins != 0 ? find_mapped_bytes() : NULL;
-        found.known = found.mapped_bytes != NULL;
     }
     return found.known;
 }
 
-/* Follow one list. Return false if it was changed on the way. */
+/* Add the chunks of one list. Return false, and what was counted, if it changed on the way. */
 static bool
 walk_bin(Walk *walk, uintptr_t bin)
 {
     Chunk chunk;
     uintptr_t head = head_of(bin), at = head;
-    uint64_t bytes = 0;
-    uint32_t left = walk->left;
     if (!copy(bin, &chunk.next, 2 * sizeof chunk.next)) {
         return false;
     }
-    for (; chunk.previous != head && left != 0; left--) {
+    while (chunk.previous != head && walk->left != 0) {
         uintptr_t behind = at;
         at = chunk.previous;
         if (!copy(at, &chunk, sizeof chunk) || chunk.next != behind) {
             return false;
         }
-        bytes += chunk.size & ~(uintptr_t)FLAGS;
+        walk->free_bytes += chunk.size & ~(uintptr_t)FLAGS;
+        walk->left--;
     }
-    walk->free_bytes += bytes;
-    walk->left = left;
     return true;
 }
 
@@ -193,11 +190,18 @@ walk_arena(Walk *walk, uintptr_t first_bin)
         walk->free_bytes += last.size & ~(uintptr_t)FLAGS;
     }
     for (uintptr_t i = 0; i < BINS; i++) {
+        Walk best = *walk;
         for (int tries = 0; tries < TRIES; tries++) {
-            if (walk_bin(walk, first_bin + i * 2 * sizeof(uintptr_t))) {
+            Walk part = *walk;
+            bool complete = walk_bin(&part, first_bin + i * 2 * sizeof(uintptr_t));
+            if (complete || part.free_bytes > best.free_bytes) {
+                best = part;
+            }
+            if (complete) {
                 break;
             }
         }
+        *walk = best;
     }
 }
 
