@@ -240,7 +240,7 @@ resource.setrlimit(resource.RLIMIT_STACK, (size, resource.getrlimit(resource.RLI
 threading.stack_size(size)
 before = read_memory()
 ended = threading.Event()
-threads = [threading.Thread(target=ended.wait) for _ in range(20)]
+threads = [threading.Thread(target=ended.wait, daemon=True) for _ in range(20)]
 for thread in threads: thread.start()
 until_more(20)
 for _ in range(5): _thread.start_new_thread(ended.wait, ())
@@ -269,7 +269,7 @@ def test_neighbours_without_a_guard_page_between_them_are_told_apart():
     try:
         apart = thread_stacks(writable_mappings())
         *stacks, main = apart
-        all_stacks = Range(stacks[0].start, stacks[-1].end)
+        all_stacks = Range(stacks[0].start - 100 * MB, stacks[-1].end)
         united = [Mapping(all_stacks, ""), Mapping(main, "[stack]")]
         together = thread_stacks(united)
         assert sum(each.size for each in together) == pytest.approx(
