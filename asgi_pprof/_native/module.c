@@ -16,7 +16,7 @@
  *   malloc_arenas: layout
  *   small_blocks:  layout
  *   threads:       layout
- *   gc_timer:      clocks layout
+ *   gc_timer:      clocks layout lists
  *   labels:        layout reader store
  *   names:         layout reader store
  *   hooks:         blocks layout threads

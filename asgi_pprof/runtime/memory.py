@@ -15,10 +15,10 @@ Source: runtime/mstats.go; Linux, proc(5), /proc/pid/status.
 
 from __future__ import annotations
 
-import threading
 import time
 from dataclasses import dataclass
 
+from asgi_pprof.forks import Renewed
 from asgi_pprof.native.core import native
 from asgi_pprof.runtime.malloc import Malloc, first_heaps, read_malloc
 from asgi_pprof.runtime.mappings import resident_bytes, writable_mappings
@@ -155,13 +155,15 @@ def _parts(
     return {name: parts[name] for name in RESIDENT_PARTS}
 
 
-class MemoryReader:
+class MemoryReader(Renewed):
     """Reads the memory for those who ask often."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._last: Memory | None = None
-        self._until_s = 0.0
+        super().__init__()
+        self._renew_after_fork()
+
+    def _renew_after_fork(self) -> None:
+        self._kept: tuple[Memory, float] | None = None  # and until when
 
     def read(self) -> Memory:
         """
@@ -170,10 +172,12 @@ class MemoryReader:
         Where that takes more than 0.1 s of CPU time, the answer is kept for as long as
         makes it less than 1 % of a CPU.
         """
-        with self._lock:
-            if self._last is None or time.monotonic() >= self._until_s:
-                start_s = time.thread_time()
-                self._last = read_memory()
-                used_s = time.thread_time() - start_s
-                self._until_s = time.monotonic() + (used_s / _SHARE if used_s > _LONG_S else 0)
-            return self._last
+        kept = self._kept
+        if kept is not None and time.monotonic() < kept[1]:
+            return kept[0]
+        start_s = time.thread_time()
+        memory = read_memory()
+        used_s = time.thread_time() - start_s
+        kept_s = used_s / _SHARE if used_s > _LONG_S else 0
+        self._kept = memory, time.monotonic() + kept_s
+        return memory
