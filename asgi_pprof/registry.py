@@ -15,7 +15,7 @@ from asgi_pprof.collectors.custom import custom_profiles
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.collectors.goroutine.leak_collector import LeakCollector
 from asgi_pprof.collectors.heap.collector import HeapCollector
-from asgi_pprof.collectors.heap.memstats import mem_stats_text, read_mem_stats
+from asgi_pprof.collectors.heap.memstats import mem_stats, mem_stats_text
 from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.collectors.heap.tracing import Peaks
 from asgi_pprof.collectors.stall.collector import StallCollector
@@ -32,6 +32,7 @@ from asgi_pprof.recorders import (
     stall_watch,
     thread_starts,
 )
+from asgi_pprof.runtime.memory import read_memory
 
 
 def _as_taken(profile: Profile) -> Profile:
@@ -39,9 +40,10 @@ def _as_taken(profile: Profile) -> Profile:
 
 
 def _heap_text(name: str, profile: Profile) -> Iterator[str]:
-    live_bytes = scale_sampled(profile).total("inuse_space")
-    stats = read_mem_stats(gc_pauses, live_bytes, heap_sampler.counters())
-    return heap_text(profile, mem_stats_text(stats))
+    sampled_bytes = scale_sampled(profile).total("inuse_space")
+    memory = read_memory()
+    stats = mem_stats(memory, gc_pauses, sampled_bytes, heap_sampler.counters())
+    return heap_text(profile, mem_stats_text(stats, memory.unknown))
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,7 @@ import uvloop
 from hypothesis import settings
 
 from asgi_pprof.collectors.custom import custom_profiles
-from asgi_pprof.collectors.heap.memstats import read_mem_stats
-from asgi_pprof.recorders import gc_pauses
+from asgi_pprof.runtime.malloc import _mallinfo2
 from asgi_pprof.runtime.tasks import TaskList, alive
 from tests.servers import ServerProcess, serve_process
 from tests.state import clock_timers, process_state
@@ -76,7 +75,7 @@ def _first_uses_are_over():
     """Let uvloop and ctypes open the descriptor that they keep from their first use."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(asyncio.sleep(0))
-    read_mem_stats(gc_pauses)
+    _mallinfo2()
 
 
 @pytest.hookimpl(trylast=True)

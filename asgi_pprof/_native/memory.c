@@ -4,10 +4,10 @@
 #include <pthread.h>
 #include <stdint.h>
 #include <sys/mman.h>
-#include <unistd.h>
+
+#include "pages.h"
 
 #define MAX_MAPPINGS 256 /* more are not counted; the tables and 16,384 threads need 80 */
-#define PAGES 4096       /* pages whose state is requested at a time */
 
 static struct {
     char *start;
@@ -49,31 +49,14 @@ memory_unmap(void *memory, size_t size)
     pthread_mutex_unlock(&mutex);
 }
 
-static size_t
-resident_in(char *start, size_t size, size_t page)
-{
-    static unsigned char pages[PAGES];
-    size_t resident = 0;
-    for (size_t at = 0; at < size; at += PAGES * page) {
-        size_t length = size - at < PAGES * page ? size - at : PAGES * page;
-        size_t count = (length + page - 1) / page;
-        if (mincore(start + at, length, pages) == 0) {
-            for (size_t i = 0; i < count; i++) {
-                resident += pages[i] & 1;
-            }
-        }
-    }
-    return resident * page;
-}
-
 size_t
 memory_resident(void)
 {
-    size_t resident = 0, page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t resident = 0;
     pthread_mutex_lock(&mutex);
     for (int i = 0; i < MAX_MAPPINGS; i++) {
         if (mappings[i].start != NULL) {
-            resident += resident_in(mappings[i].start, mappings[i].size, page);
+            resident += pages_resident(mappings[i].start, mappings[i].size);
         }
     }
     pthread_mutex_unlock(&mutex);

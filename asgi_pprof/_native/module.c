@@ -7,13 +7,16 @@
  *
  *   clocks:
  *   layout:
- *   memory:
+ *   pages:
+ *   memory:        pages
  *   reader:
  *   blocks:        memory
  *   store:         memory
  *   lists:         layout
+ *   malloc_arenas: layout
+ *   small_blocks:  layout
  *   threads:       layout
- *   gc_timer:      clocks layout
+ *   gc_timer:      clocks layout lists
  *   labels:        layout reader store
  *   names:         layout reader store
  *   hooks:         blocks layout threads
@@ -23,7 +26,8 @@
  *   cpu_sampler:   clocks labels layout lists memory names reader store unwinder
  *   buckets:       labels memory
  *   heap_sampler:  blocks buckets hooks labels layout lists names reader store unwinder
- *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels memory names reader
+ *   module:        asyncio_state cpu_sampler frames gc_timer heap_sampler labels malloc_arenas
+ *                  memory names pages reader small_blocks
  */
 #include "asyncio_state.h"
 #include "cpu_sampler.h"
@@ -32,8 +36,11 @@
 #include "heap_sampler.h"
 #include "labels.h"
 #include "memory.h"
+#include "malloc_arenas.h"
 #include "names.h"
+#include "pages.h"
 #include "reader.h"
+#include "small_blocks.h"
 
 #include <pthread.h>
 
@@ -251,6 +258,52 @@ native_size_class(PyObject *Py_UNUSED(module), PyObject *argument)
 }
 
 static PyObject *
+native_small_blocks(PyObject *Py_UNUSED(module), PyObject *args)
+{
+#if SMALL_BLOCKS_IN_STEPS
+    unsigned int first, limit;
+    return PyArg_ParseTuple(args, "II", &first, &limit) ? small_blocks_read(first, limit) : NULL;
+#else
+    return PyArg_ParseTuple(args, "") ? small_blocks_text() : NULL;
+#endif
+}
+
+static PyObject *
+native_malloc_arenas(PyObject *Py_UNUSED(module), PyObject *args)
+{
+    const char *candidates;
+    Py_ssize_t size;
+    unsigned int limit;
+    if (!PyArg_ParseTuple(args, "y#I", &candidates, &size, &limit)) {
+        return NULL;
+    }
+    return malloc_arenas_read((const uint64_t *)candidates, (size_t)size / sizeof(uint64_t),
+                              limit);
+}
+
+static PyObject *
+native_resident_bytes(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    char *bounds;
+    Py_ssize_t size;
+    if (PyBytes_AsStringAndSize(argument, &bounds, &size) < 0) {
+        return NULL;
+    }
+    PyObject *result = PyBytes_FromStringAndSize(NULL, size / 2);
+    if (result == NULL) {
+        return NULL;
+    }
+    const uintptr_t *bound = (const uintptr_t *)bounds;
+    uint64_t *resident = (uint64_t *)PyBytes_AS_STRING(result);
+    Py_BEGIN_ALLOW_THREADS
+    for (size_t i = 0; i < (size_t)size / (2 * sizeof *bound); i++) {
+        resident[i] = pages_resident((const void *)bound[2 * i], bound[2 * i + 1] - bound[2 * i]);
+    }
+    Py_END_ALLOW_THREADS
+    return result;
+}
+
+static PyObject *
 native_marked_labels(NO_ARGUMENTS)
 {
     return labels_marked();
@@ -334,6 +387,21 @@ static PyMethodDef methods[] = {
      PyDoc_STR("The resident bytes of all tables of the C core.")},
     {"size_class", native_size_class, METH_O,
      PyDoc_STR("size_class(size) -> largest size of its class")},
+    {"small_blocks", native_small_blocks, METH_VARARGS,
+#if SMALL_BLOCKS_IN_STEPS
+     PyDoc_STR("small_blocks(first, limit) -> (next arena or 0, larger blocks, bytes of native"
+               " uint64: bytes of these arenas, ever used, in pools with blocks, blocks by size"
+               " class); None without pymalloc")},
+#else
+     PyDoc_STR("small_blocks() -> the text of sys._debugmallocstats()")},
+#endif
+    {"malloc_arenas", native_malloc_arenas, METH_VARARGS,
+     PyDoc_STR("malloc_arenas(candidates, limit) -> (free bytes, bytes in mapped blocks, whether"
+               " all free chunks were counted, starts and sizes of heaps); None if they are not"
+               " known")},
+    {"resident_bytes", native_resident_bytes, METH_O,
+     PyDoc_STR("resident_bytes(ranges) -> how many bytes of each are in RAM; both are bytes of"
+               " native uint64, the ranges' starts and ends")},
     {"marked_labels", native_marked_labels, METH_NOARGS,
      PyDoc_STR("Living label sets that CPU samples may have.")},
     {"learn_tasks", native_learn_tasks, METH_O,

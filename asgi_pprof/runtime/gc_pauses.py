@@ -11,7 +11,11 @@ Source: runtime/mstats.go, PauseNs and PauseEnd; CPython, gc.callbacks.
 from __future__ import annotations
 
 import gc
+import itertools
 import time
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
 from types import CodeType
 from typing import Any, Protocol
 
@@ -19,6 +23,16 @@ from asgi_pprof.native.core import native
 from asgi_pprof.recorder import Recorder
 
 _RING = 256  # as Go's PauseNs and PauseEnd
+
+
+_GENERATIONS = 3
+_SLOT_NS = 10_000_000_000
+_SLOTS = 7  # the last minute, and the slot that is being filled
+_DIVISION_BITS = 3  # each doubling of a duration has eight buckets
+
+Recent = tuple[int, list[tuple[int, int]]]
+"""The longest pause of one generation, and how many there were by nanoseconds, rounded up
+by an eighth at most, shortest first."""
 
 
 class Timer(Protocol):
@@ -44,6 +58,9 @@ class Timer(Protocol):
     def pauses(self) -> tuple[tuple[int, int], ...]:
         """Return the last 256 as (nanoseconds, end by `time.time_ns`), a ring as Go's."""
 
+    def recent(self) -> list[Recent]:
+        """Return the pauses of the last minute, by generation."""
+
 
 class PythonTimer:
     """The timer for when there is no C core."""
@@ -54,6 +71,7 @@ class PythonTimer:
         self.last_end_ns = 0
         self._started_ns = 0
         self._pauses = [(0, 0)] * _RING
+        self._slots: list[dict[int, _Slot]] = [{} for _ in range(_GENERATIONS)]
 
     def begin(self, count: int) -> None:
         self.count = count
@@ -68,11 +86,48 @@ class PythonTimer:
             self.last_end_ns = time.time_ns()
             self._pauses[self.count % _RING] = pause_ns, self.last_end_ns
             self.total_ns += pause_ns
+            self._add_recent(info.get("generation"), pause_ns)
         self.count += 1
         self._started_ns = 0
 
+    def _add_recent(self, generation: object, pause_ns: int) -> None:
+        if not isinstance(generation, int) or not 0 <= generation < _GENERATIONS:
+            return
+        number, slots = time.perf_counter_ns() // _SLOT_NS, self._slots[generation]
+        if number not in slots:
+            slots[number] = _Slot()
+            slots.pop(number - _SLOTS, None)
+        slots[number].add(pause_ns)
+
     def pauses(self) -> tuple[tuple[int, int], ...]:
         return tuple(self._pauses)
+
+    def recent(self) -> list[Recent]:
+        first = time.perf_counter_ns() // _SLOT_NS - _SLOTS + 1
+        return [
+            _sum([slot for number, slot in slots.copy().items() if number >= first])
+            for slots in self._slots
+        ]
+
+
+class _Slot:
+    """The pauses of one generation in one slot of time."""
+
+    def __init__(self) -> None:
+        self.longest_ns = 0
+        self.counts: Counter[int] = Counter()
+
+    def add(self, pause_ns: int) -> None:
+        unit = 1 << max(pause_ns.bit_length() - 1 - _DIVISION_BITS, 0)
+        self.counts[(pause_ns // unit + 1) * unit] += 1
+        self.longest_ns = max(self.longest_ns, pause_ns)
+
+
+def _sum(slots: list[_Slot]) -> Recent:
+    counts: Counter[int] = Counter()
+    for slot in slots:
+        counts.update(slot.counts.copy())
+    return max((slot.longest_ns for slot in slots), default=0), sorted(counts.items())
 
 
 def is_timing(code: CodeType) -> bool:
@@ -133,6 +188,23 @@ class GcPauses(Recorder):
         It is a ring: the latest is at (count + 255) % 256. Unused entries are zeros.
         """
         return self._timer.pauses()
+
+    def quantiles(self, shares: Sequence[float]) -> dict[int, list[int]]:
+        """
+        Return quantiles of the pauses of the last 60 to 70 seconds, by generation.
+
+        They are in nanoseconds, rounded up by an eighth at most; the longest is exact.
+        Generations that were not collected are left out.
+        """
+        found = {}
+        for generation, (longest_ns, counts) in enumerate(self._timer.recent()):
+            total = sum(count for _, count in counts)
+            if total:
+                ends = list(itertools.accumulate(count for _, count in counts))
+                found[generation] = [
+                    min(counts[bisect_left(ends, share * total)][0], longest_ns) for share in shares
+                ]
+        return found
 
     def collect(self) -> None:
         """Collect all generations now, as `?gc=1` asks."""

@@ -12,6 +12,7 @@ import pytest
 
 from asgi_pprof.collectors.cpu import native_engine as cpu_native
 from tests import apps, official
+from tests.programs import run_program
 from tests.servers import ask, leaving_client, serve, serve_process, until
 
 pytestmark = pytest.mark.server
@@ -270,6 +271,87 @@ def test_seconds_delta_of_goroutines_shows_the_new_ones(any_shop):
     changes = {stack[0]: values for stack, values, _ in samples(official.parse(answer.body))}
     assert changes["asyncio.locks.Event.wait"] == [1]
     assert answer.headers["content-disposition"] == 'attachment; filename="goroutine-delta"'
+
+
+def mem_stats(text):
+    """Return the numbers of the trailer by name."""
+    trailer = text[text.index("# runtime.MemStats\n") :]
+    return {name: int(value) for name, value in re.findall(r"^# (\w+) = (\d+)$", trailer, re.M)}
+
+
+@pytest.mark.parametrize("name", ["heap", "allocs"])
+def test_memory_that_a_service_keeps_is_in_its_memstats(any_shop, name):
+    """Both texts have them, as in Go; 20 MB are in use, and then they are idle or given back."""
+
+    def read():
+        found = mem_stats(any_shop.get(f"{name}?debug=1").text)
+        assert found["Alloc"] == found["HeapAlloc"] <= found["HeapInuse"] <= found["HeapSys"]
+        assert found["HeapInuse"] + found["HeapIdle"] == found["HeapSys"]
+        assert found["HeapReleased"] <= found["HeapIdle"]
+        parts = (size for part, size in found.items() if re.match("RSS.", part))
+        assert sum(parts) == found["RSS"] <= found["Sys"] + found["RSSMappedFiles"]
+        return found
+
+    any_shop.visit("/forget")
+    before = read()
+    assert before["HeapAlloc"] > 10_000_000  # an idle service is not empty
+    any_shop.visit("/keep")
+    any_shop.visit("/keep")
+    kept = read()["HeapAlloc"] - before["HeapAlloc"]
+    assert kept == pytest.approx(20 * 2**20, rel=0.05)
+    assert abs(gauges(any_shop)["python_memstats_heap_alloc_bytes"] - read()["HeapAlloc"]) < 2**20
+    any_shop.visit("/forget")
+    assert read()["HeapAlloc"] - before["HeapAlloc"] < kept / 10
+
+
+def gauges(shop):
+    """Return the figures of `stats`."""
+    lines = shop.get("stats").text.splitlines()
+    return {name: float(value) for name, value in (line.split() for line in lines)}
+
+
+def test_resident_memory_in_stats_is_that_of_memstats(any_shop):
+    """It has the same parts, and their sum is the whole."""
+    found, now = gauges(any_shop), mem_stats(any_shop.get("heap?debug=1").text)
+    parts = {
+        name: value
+        for name, value in found.items()
+        if name.startswith("process_resident_memory_part_bytes")
+    }
+    total = found["process_resident_memory_bytes"]
+    assert sum(parts.values()) == pytest.approx(total, abs=2 * 2**20)
+    for part, field in (("python_heap", "RSSPythonHeap"), ("mapped_files", "RSSMappedFiles")):
+        value = parts[f'process_resident_memory_part_bytes{{part="{part}"}}']
+        assert value == pytest.approx(now[field], abs=4 * 2**20)
+
+
+def test_asking_for_figures_of_memory_does_not_start_the_sampler():
+    """With a rate of 0 it is off, and stays off; MemStats and stats have the heap all the same."""
+    run_program(
+        """
+        import asyncio
+        from asgi_pprof import PprofApp
+        from asgi_pprof.native.core import native
+
+        async def ask(path, query):
+            sent = []
+            async def send(message): sent.append(message.get("body", b""))
+            async def receive(): await asyncio.Event().wait()
+            scope = {"type": "http", "method": "GET", "path": path, "query_string": query,
+                     "headers": [(b"host", b"localhost")], "client": ("127.0.0.1", 1)}
+            await app(scope, receive, send)
+            return b"".join(sent)
+
+        app = PprofApp(memory_profile_rate=0)
+        for path in ("/heap", "/allocs"):
+            text = asyncio.run(ask(path, b"debug=1"))
+            assert b"# HeapAlloc = 0\\n" not in text, text
+            assert b"# HeapSampled = 0\\n" in text, text
+        assert b"python_memstats_heap_alloc_bytes" in asyncio.run(ask("/stats", b""))
+        assert not native or not native.heap_stats()["rate"]
+        app.close()
+        """
+    )
 
 
 def test_the_gc_parameter_collects_for_heap_only(any_shop):

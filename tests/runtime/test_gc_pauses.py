@@ -75,6 +75,51 @@ def test_the_ring_holds_the_last_256(timed):
     assert timed.total_ns > sum(pause_ns for pause_ns, _ in pauses)
 
 
+def test_a_long_pause_is_remembered_for_a_minute(timed, monkeypatch):
+    """Short collections of the youngest generation do not take its place; each has its own."""
+    garbage = [[i] for i in range(300_000)]
+    timed.enable()
+    gc.disable()
+    try:
+        gc.collect()
+        full_ns, _ = latest(timed)
+        for _ in range(RING + 10):
+            gc.collect(0)
+        young_ns = [pause_ns for pause_ns, _ in timed.pauses()]
+    finally:
+        gc.enable()
+        timed.disable()
+    del garbage
+    found = timed.quantiles([0.5, 1.0])
+    assert found[2] == [full_ns, full_ns]
+    assert max(young_ns) <= found[0][1] < full_ns
+    median_ns = sorted(young_ns)[len(young_ns) // 2]
+    assert median_ns / 2 < found[0][0] < median_ns * 2
+
+
+def test_quantiles_are_rounded_up_by_an_eighth_at_most(timer):
+    """The durations here are 100 us at least, of which the resolution is far below an eighth."""
+    for delay_s in (0.0001, 0.0003, 0.001, 0.01):
+        timer("start", {"generation": 1})
+        time.sleep(delay_s)
+        timer("stop", {"generation": 1})
+    true_ns = [pause_ns for pause_ns, _ in timer.pauses() if pause_ns]
+    timed = GcPauses(timer)
+    assert list(timed.quantiles([1.0])) == [1]
+    found_ns = timed.quantiles([0.25, 0.5, 0.75, 1.0])[1]
+    assert found_ns[-1] == max(true_ns)
+    for true, found in zip(sorted(true_ns), found_ns, strict=True):
+        assert true <= found <= true * 9 / 8 + 1
+
+
+@pytest.mark.parametrize("info", [{}, {"generation": "x"}, {"generation": 3}, {"generation": -1}])
+def test_a_collection_of_no_known_generation_is_in_the_total_alone(timer, info):
+    timer("start", info)
+    timer("stop", info)
+    assert timer.total_ns > 0
+    assert GcPauses(timer).quantiles([1.0]) == {}
+
+
 def test_arguments_of_the_timer(timer):
     """It accepts only `gc`'s arguments, and only the phase "start" starts a pause."""
     timer.begin(7)

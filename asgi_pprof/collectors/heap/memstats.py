@@ -1,12 +1,12 @@
 """
-runtime.MemStats, filled with what CPython and the system know.
+runtime.MemStats, filled with what CPython, its C library and the system know.
 
-docs/profiles.md gives the source of each field. A field that CPython has nothing for
-is 0. Pauses of the garbage collector are timed by `gc.callbacks` while a middleware
-lives, which costs well under 1 us per collection.
+docs/profiles.md gives the source of each field. A field for which there is nothing is
+0. Nothing is switched on for it. Pauses of the garbage collector are timed by
+`gc.callbacks` while a middleware lives, which costs well under 1 us per collection.
 
 Source: runtime/mstats.go; runtime/pprof, writeHeapInternal; CPython, gc and
-sys documentation; mallinfo(3), proc(5).
+sys documentation.
 """
 
 from __future__ import annotations
@@ -14,12 +14,20 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from asgi_pprof.runtime.gc_pauses import GcPauses
-from asgi_pprof.runtime.libraries import ctypes, resource
-from asgi_pprof.runtime.proc import proc_status
+from asgi_pprof.runtime.libraries import resource
+from asgi_pprof.runtime.memory import (
+    MALLOC,
+    MAPPED_FILES,
+    OTHER,
+    PROFILER,
+    PYTHON_HEAP,
+    THREAD_STACKS,
+    Memory,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,46 +39,64 @@ class AllocationCounters:
     total_bytes: int
 
 
-MemStats = Mapping[str, int | float | tuple[int, ...]]
+_Value = int | float | tuple[int, ...] | tuple[tuple[int, int, int], ...]
+MemStats = Mapping[str, _Value]
 """The fields of Go's runtime.MemStats in its order, then DebugGC and MaxRSS, which Go
-prints too, and RSS, which is ours; in bytes unless the name says otherwise."""
+prints too, and ours; in bytes unless the name says otherwise."""
+
+_RSS_PARTS = {
+    "RSSPythonHeap": PYTHON_HEAP,
+    "RSSMalloc": MALLOC,
+    "RSSThreadStacks": THREAD_STACKS,
+    "RSSMappedFiles": MAPPED_FILES,
+    "RSSProfiler": PROFILER,
+    "RSSOther": OTHER,
+}
 
 
-def read_mem_stats(
-    gc_pauses: GcPauses, live_bytes: int = 0, counters: AllocationCounters | None = None
+def mem_stats(
+    memory: Memory,
+    gc_pauses: GcPauses,
+    sampled_bytes: int = 0,
+    counters: AllocationCounters | None = None,
 ) -> MemStats:
     """
-    Return the current numbers; takes some hundred us, on any thread.
+    Return the fields.
 
     Args:
+        memory: What the process has.
         gc_pauses: The timer of garbage collections.
-        live_bytes: The live bytes of a heap profile.
+        sampled_bytes: The live bytes of a heap profile.
         counters: Those of the native heap sampler, if it is on.
     """
-    malloc, status, pauses = _mallinfo(), proc_status(), gc_pauses.pauses()
+    pauses = gc_pauses.pauses()
     counters = counters or AllocationCounters(0, 0, 0)
+    tables = memory.tables + (
+        tracemalloc.get_tracemalloc_memory() if tracemalloc.is_tracing() else 0
+    )
+    known = memory.system + memory.stack_system + tables
     return {
-        "Alloc": live_bytes,
+        "Alloc": memory.alloc,
         "TotalAlloc": counters.total_bytes,
-        "Sys": status.get("VmData", 0) + status.get("VmStk", 0),
+        "Sys": max(memory.mapped, known),
         "Lookups": 0,
         "Mallocs": counters.mallocs,
         "Frees": counters.frees,
-        "HeapAlloc": live_bytes,
-        "HeapSys": malloc["arena"] + malloc["hblkhd"],
-        "HeapIdle": malloc["fordblks"],
-        "HeapInuse": malloc["uordblks"] + malloc["hblkhd"],
-        "HeapReleased": 0,
-        "HeapObjects": sys.getallocatedblocks(),
-        "StackInuse": status.get("VmStk", 0),
-        "StackSys": status.get("VmStk", 0),
+        "HeapAlloc": memory.alloc,
+        "HeapSys": memory.system,
+        "HeapIdle": memory.idle,
+        "HeapInuse": memory.inuse,
+        "HeapReleased": memory.released,
+        "HeapObjects": memory.objects,
+        "StackInuse": memory.stack_inuse,
+        "StackSys": memory.stack_system,
         "MSpanInuse": 0,
         "MSpanSys": 0,
         "MCacheInuse": 0,
         "MCacheSys": 0,
-        "BuckHashSys": tracemalloc.get_tracemalloc_memory() if tracemalloc.is_tracing() else 0,
+        "BuckHashSys": tables,
         "GCSys": 0,
-        "OtherSys": 0,
+        "OtherSys": max(0, memory.mapped - known),
         "NextGC": 0,
         "LastGC": gc_pauses.last_end_ns,
         "PauseTotalNs": gc_pauses.total_ns,
@@ -79,10 +105,13 @@ def read_mem_stats(
         "NumGC": sum(generation["collections"] for generation in gc.get_stats()),
         "NumForcedGC": gc_pauses.forced,
         "GCCPUFraction": gc_pauses.cpu_fraction(),
-        "BySize": (),
+        # CPython counts the blocks that live, and not those that have been freed.
+        "BySize": tuple((size, count, 0) for size, count in memory.by_size),
         "DebugGC": gc.get_debug() != 0,
         "MaxRSS": _max_rss(),
-        "RSS": status.get("VmRSS", 0),
+        "RSS": memory.resident,
+        **{name: memory.parts[part] for name, part in _RSS_PARTS.items()},
+        "HeapSampled": sampled_bytes,
     }
 
 
@@ -93,9 +122,13 @@ _GO_PRINTS = (
 ).split()
 
 
-def mem_stats_text(stats: MemStats) -> str:
+def mem_stats_text(stats: MemStats, unknown: Iterable[str] = ()) -> str:
     """
     Return the trailer of heap?debug=1: Go's lines in Go's order, then the other fields.
+
+    Args:
+        stats: The fields.
+        unknown: What they leave out; a line each at the end.
 
     Source: runtime/pprof, writeHeapInternal.
     """
@@ -107,6 +140,7 @@ def mem_stats_text(stats: MemStats) -> str:
         else:  # Go prints these two as a pair
             lines.append(f"# {name} = {left.pop(f'{name}Inuse')} / {left.pop(f'{name}Sys')}")
     lines += (f"# {name} = {_text(value)}" for name, value in left.items())
+    lines += (f"# heap: {each}" for each in unknown)
     return "\n".join(lines) + "\n"
 
 
@@ -114,27 +148,12 @@ def _text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{' '.join(map(str, value))}]"
+        return f"[{' '.join(map(_element, value))}]"
     return str(value)
 
 
-_MALLINFO2 = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
-
-if ctypes is not None:
-
-    class _Mallinfo2(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in _MALLINFO2]
-
-
-def _mallinfo() -> dict[str, int]:
-    """Return the fields of glibc's mallinfo2; all are 0 with another C library."""
-    try:
-        mallinfo2 = ctypes.CDLL(None).mallinfo2
-    except (AttributeError, OSError, TypeError):
-        return dict.fromkeys(_MALLINFO2, 0)
-    mallinfo2.restype = _Mallinfo2
-    info = mallinfo2()
-    return {name: getattr(info, name) for name in _MALLINFO2}
+def _element(value: object) -> str:
+    return f"{{{' '.join(map(str, value))}}}" if isinstance(value, tuple) else str(value)
 
 
 def _max_rss() -> int:

@@ -15,7 +15,7 @@ creates ints), a request less than can be measured. Memory is bounded; samples f
 which there is no room are counted as lost.
 
 What it misses: the "raw" domain and the memory of C libraries (numpy's buffers,
-parsers, TLS), which only RSS includes; objects that CPython takes from its free
+parsers, TLS), which only MemStats includes; objects that CPython takes from its free
 lists (some ints, tuples, frames), which are not allocations; all earlier allocations.
 
 Source: asgi_pprof/_native/heap_sampler.c; runtime/mprof.go.

@@ -247,6 +247,55 @@ def test_counters_outlive_their_threads_and_never_fall(rate):
         heap_sampler.disable()
 
 
+FAILING = {
+    "malloc": "bytearray(2**62)",
+    "calloc": "bytes(2**62)",
+    "realloc": "array.extend(Wide(2**58))",
+    "malloc below the limit": "bytearray(300 * MB)",
+    "calloc below the limit": "bytes(300 * MB)",
+    "realloc below the limit": "array.extend(Wide(300 * MB // 8))",
+}
+
+
+@pytest.mark.parametrize("rate", [1, 512 * 1024, 2**62])
+@pytest.mark.parametrize("code", FAILING.values(), ids=FAILING.keys())
+def test_allocations_that_fail_are_not_counted(code, rate):
+    """No memory has been allocated, nor has the block that was to be resized been freed."""
+    run_program(
+        f"""
+        import resource
+        from asgi_pprof.recorders import heap_sampler
+
+        MB = 2**20
+        class Wide:
+            def __init__(self, length): self.length = length
+            def __length_hint__(self): return self.length
+            def __iter__(self): return iter(())
+        array = [None] * 1000
+        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resource.setrlimit(resource.RLIMIT_DATA, (used + 200 * MB, resource.RLIM_INFINITY))
+
+        def fail():
+            for _ in range(50):
+                try:
+                    {code}
+                except MemoryError:
+                    continue
+                raise AssertionError("it worked")
+
+        heap_sampler.enable({rate})
+        fail()
+        before = heap_sampler.counters()
+        fail()
+        after = heap_sampler.counters()
+        heap_sampler.disable()
+        assert 0 <= after.total_bytes - before.total_bytes < 50_000, (before, after)
+        mallocs, frees = after.mallocs - before.mallocs, after.frees - before.frees
+        assert abs(mallocs - frees) < 20, (before, after)
+        """
+    )
+
+
 # Labels
 
 
