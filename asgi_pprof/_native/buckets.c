@@ -5,9 +5,9 @@
 
 #include "memory.h"
 
-#define MAX_BUCKETS (1u << 14)
-#define HEADS (1u << 12)
-#define FEW 512 /* a clean-up that leaves fewer free buckets than this has failed */
+#define MAX_BUCKETS (1u << 15)
+#define HEADS (1u << 13)
+#define FEW 1024 /* a clean-up that leaves fewer free buckets than this has failed */
 
 static Bucket *buckets;
 static uint32_t heads[HEADS];

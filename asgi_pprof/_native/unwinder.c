@@ -2,30 +2,11 @@
 
 #define MAX_STEPS (4 * MAX_DEPTH) /* counts entry frames as well, and ends a cycle */
 
-/* Read the innermost frame of a thread, NULL for none; false if it cannot be read. */
+/* Follow the frames from the innermost one on, which may be NULL. */
 static bool
-first_frame(Reader *reader, const PyThreadState *state, const Frame **frame)
+walk(NameTable *names, Reader *reader, const Frame *at, Stack *stack)
 {
-#if THREAD_HAS_CFRAME
-    _PyCFrame cframe;
-    if (!reader_read(reader, THREAD_CFRAME(state), &cframe, sizeof cframe)) {
-        return false;
-    }
-    *frame = cframe.current_frame;
-#else
-    (void)reader;
-    *frame = THREAD_FRAME(state);
-#endif
-    return true;
-}
-
-static bool
-walk(NameTable *names, Reader *reader, const PyThreadState *state, Stack *stack)
-{
-    const Frame *at;
-    if (!first_frame(reader, state, &at)) {
-        return false;
-    }
+    stack->depth = 0;
     for (int step = 0; at != NULL && step < MAX_STEPS; step++) {
         Frame frame;
         if (!reader_read(reader, at, &frame, FRAME_SIZE)) {
@@ -55,13 +36,43 @@ walk(NameTable *names, Reader *reader, const PyThreadState *state, Stack *stack)
     return at == NULL;
 }
 
+#if THREAD_HAS_CFRAME
+/*
+ * A call from C into Python first links its _PyCFrame, and then sets the frame in it. A thread
+ * that is between the two is still in the function that called into C, whose frame is in the
+ * _PyCFrame before. It was 1 to 2 % of the samples of code that sorts with a key in Python.
+ */
+static bool
+walk_thread(NameTable *names, Reader *reader, const PyThreadState *state, Stack *stack)
+{
+    const _PyCFrame *at = THREAD_CFRAME(state);
+    for (int tries = 0; at != NULL && tries < 2; tries++) {
+        _PyCFrame cframe;
+        if (!reader_read(reader, at, &cframe, sizeof cframe)) {
+            return false;
+        }
+        if (walk(names, reader, cframe.current_frame, stack)) {
+            return true;
+        }
+        at = cframe.previous;
+    }
+    return false;
+}
+#else
+static bool
+walk_thread(NameTable *names, Reader *reader, const PyThreadState *state, Stack *stack)
+{
+    return walk(names, reader, THREAD_FRAME(state), stack);
+}
+#endif
+
 bool
 unwind(NameTable *names, Reader *reader, const PyThreadState *state, PyThreadState *copy,
        Stack *stack)
 {
-    stack->depth = 0;
     memset(copy, 0, sizeof *copy);
-    if (reader_read(reader, state, copy, THREAD_STATE_SIZE) && walk(names, reader, copy, stack)) {
+    if (reader_read(reader, state, copy, THREAD_STATE_SIZE) &&
+        walk_thread(names, reader, copy, stack)) {
         return true;
     }
     stack->depth = 1;

@@ -21,7 +21,7 @@ def test_random_traffic_and_pulls_leave_nothing_behind(loop):
     random.seed(1)
     growth = grow("tests.soak.growing_app:app", loop, _REQUESTS, PULLS, lambda line: None)
     assert growth.errors == []
-    assert growth.counts["pulls"] > len(PULLS)
+    assert growth.counts["pulls"] > 10
     before, after = growth.idle
     assert after.files <= before.files
     assert after.threads <= before.threads

@@ -1200,6 +1200,61 @@ def test_code_and_frames_of_every_shape_are_read_while_they_change(debug):
     assert unreadable <= count / 50
 
 
+def test_samples_between_a_call_in_c_and_its_frame_are_those_of_the_caller():
+    """CPython 3.11 and 3.12 link a frame before it is set; C that calls Python shows it."""
+    program = """
+    import asyncio, threading, time
+    from collections import Counter
+    from asgi_pprof.collectors.cpu import native_engine as cpu_native
+
+    def keyed(number):
+        return -number
+
+    def sort():
+        sorted(range(300), key=keyed)
+
+    def apply():
+        sum(map(keyed, range(300)))
+
+    def work():
+        while not over.is_set():
+            sort()
+            apply()
+
+    async def main():
+        stop = asyncio.Event()
+        profile = asyncio.create_task(cpu_native.collect(60, stop, 1000))
+        end = time.process_time() + 3
+        while time.process_time() < end:
+            await asyncio.sleep(0.05)
+        stop.set()
+        return await profile
+
+    over = threading.Event()
+    thread = threading.Thread(target=work)
+    thread.start()
+    profile = asyncio.run(main(), debug=False)
+    over.set()
+    thread.join()
+    stacks = Counter()
+    for sample in profile.samples:
+        names = [place.function.name.rpartition(".")[2] for place in sample.stack]
+        if "work" in names or "could not be read" in names[0]:
+            stacks[" ".join(names[: names.index("work") + 1 if "work" in names else 1])] += (
+                sample.values[0]
+            )
+    print(*(f"{count} {names}" for names, count in stacks.items()), sep="\\n")
+    """
+    lines = [line.split(maxsplit=1) for line in run_program(program).splitlines()]
+    counts = {names: int(count) for count, names in lines}
+    total = sum(counts.values())
+    assert total > 1000
+    unreadable = counts.pop("<stack could not be read>", 0)
+    assert unreadable <= total / 250
+    ways = {"keyed sort work", "keyed apply work", "sort work", "apply work", "work"}
+    assert counts.keys() - {f"is_set {way}" for way in ways} <= ways, counts
+
+
 # --- fork -------------------------------------------------------------------------
 
 
