@@ -17,8 +17,7 @@ The ASGI application behind /debug/pprof/, which answers as Go's net/http/pprof 
     /debug/pprof/cmdline        the command line
     /debug/pprof/symbol         names of functions, for addresses of debug=1 texts
 
-Named profiles are gzipped protobuf for `go tool pprof`; with `debug=1` they are text.
-With `seconds=N` built-in ones cover the next N seconds instead of all the time
+Profiles are gzipped protobuf for `go tool pprof`; with `debug=1` they are text. With `seconds=N` built-in ones cover the next N seconds instead of all the time
 before. docs/endpoints.md has the whole contract.
 
 Statuses, headers and error texts are Go's. Slow work (naming, encoding,
@@ -50,6 +49,7 @@ from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE
 from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS
 from asgi_pprof.collectors.stats import Stats
 from asgi_pprof.encoders.text import goroutine_text
+from asgi_pprof.encoders.top import cpu_text
 from asgi_pprof.errors import BadParameter, Cancelled, PprofError, ProfileUnavailable
 from asgi_pprof.guard import Guard, allow_loopback
 from asgi_pprof.merge import subtract
@@ -234,6 +234,8 @@ class PprofApp:
         seconds, hz = params.cpu_seconds, params.hz
         _check_loop("profile")
         make_profile = await self._cpu.collect(seconds, asyncio.Event(), hz)
+        if params.debug != 0:
+            return self._text_response("profile", cpu_text, make_profile)
         return await profile_response(make_profile, "profile")
 
     async def _named(self, name: str, request: Request) -> Response:
@@ -245,13 +247,12 @@ class PprofApp:
             return await self._delta(served, params)
         if params.gc and served.collects_garbage:
             gc_pauses.collect()
-        on_failure = partial(_log_failure, "to answer with", name)
         if params.debug >= 2 and served.dump is not None:
-            return DumpResponse(_dump(served.dump()), on_failure)
+            return _dump_response(name, _dump(served.dump()))
         make_profile = await served.collector.snapshot()
         if params.debug == 0:
             return await profile_response(lambda: served.estimate(make_profile()), name)
-        return DumpResponse(made_in_thread(self._text(served, make_profile)), on_failure)
+        return self._text_response(name, partial(served.text, name), make_profile)
 
     async def _delta(self, served: NamedProfile, params: Params) -> Response:
         seconds = params.delta_seconds
@@ -274,10 +275,22 @@ class PprofApp:
 
         return await profile_response(make_delta, f"{served.name}-delta")
 
-    def _text(self, served: NamedProfile, make_profile: Callable[[], Profile]) -> Iterator[str]:
-        profile = make_profile()
-        self._addresses.remember(profile)
-        yield from served.text(served.name, profile)
+    def _text_response(
+        self,
+        name: str,
+        text: Callable[[Profile], Iterator[str]],
+        make_profile: Callable[[], Profile],
+    ) -> Response:
+        def texts() -> Iterator[str]:
+            profile = make_profile()
+            self._addresses.remember(profile)
+            yield from text(profile)
+
+        return _dump_response(name, made_in_thread(texts()))
+
+
+def _dump_response(name: str, texts: AsyncGenerator[str, None]) -> Response:
+    return DumpResponse(texts, partial(_log_failure, "to answer with", name))
 
 
 async def _dump(dump: AsyncGenerator[Goroutine, None]) -> AsyncGenerator[str, None]:

@@ -35,9 +35,14 @@ def count_text(name: str, profile: Profile) -> Iterator[str]:
         profile: It has a single sample type.
     """
     yield f"{name} profile: total {sum(sample.values[0] for sample in profile.samples)}\n"
-    for sample in _sorted(profile.samples, _by_count_then_text):
+    yield from count_records(profile.samples)
+    yield comment_lines(profile)
+
+
+def count_records(samples: Sequence[Sample]) -> Iterator[str]:
+    """Yield a record for each sample, with its first value, the largest first."""
+    for sample in _sorted(samples, _by_count_then_text):
         yield _record_text(str(sample.values[0]), sample)
-    yield _comments(profile)
 
 
 def heap_text(profile: Profile, trailer: str) -> Iterator[str]:
@@ -64,7 +69,7 @@ def heap_text(profile: Profile, trailer: str) -> Iterator[str]:
         allocs, alloc_space, inuse, inuse_space = sample.values
         head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
         yield _record_text(head, Sample(sample.stack, sample.values))
-    yield f"\n{trailer}{_comments(profile)}"
+    yield f"\n{trailer}{comment_lines(profile)}"
 
 
 def contention_text(name: str, profile: Profile) -> Iterator[str]:
@@ -83,7 +88,7 @@ def contention_text(name: str, profile: Profile) -> Iterator[str]:
         yield "sampling period=1\n"
     for sample in _sorted(profile.samples, lambda sample: -sample.values[1]):
         yield _record_text(f"{sample.values[1]} {sample.values[0]}", sample)
-    yield _comments(profile)
+    yield comment_lines(profile)
 
 
 def goroutine_dump(goroutines: Iterable[Goroutine]) -> str:
@@ -142,9 +147,9 @@ def _addresses(stack: Stack) -> str:
     return " ".join(f"{location.address + 1:#x}" for location in stack)
 
 
-def _comments(profile: Profile) -> str:
-    # Go's texts have no comments. Parsers skip lines that begin with #.
-    return "".join(f"# {_one_line(comment)}\n" for comment in profile.comments)
+def comment_lines(profile: Profile) -> str:
+    """Return the profile's comments; Go has none, and parsers skip lines that begin with #."""
+    return "".join(f"# {one_line(comment)}\n" for comment in profile.comments)
 
 
 def _record_text(head: str, sample: Sample) -> str:
@@ -162,8 +167,8 @@ def _record_text(head: str, sample: Sample) -> str:
 def _frame_text(location: Location) -> str:
     name, filename, _ = location.function
     return (
-        f"#\t{location.address:#x}\t{_one_line(name)}+{_offset(location):#x}"
-        f"\t{_one_line(filename)}:{location.line}\n"
+        f"#\t{location.address:#x}\t{one_line(name)}+{_offset(location):#x}"
+        f"\t{one_line(filename)}:{location.line}\n"
     )
 
 
@@ -181,7 +186,7 @@ def _created_by(goroutine: Goroutine) -> str:
     if goroutine.created_by is None:
         return ""
     creator = f" in goroutine {goroutine.creator}" if goroutine.creator else ""
-    name = _one_line(goroutine.created_by.function.name)
+    name = one_line(goroutine.created_by.function.name)
     return f"created by {name}{creator}\n\t{_place(goroutine.created_by)}\n"
 
 
@@ -197,19 +202,19 @@ def _dump_frames(stack: Stack) -> Sequence[str]:
 
 
 def _dump_frame(location: Location) -> str:
-    return f"{_one_line(location.function.name)}(...)\n\t{_place(location)}\n"
+    return f"{one_line(location.function.name)}(...)\n\t{_place(location)}\n"
 
 
 def _place(location: Location) -> str:
-    return f"{_one_line(location.function.filename)}:{location.line} +{_offset(location):#x}"
+    return f"{one_line(location.function.filename)}:{location.line} +{_offset(location):#x}"
 
 
 def _offset(location: Location) -> int:
     return max(0, location.line - location.function.start_line)
 
 
-def _one_line(text: str) -> str:
-    # A tab or line break in a name would look like another cell or frame.
+def one_line(text: str) -> str:
+    """Return the text without tabs and line breaks, which would look like more cells or lines."""
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else _escape(char) for char in text)

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from asgi_pprof.native.core import native
-from tests.servers import PROFILES, ask
+from tests.servers import PROFILES, ask, leaving_client, until
 
 pytestmark = [pytest.mark.server, pytest.mark.once]
 
@@ -155,6 +155,36 @@ def test_index_has_gos_rows(any_shop):
     ours_alone, found = re.subn(stats, "", our_frame)
     assert found == 1
     assert ours_alone == go_frame
+
+
+@pytest.mark.parametrize("query", ["debug=1", "debug=2", "debug=-1", "hz=200&debug=1"])
+def test_a_cpu_profile_is_text_if_asked_for(any_shop, query):
+    """Go ignores `debug` here. The text begins with the answer, and names the route."""
+    with any_shop.load("/burn/100", clients=1):
+        answer = any_shop.get(f"profile?seconds=1&{query}")
+    assert answer.status == 200
+    assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "content-disposition" not in answer.headers
+    head, _, stacks = answer.text.partition("\nsamples profile: total ")
+    seconds, percent = r"\d+\.\d{3}s", r"\d+\.\d%"
+    total = rf"# {seconds} of CPU time in {seconds}, {percent} of one CPU; \d+ samples\n"
+    assert re.match(total, head)
+    function = rf"^# +{seconds} +{percent} +{seconds} +{percent}  tests\.apps\.burn_cpu_a$"
+    assert re.search(function, head, re.MULTILINE)
+    assert re.search(rf"^# +{seconds} +{percent}  GET /burn/\{{share\}}$", head, re.MULTILINE)
+    assert re.search(r"^#\t0x[0-9a-f]+\ttests\.apps\.burn_cpu_a\+0x", stacks, re.MULTILINE)
+
+
+def test_a_failed_cpu_profile_has_the_same_error_with_debug(any_shop):
+    """No text is sent before there is a profile."""
+    with leaving_client(any_shop.port, f"{PROFILES}/profile?seconds=60&debug=1"):
+        until(any_shop.is_sampling)
+        answer = any_shop.get("profile?seconds=1&debug=1")
+    until(lambda: not any_shop.is_sampling())
+    assert answer.status == 500
+    assert answer.text == "Could not enable CPU profiling: cpu profiling already in use\n"
+    assert answer.headers["x-go-pprof"] == "1"
 
 
 def test_cmdline_is_the_command_line(any_shop):

@@ -75,6 +75,14 @@ def test_text_profiles_are_read_and_symbolized(any_shop, tmp_path, name):
         assert "asgi_pprof.app.PprofApp.answer" in report.text
 
 
+def test_the_text_of_a_cpu_profile_is_read(any_shop, tmp_path):
+    """Its stacks are samples/count, with names from our symbol endpoint."""
+    with any_shop.load("/burn/100"):
+        report = go_pprof(tmp_path, "-top", f"{any_shop.url}/profile?seconds=2&debug=1")
+    assert "Type: samples" in report.text
+    assert next(iter(flat(report.text))) == "tests.apps.burn_cpu_a"
+
+
 def test_goroutine_profile_has_files_and_lines(any_shop, tmp_path):
     """-raw shows the line at which a task waits, with function and file."""
     with leaving_client(any_shop.port, "/wait/7"):

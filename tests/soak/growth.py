@@ -41,6 +41,7 @@ _SAMPLES = 200
 PULLS = (
     "profile?seconds=1",
     "profile?seconds=1&hz=500",
+    "profile?seconds=1&debug=1",
     "heap",
     "heap?debug=1",
     "heap?gc=1",
