@@ -17,7 +17,8 @@ The ASGI application behind /debug/pprof/, which answers as Go's net/http/pprof 
     /debug/pprof/cmdline        the command line
     /debug/pprof/symbol         names of functions, for addresses of debug=1 texts
 
-Profiles are gzipped protobuf for `go tool pprof`; with `debug=1` they are text. With `seconds=N` built-in ones cover the next N seconds instead of all the time
+Profiles are gzipped protobuf for `go tool pprof`; with `debug=1` they are text.
+With `seconds=N` built-in ones cover the next N seconds instead of all the time
 before. docs/endpoints.md has the whole contract.
 
 Statuses, headers and error texts are Go's. Slow work (naming, encoding,

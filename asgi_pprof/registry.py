@@ -40,10 +40,11 @@ def _as_taken(profile: Profile) -> Profile:
 
 
 def _heap_text(name: str, profile: Profile) -> Iterator[str]:
-    sampled_bytes = scale_sampled(profile).total("inuse_space")
+    estimates = scale_sampled(profile)
     memory = read_memory()
+    sampled_bytes = estimates.total("inuse_space")
     stats = mem_stats(memory, gc_pauses, sampled_bytes, heap_sampler.counters())
-    return heap_text(profile, mem_stats_text(stats, memory.unknown))
+    return heap_text(profile, estimates, mem_stats_text(stats, memory.unknown))
 
 
 @dataclass(frozen=True, slots=True)

@@ -41,35 +41,59 @@ def count_text(name: str, profile: Profile) -> Iterator[str]:
 
 def count_records(samples: Sequence[Sample]) -> Iterator[str]:
     """Yield a record for each sample, with its first value, the largest first."""
-    for sample in _sorted(samples, _by_count_then_text):
+    for index in _order(samples, _by_count_then_text):
+        sample = samples[index]
         yield _record_text(str(sample.values[0]), sample)
 
 
-def heap_text(profile: Profile, trailer: str) -> Iterator[str]:
+def heap_text(profile: Profile, estimates: Profile, trailer: str) -> Iterator[str]:
     """
-    Yield a heap profile as debug=1 text; `allocs` is the same text.
+    Yield a heap profile as debug=1 text, the largest records first.
+
+    The largest by what they stand for: a sample of small blocks stands for many more.
+    Where that is more than was sampled, a line says so.
 
     Args:
-        profile: It has alloc_objects, alloc_space, inuse_objects and inuse_space.
+        profile: It has alloc_objects, alloc_space, inuse_objects and inuse_space. The
+            records are in the order of the default sample type, if any, else of inuse_space.
+        estimates: The same samples, scaled; the same profile if every block was sampled.
         trailer: The MemStats lines that follow the records.
     """
-    totals = [0, 0, 0, 0]
-    for sample in profile.samples:
-        yield_gil()
-        totals = [total + value for total, value in zip(totals, sample.values, strict=True)]
+    totals, estimated_totals = _totals(profile.samples), _totals(estimates.samples)
     alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals
     if alloc_bytes == inuse_bytes:
         # pprof would read two equal pairs as the old format, which has no allocations.
         alloc_bytes += 1
-    yield (
-        f"heap profile: {inuse_objects}: {inuse_bytes} [{alloc_objects}: {alloc_bytes}]"
-        f" @ heap/{2 * profile.period}\n"  # the parser divides it by 2
-    )
-    for sample in _sorted(profile.samples, lambda sample: sample.values[3]):
-        allocs, alloc_space, inuse, inuse_space = sample.values
-        head = f"{inuse}: {inuse_space} [{allocs}: {alloc_space}]"
-        yield _record_text(head, Sample(sample.stack, sample.values))
+    values = alloc_objects, alloc_bytes, inuse_objects, inuse_bytes
+    # The parser divides the rate by 2.
+    yield f"heap profile: {_heap_values(values)} @ heap/{2 * profile.period}\n"
+    is_sampled = estimates is not profile
+    if is_sampled:
+        yield _estimate_line(estimated_totals)
+    kinds = [kind.type for kind in profile.sample_types]
+    column = kinds.index(profile.default_sample_type or "inuse_space")
+    for index in _order(estimates.samples, lambda sample: -sample.values[column]):
+        sample = profile.samples[index]
+        estimate = _estimate_line(estimates.samples[index].values) if is_sampled else ""
+        yield _record_text(_heap_values(sample.values), Sample(sample.stack, ()), estimate)
     yield f"\n{trailer}{comment_lines(profile)}"
+
+
+def _totals(samples: Sequence[Sample]) -> Sequence[int]:
+    totals = [0, 0, 0, 0]
+    for sample in samples:
+        yield_gil()
+        totals = [total + value for total, value in zip(totals, sample.values, strict=True)]
+    return totals
+
+
+def _heap_values(values: Sequence[int]) -> str:
+    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = values
+    return f"{inuse_objects}: {inuse_bytes} [{alloc_objects}: {alloc_bytes}]"
+
+
+def _estimate_line(values: Sequence[int]) -> str:
+    return f"# estimate: {_heap_values(values)}\n"
 
 
 def contention_text(name: str, profile: Profile) -> Iterator[str]:
@@ -86,7 +110,8 @@ def contention_text(name: str, profile: Profile) -> Iterator[str]:
     yield "cycles/second=1000000000\n"
     if name == "mutex":
         yield "sampling period=1\n"
-    for sample in _sorted(profile.samples, lambda sample: -sample.values[1]):
+    for index in _order(profile.samples, lambda sample: -sample.values[1]):
+        sample = profile.samples[index]
         yield _record_text(f"{sample.values[1]} {sample.values[0]}", sample)
     yield comment_lines(profile)
 
@@ -129,14 +154,14 @@ def _pad_columns(lines: list[list[str]], start: int, end: int, column: int) -> N
         row = stop
 
 
-def _sorted(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> Iterator[Sample]:
-    """Yield samples in order; the sort of a long list would keep the GIL for too long."""
+def _order(samples: Sequence[Sample], key: Callable[[Sample], Any]) -> Iterator[int]:
+    """Yield the sorted samples' indices; the sort of a long list would keep the GIL too long."""
     runs = []
     for start in range(0, len(samples), _RUN):
         yield_gil()
         indices = range(start, min(start + _RUN, len(samples)))
         runs.append(sorted((key(samples[index]), index) for index in indices))
-    return (samples[index] for _, index in heapq.merge(*runs))
+    return (index for _, index in heapq.merge(*runs))
 
 
 def _by_count_then_text(sample: Sample) -> tuple[int, str, str]:
@@ -152,9 +177,9 @@ def comment_lines(profile: Profile) -> str:
     return "".join(f"# {one_line(comment)}\n" for comment in profile.comments)
 
 
-def _record_text(head: str, sample: Sample) -> str:
+def _record_text(head: str, sample: Sample, note: str = "") -> str:
     yield_gil()
-    lines = [f"{head} @ {_addresses(sample.stack)}\n"]
+    lines = [f"{head} @ {_addresses(sample.stack)}\n{note}"]
     if sample.labels:
         pairs = ", ".join(f"{_quote(key)}:{_quote(str(value))}" for key, value in sample.labels)
         lines.append(f"# labels: {{{pairs}}}\n")

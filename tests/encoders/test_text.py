@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.encoders import text as encoders
 from asgi_pprof.encoders.text import align, goroutine_dump
 from asgi_pprof.profile import Function, Goroutine, Location, Profile, Sample, ValueType
@@ -27,8 +28,8 @@ def count_text(name, profile):
     return "".join(encoders.count_text(name, profile))
 
 
-def heap_text(profile, trailer):
-    return "".join(encoders.heap_text(profile, trailer))
+def heap_text(profile, trailer, estimates=None):
+    return "".join(encoders.heap_text(profile, estimates or profile, trailer))
 
 
 def contention_text(name, profile):
@@ -291,24 +292,51 @@ HEAP = Profile(
 
 
 def test_heap_records_show_what_is_in_use_and_what_was_allocated():
-    """Records are sorted by bytes in use and have no labels; two blank lines end them."""
+    """The most bytes in use come first; there are no labels; two blank lines end the records."""
     lines = collapsed(heap_text(HEAP, "# runtime.MemStats\n# Alloc = 1\n"))
     assert lines == [
         "heap profile: 5: 176 [20: 800] @ heap/1048576",
-        f"0: 0 [7: 112] @ {record_addresses((MAIN,))}",
+        f"2: 128 [10: 640] @ {record_addresses((CART, MAIN))}",
+        frame_line(CART, "shop.build_cart+0x2", "/srv/shop.py:12"),
         frame_line(MAIN, "m+0x0", "/srv/shop.py:1"),
         "",
         f"3: 48 [3: 48] @ {record_addresses((PAGE,))}",
         frame_line(PAGE, "shop.build_page+0x4", "/srv/shop.py:5"),
         "",
-        f"2: 128 [10: 640] @ {record_addresses((CART, MAIN))}",
-        frame_line(CART, "shop.build_cart+0x2", "/srv/shop.py:12"),
+        f"0: 0 [7: 112] @ {record_addresses((MAIN,))}",
         frame_line(MAIN, "m+0x0", "/srv/shop.py:1"),
         "",
         "",
         "# runtime.MemStats",
         "# Alloc = 1",
     ]
+
+
+def record_heads(text):
+    return [line.partition(" @ ")[0] for line in text.splitlines()[1:] if " @ " in line]
+
+
+def test_allocs_begin_with_the_most_bytes_allocated():
+    """They are in the order of the type that viewers show first."""
+    text = heap_text(replace(HEAP, default_sample_type="alloc_space"), "")
+    assert record_heads(text) == ["2: 128 [10: 640]", "0: 0 [7: 112]", "3: 48 [3: 48]"]
+
+
+def test_records_are_in_the_order_of_what_they_stand_for():
+    """A sample of 16 bytes stands for more than one of 64; both are in the text."""
+    estimates = scale_sampled(HEAP)
+    lines = heap_text(HEAP, "", estimates).splitlines()
+    assert [line for line in lines if line and not line.startswith("#\t")] == [
+        "heap profile: 5: 176 [20: 800] @ heap/1048576",
+        "# estimate: 114690: 2621528 [409609: 10486160]",
+        f"3: 48 [3: 48] @ {record_addresses((PAGE,))}",
+        "# estimate: 98305: 1572888 [98305: 1572888]",
+        f"2: 128 [10: 640] @ {record_addresses((CART, MAIN))}",
+        "# estimate: 16385: 1048640 [81925: 5243200]",
+        f"0: 0 [7: 112] @ {record_addresses((MAIN,))}",
+        "# estimate: 0: 0 [229379: 3670072]",
+    ]
+    assert estimates.samples[1].values == (98305, 1572888, 98305, 1572888)
 
 
 @pytest.mark.parametrize(("period", "rate"), [(524_288, "heap/1048576"), (1, "heap/2")])

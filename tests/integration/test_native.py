@@ -169,6 +169,24 @@ def test_counters_of_the_text_are_exact_and_rise(any_service):
 
 
 @needs_native
+@pytest.mark.parametrize(("name", "column"), [("heap", 1), ("allocs", 3)])
+def test_the_largest_memory_comes_first_in_text(any_service, name, column):
+    """Each record has an estimate; heap is in the order of live bytes, allocs of allocated ones."""
+    for _ in range(10):
+        any_service.visit("/in-coroutine/1")
+    text = any_service.get(f"{name}?debug=1").text
+    any_service.visit("/forget")
+    values = re.compile(r"^# estimate: (\d+): (\d+) \[(\d+): (\d+)\]$", re.MULTILINE)
+    total, *estimates = [[int(value) for value in row] for row in values.findall(text)]
+    assert len(estimates) == text.count(" @ 0x") > 10
+    assert [sum(values) for values in zip(*estimates, strict=True)] == total
+    largest = [row[column] for row in estimates]
+    assert largest == sorted(largest, reverse=True)
+    for line in ("# runtime.MemStats", "# HeapAlloc = ", "# Alloc = "):  # on allocs too, as in Go
+        assert f"\n{line}" in text
+
+
+@needs_native
 @pytest.mark.go
 def test_go_tool_reads_the_same_from_text_and_protobuf(any_service, tmp_path):
     """pprof scales the text's raw samples; we scale the protobuf's."""
