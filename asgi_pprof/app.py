@@ -259,21 +259,23 @@ class PprofApp:
         seconds = params.delta_seconds
         if served.custom:
             raise BadParameter('"seconds" parameter is not supported for this profile type')
-        if params.debug != 0:
+        if params.debug not in (0, 1):
             raise BadParameter("seconds and debug params are incompatible")
+        snapshots, times_ns = [], []
         with served.collector.window():
-            before = await served.collector.snapshot()
-            started_ns = time.monotonic_ns()
-            await _wait(seconds)
-            after = await served.collector.snapshot()
-            duration_ns = time.monotonic_ns() - started_ns
+            # From one line, so that the task and the thread that do this are in no difference.
+            for wait_s in (0, seconds):
+                await _wait(wait_s)
+                snapshots.append(await served.collector.snapshot())
+                times_ns.append(time.monotonic_ns())
 
         def make_delta() -> Profile:
             # In this order: the totals of the first are part of what the second is measured by.
-            first = served.estimate(before())
-            second = served.estimate(after())
-            return replace(subtract(second, first), duration_ns=duration_ns)
+            first, second = (served.estimate(snapshot()) for snapshot in snapshots)
+            return replace(subtract(second, first), duration_ns=times_ns[1] - times_ns[0])
 
+        if params.debug == 1:
+            return self._text_response(served.name, partial(served.text, served.name), make_delta)
         return await profile_response(make_delta, f"{served.name}-delta")
 
     def _text_response(

@@ -30,6 +30,14 @@ def sum_samples(samples: Iterable[Sample]) -> tuple[Sample, ...]:
     return tuple(totals.values())
 
 
+def by_stack(profile: Profile) -> Profile:
+    """Return the profile without labels: one sample per stack, and none that is all zeros."""
+    sums = sum_samples(replace(sample, labels=()) for sample in profile.samples)
+    return replace(
+        profile, samples=tuple(sample for sample in _yielding(sums) if any(sample.values))
+    )
+
+
 def subtract(after: Profile, before: Profile) -> Profile:
     """
     Return the difference of two snapshots of one profile.

@@ -7,7 +7,7 @@ Source: net/http/pprof, profileDescriptions; runtime/pprof, profiles.
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from asgi_pprof.collectors import SnapshotCollector
 from asgi_pprof.collectors.contention.collector import ContentionCollector
@@ -23,6 +23,7 @@ from asgi_pprof.collectors.threadcreate import ThreadCreateCollector
 from asgi_pprof.collectors.threads import ThreadCollector
 from asgi_pprof.encoders.text import contention_text, count_text, heap_text
 from asgi_pprof.errors import UnknownProfile
+from asgi_pprof.merge import by_stack
 from asgi_pprof.profile import Goroutine, Profile
 from asgi_pprof.recorders import (
     contention,
@@ -40,6 +41,10 @@ def _as_taken(profile: Profile) -> Profile:
 
 
 def _heap_text(name: str, profile: Profile) -> Iterator[str]:
+    if profile.duration_ns:
+        # A delta has estimates, which have no size class in a text, and must not be scaled again.
+        delta = replace(by_stack(profile), period=1)
+        return heap_text(delta, delta, trailer="")
     estimates = scale_sampled(profile)
     memory = read_memory()
     sampled_bytes = estimates.total("inuse_space")
@@ -56,7 +61,8 @@ class NamedProfile:
         name: The name in its URL.
         collector: The source of its samples.
         description: For the index page; custom profiles have none.
-        text: Yields the debug=1 text, given the name and the unscaled samples, as Go does.
+        text: Yields the debug=1 text, given the name and the unscaled samples, as Go does,
+            or a delta of scaled ones.
         estimate: Scales the samples to estimates of what they stand for.
         dump: Yields the entries of the debug=2 text; None where that is the debug=1 text.
         collects_garbage: Whether `gc=1` runs a collection first.

@@ -148,6 +148,7 @@ class ServerProcess:
         name: str,
         work: Callable[[], object],
         undo: Callable[[], object] = lambda: None,
+        debug: int = 0,
     ) -> Answer:
         """
         Return a delta profile of a window in which all of this work was done.
@@ -157,7 +158,7 @@ class ServerProcess:
         """
         answers: list[Answer] = []
         for seconds in (1, 4, 16):
-            query = f"{name}?seconds={seconds}"
+            query = f"{name}?seconds={seconds}&debug={debug}"
             reader = threading.Thread(target=lambda query=query: answers.append(self.get(query)))
             reader.start()
             until(lambda reader=reader: self._waits_for_a_window() or not reader.is_alive())

@@ -30,11 +30,14 @@ def count_text(name: str, profile: Profile) -> Iterator[str]:
     """
     Yield a profile of counts (goroutine, thread, threadcreate, custom) as debug=1 text.
 
+    Counts of a delta are negative where there are fewer than before; those come last.
+
     Args:
         name: The profile's name; the parser allows no white space in it.
         profile: It has a single sample type.
     """
     yield f"{name} profile: total {sum(sample.values[0] for sample in profile.samples)}\n"
+    yield _delta_line(profile)
     yield from count_records(profile.samples)
     yield comment_lines(profile)
 
@@ -67,6 +70,7 @@ def heap_text(profile: Profile, estimates: Profile, trailer: str) -> Iterator[st
     values = alloc_objects, alloc_bytes, inuse_objects, inuse_bytes
     # The parser divides the rate by 2.
     yield f"heap profile: {_heap_values(values)} @ heap/{2 * profile.period}\n"
+    yield _delta_line(profile)
     is_sampled = estimates is not profile
     if is_sampled:
         yield _estimate_line(estimated_totals)
@@ -110,6 +114,7 @@ def contention_text(name: str, profile: Profile) -> Iterator[str]:
     yield "cycles/second=1000000000\n"
     if name == "mutex":
         yield "sampling period=1\n"
+    yield _delta_line(profile)
     for index in _order(profile.samples, lambda sample: -sample.values[1]):
         sample = profile.samples[index]
         yield _record_text(f"{sample.values[1]} {sample.values[0]}", sample)
@@ -170,6 +175,12 @@ def _by_count_then_text(sample: Sample) -> tuple[int, str, str]:
 
 def _addresses(stack: Stack) -> str:
     return " ".join(f"{location.address + 1:#x}" for location in stack)
+
+
+def _delta_line(profile: Profile) -> str:
+    if not profile.duration_ns:
+        return ""
+    return f"# difference of two snapshots, {profile.duration_ns / 1e9:.3f}s apart\n"
 
 
 def comment_lines(profile: Profile) -> str:

@@ -12,6 +12,7 @@ from asgi_pprof.collectors.heap.sizes import scale_sampled
 from asgi_pprof.encoders import text as encoders
 from asgi_pprof.encoders.text import align, goroutine_dump
 from asgi_pprof.profile import Function, Goroutine, Location, Profile, Sample, ValueType
+from tests.gotool import go_pprof
 
 pytestmark = pytest.mark.once
 
@@ -164,6 +165,44 @@ def test_records_are_sorted_by_count_then_by_text():
     assert records[1:] == sorted(records[1:])
     assert text == count_text("goroutine", counts(*reversed(samples)))
     assert text.startswith("goroutine profile: total 9\n")
+
+
+def test_a_delta_of_counts_begins_with_the_largest_growth():
+    """It says so below the head, where there are comments; fewer than before come last."""
+    samples = (Sample((CART,), (-700,)), Sample((PAGE,), (2,)), Sample((MAIN,), (12,)))
+    text = count_text("goroutine", counts(*samples, duration_ns=2_500_000_000))
+    lines = text.splitlines()
+    assert lines[:2] == [
+        "goroutine profile: total -686",
+        "# difference of two snapshots, 2.500s apart",
+    ]
+    assert [line.split()[0] for line in lines if " @ " in line] == ["12", "2", "-700"]
+
+
+@pytest.mark.go
+@pytest.mark.parametrize(
+    ("name", "values", "message"),
+    [
+        ("goroutine", (12, 2), ""),
+        ("goroutine", (12, -2), "malformed profile format"),
+        ("goroutine", (2, -12), "unrecognized profile format"),
+        ("block", (12, 2), ""),
+        ("mutex", (12, 2), ""),
+    ],
+)
+def test_go_reads_the_delta_or_refuses_it(tmp_path, name, values, message):
+    """Parsers know no negative counts. They skip the line with the duration."""
+    profile = counts(*(Sample((CART,), (value,)) for value in values), duration_ns=10**9)
+    saved = tmp_path / "delta.txt"
+    if name == "goroutine":
+        saved.write_text(count_text(name, profile))
+    else:
+        samples = [Sample((CART,), (1, value)) for value in values]
+        saved.write_text(contention_text(name, replace(BLOCK, samples=samples, duration_ns=1)))
+    report = go_pprof(tmp_path, "-raw", "-symbolize=none", saved, fails=bool(message))
+    assert message in report.messages
+    if not message:
+        assert re.findall(r"^ +(?:1 +)?(\d+): [\d ]+$", report.text, re.MULTILINE) == ["12", "2"]
 
 
 @pytest.mark.parametrize("name", ["goroutine", "threadcreate", "example.com/conns"])

@@ -20,6 +20,7 @@ from tests.servers import PROFILES, ask, leaving_client, until
 pytestmark = [pytest.mark.server, pytest.mark.once]
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "http"
+INCOMPATIBLE = "seconds and debug params are incompatible\n"
 COMPARED = [
     "content-type",
     "content-disposition",
@@ -86,6 +87,10 @@ def test_answers_are_gos(any_shop, method, path, body, status, expected, text):
             None,
             400,
             '"seconds" parameter is not supported for this profile type\n',
+        ),
+        *(
+            ("GET", f"{name}?seconds=1&debug={debug}", None, 400, INCOMPATIBLE)
+            for name, debug in [("heap", 2), ("heap", -1), ("goroutine", 2), ("block", 99)]
         ),
         ("GET", "heap?seconds=9223372036854775808", None, 400, None),
         ("GET", "heap?seconds=+1", None, 400, None),

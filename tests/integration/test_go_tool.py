@@ -175,7 +175,7 @@ def test_errors_are_shown_to_the_user(any_shop, tmp_path):
     """go tool pprof prints the server's message to its user."""
     report = go_pprof(tmp_path, "-top", f"{any_shop.url}/nosuch", fails=True)
     assert "404 Not Found - Unknown profile" in report.messages
-    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/heap?seconds=1&debug=1", fails=True)
+    report = go_pprof(tmp_path, "-top", f"{any_shop.url}/heap?seconds=1&debug=2", fails=True)
     assert "seconds and debug params are incompatible" in report.messages
 
 

@@ -354,6 +354,74 @@ def test_asking_for_figures_of_memory_does_not_start_the_sampler():
     )
 
 
+@pytest.mark.parametrize("name", ["goroutine", "thread"])
+def test_the_request_for_a_delta_is_not_in_it(shop, name):
+    """Its own task and the thread of its loop are equal in both snapshots."""
+    message = official.parse(shop.get(f"{name}?seconds=1").body)
+    assert not [row for row in samples(message) if "asgi_pprof.app.PprofApp._delta" in row[0]]
+
+
+def records(text):
+    """Return [(first word of the record, all of it)] of a debug=1 text."""
+    parts = re.split(r"\n(?=\S+.* @ 0x)", text)
+    return [(part.split()[0], part) for part in parts if " @ 0x" in part]
+
+
+def test_new_tasks_and_ended_ones_are_in_the_text_of_a_delta(any_shop):
+    """With seconds and debug=1 new tasks come first; ended ones are negative, and come last."""
+
+    def waiting():
+        found = records(any_shop.get("goroutine?debug=1").text)
+        return [count for count, record in found if '"tenant":"waiting-4"' in record]
+
+    def release():
+        any_shop.visit("/release")
+        until(lambda: waiting() == [])
+
+    with contextlib.ExitStack() as clients:
+
+        def wait():
+            for _ in range(3):
+                clients.enter_context(leaving_client(any_shop.port, "/wait/4"))
+            until(lambda: waiting() == ["3"])
+
+        began = any_shop.window("goroutine", wait, undo=release, debug=1)
+        wait()
+        ended = any_shop.window("goroutine", release, undo=wait, debug=1)
+        release()
+    head = r"goroutine profile: total -?\d+\n# difference of two snapshots, \d+\.\d{3}s apart\n"
+    for answer, count, at in ((began, "3", 0), (ended, "-3", -1)):
+        assert answer.headers["content-type"] == "text/plain; charset=utf-8"
+        assert "content-disposition" not in answer.headers
+        assert re.match(head, answer.text)
+        assert records(answer.text)[at][0] == count
+        assert '"tenant":"waiting-4"' in records(answer.text)[at][1]
+        assert "tests.apps.wait_for_release+0x" in records(answer.text)[at][1]
+
+
+def test_memory_that_is_kept_is_in_the_text_of_a_delta(pure_shop):
+    """heap?seconds=N&debug=1 begins with it; tracemalloc, which is on meanwhile, is exact."""
+    keep, forget = (lambda: pure_shop.visit("/keep")), (lambda: pure_shop.visit("/forget"))
+    text = pure_shop.window("heap", keep, undo=forget, debug=1).text
+    assert re.match(r"heap profile: \d+: \d+ \[\d+: \d+\] @ heap/2\n# difference of ", text)
+    record = records(text)[0][1]
+    values = re.match(r"(\d+): (\d+) \[(\d+): (\d+)\] @", record)
+    assert values is not None
+    assert 10 * 2**20 <= int(values[2]) < 11 * 2**20
+    assert "tests.apps.keep_ten_megabytes+0x" in record
+    assert "MemStats" not in text
+
+
+def test_the_text_of_a_window_has_waits_and_holders(any_shop):
+    """One curl is enough to see contention, block and mutex being off otherwise."""
+    with any_shop.load("/queue", clients=4):
+        for name, head in (("block", "--- contention:\n"), ("mutex", "--- mutex:\n")):
+            text = any_shop.get(f"{name}?seconds=1&debug=1").text
+            assert text.startswith(f"{head}cycles/second=1000000000\n")
+            assert re.search(r"^# difference of two snapshots, \d", text, re.MULTILINE)
+            assert "tests.apps.queue_on_a_lock+0x" in records(text)[0][1]
+
+
 def test_the_gc_parameter_collects_for_heap_only(any_shop):
     """heap?gc=1 counts as a forced collection, allocs?gc=1 does not."""
 
