@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from asgi_pprof.errors import IncompatibleProfiles
-from asgi_pprof.merge import subtract, sum_samples
+from asgi_pprof.merge import by_stack, subtract, sum_samples
 from asgi_pprof.profile import Function, Location, Profile, Sample, ValueType
 
 pytestmark = pytest.mark.once
@@ -57,6 +57,15 @@ def test_the_order_of_samples_does_not_change_totals(samples, random):
     shuffled = list(samples)
     random.shuffle(shuffled)
     assert set(sum_samples(shuffled)) == set(sum_samples(samples))
+
+
+@given(sample_lists)
+def test_without_labels_there_is_one_sample_for_each_stack(samples):
+    """The sums by stack stay, and those that are all 0 are left out."""
+    found = by_stack(snapshot(samples)).samples
+    assert len({sample.stack for sample in found}) == len(found)
+    assert all(any(sample.values) for sample in found)
+    assert totals(found) == totals(replace(sample, labels=()) for sample in samples)
 
 
 @given(sample_lists, sample_lists)

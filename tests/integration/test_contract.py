@@ -162,6 +162,16 @@ def test_index_has_gos_rows(any_shop):
     assert ours_alone == go_frame
 
 
+@pytest.mark.parametrize("name", ["heap", "allocs"])
+def test_texts_of_memory_end_with_mem_stats(any_shop, name):
+    """As in Go, both have them, behind an empty line."""
+    trailer = any_shop.get(f"{name}?debug=1").text.partition("\n\n# runtime.MemStats\n")[2]
+    lines = trailer.splitlines()
+    assert re.fullmatch(r"# Alloc = \d+", lines[0])
+    assert any(re.fullmatch(r"# HeapAlloc = \d+", line) for line in lines)
+    assert all(line.startswith("# ") for line in lines)
+
+
 @pytest.mark.parametrize("query", ["debug=1", "debug=2", "debug=-1", "hz=200&debug=1"])
 def test_a_cpu_profile_is_text_if_asked_for(any_shop, query):
     """Go ignores `debug` here. The text begins with the answer, and names the route."""

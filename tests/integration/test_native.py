@@ -182,8 +182,6 @@ def test_the_largest_memory_comes_first_in_text(any_service, name, column):
     assert [sum(values) for values in zip(*estimates, strict=True)] == total
     largest = [row[column] for row in estimates]
     assert largest == sorted(largest, reverse=True)
-    for line in ("# runtime.MemStats", "# HeapAlloc = ", "# Alloc = "):  # on allocs too, as in Go
-        assert f"\n{line}" in text
 
 
 @needs_native
