@@ -134,7 +134,7 @@ class Workers:
         """
         run_sync = _anyio_run_sync()
         for work in self._work.values():
-            tasks = list(_waiting_for(work.future)) if run_sync else []
+            tasks = list(tasks_woken_by(work.future)) if run_sync else []
             limiter = _limiter_of(tasks[0], run_sync) if tasks else None
             loop = loop_of(tasks[0]) if limiter is not None else None
             yield None if loop is None else (loop, limiter)
@@ -292,10 +292,10 @@ def _tasks_for(future: concurrent.futures.Future[Any]) -> Iterator[Task]:
         for cell in getattr(callback, "__closure__", None) or ():
             with suppress(ValueError):  # an empty cell
                 if isinstance(cell.cell_contents, asyncio.Future):
-                    yield from _waiting_for(cell.cell_contents)
+                    yield from tasks_woken_by(cell.cell_contents)
 
 
-def _waiting_for(future: Any) -> Iterator[Task]:
+def tasks_woken_by(future: Any) -> Iterator[Task]:
     """Yield the tasks that an asyncio future will wake: its callbacks are methods of theirs."""
     for callback, *_ in getattr(future, "_callbacks", None) or ():
         task = getattr(callback, "__self__", None)

@@ -10,7 +10,8 @@ are read as the garbage collector sees them, which changes nothing.
 What it costs: about 5 us a task.
 
 What it misses: coroutines of other libraries are not known by name. Their tasks
-wait for whatever these await in the end, at worst a plain future.
+wait for whatever these await in the end, at worst a plain future. Up to 3.11 the
+state of what `wait_for` runs in a task of its own is known if tasks are tracked.
 
 Source: CPython, Lib/asyncio/{tasks,locks,queues,streams,taskgroups}.py; anyio,
 _backends/_asyncio.py.
@@ -28,10 +29,12 @@ from pathlib import Path
 from types import FunctionType, GeneratorType
 from typing import Any, NamedTuple
 
-from asgi_pprof.runtime.chains import Chain
+from asgi_pprof.runtime.chains import Chain, await_chain
 from asgi_pprof.runtime.frames import generator_local
 from asgi_pprof.runtime.modules import code_filename
-from asgi_pprof.runtime.pools import Work, Workers
+from asgi_pprof.runtime.pools import Work, Workers, tasks_woken_by
+from asgi_pprof.runtime.task_records import record_of
+from asgi_pprof.runtime.tasks import coroutine_of, waits_for
 
 Task = asyncio.Task[Any]
 
@@ -91,6 +94,9 @@ _REASONS: tuple[tuple[str, str, str], ...] = (
     ("anyio.streams.memory", "MemoryObjectReceiveStream.receive", ""),
     ("anyio.streams.memory", "MemoryObjectSendStream.send", ""),
 )
+_WAIT_FOR = asyncio.wait_for.__code__
+# Futures in Python, as nest_asyncio uses them, are awaited through a generator.
+_AWAIT_FUTURE = asyncio.futures._PyFuture.__await__.__code__  # type: ignore[attr-defined]
 # It has been woken, and waits for the lock that it released meanwhile.
 _REACQUIRING = {("Lock.acquire", "Condition.wait")}
 
@@ -140,18 +146,20 @@ class Waits:
             future: What would wake it.
             chain: Its chain of awaits.
         """
+        chain = [each for each in chain if each.code is not _AWAIT_FUTURE]
         library = list(self._library(chain))
         reason = library[-1][0] if library else ""
         if reason == "executor":
             return self._thread(future, library)
         if reason == "as_completed":
             # Up to 3.12 it is a generator, which the coroutine around it has on its stack.
-            innermost = [each.awaitable for each in chain][-len(library) - 1 :]
-            return Wait(reason, _tasks_held(innermost))
+            innermost = [each.awaitable for each in chain if each.code is not _WAIT_FOR]
+            return Wait(reason, _tasks_held(innermost[-len(library) - 1 :]))
         if reason in ("wait", "TaskGroup"):
             return Wait(reason, _tasks_held(awaitable for _, awaitable in library))
         if reason == "wait_for":
-            return self._future(_waited_for(library[-1][1], future))
+            awaited = _waited_for(library[-1][1], future)
+            return self._inside(awaited, future, chain) or self._future(awaited)
         return Wait(reason) if reason else self._future(future)
 
     def _library(self, chain: Chain) -> Iterator[tuple[str, object]]:
@@ -163,10 +171,32 @@ class Waits:
             reason = self._reasons.get((code.co_filename, code.co_qualname))
             if reason is None and code.co_filename.startswith(_OWN_FILES):
                 continue  # our wrapper of an asyncio method, while contention is recorded
-            if reason is None or (last, reason) in _REACQUIRING:
+            if reason is None or (last, reason) in _REACQUIRING or (last and code is _WAIT_FOR):
                 return
             yield reason, awaitable
             last = reason
+
+    def _inside(self, awaited: Any, future: Any, chain: Chain) -> Wait | None:
+        """
+        Return the wait of a task that `wait_for` has made of a coroutine.
+
+        None if it has made none, or if what it has made can run. Only up to 3.11 there
+        are such tasks.
+        """
+        waiter = next(tasks_woken_by(future), None)
+        if waiter is None or not isinstance(awaited, asyncio.Task):
+            return None
+        record = record_of(awaited)
+        # A coroutine that begins to await is one instruction before where it is suspended.
+        places = [(each.code, each.lasti - 2) for each in chain if each.code is not _WAIT_FOR]
+        if record.creator != record_of(waiter).id:
+            return None
+        if places and (record.code, record.lasti) not in places:
+            return None  # the waiting task has made it elsewhere
+        inner = waits_for(awaited)
+        if inner is None:
+            return None
+        return Wait(self.wait(inner, await_chain(coroutine_of(awaited))).reason, (awaited,))
 
     def _thread(self, future: object, library: list[tuple[str, object]]) -> Wait:
         reasons = [reason for reason, _ in library]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import socket
 import sys
 import threading
@@ -13,6 +14,7 @@ import anyio
 import anyio.to_thread
 import pytest
 
+from asgi_pprof.collectors.goroutine.task_tracking import task_tracking
 from asgi_pprof.collectors.goroutine.waits import WAITING_FOR_A_THREAD, Wait, Waits
 from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.tasks import waits_for
@@ -293,6 +295,128 @@ def test_reasons_are_the_same_while_contention_is_recorded(loop_name):
     """Our wrappers of asyncio's methods are skipped."""
     with recording():
         assert run(all_reasons(), loop_name) == REASONS
+
+
+async def by_wait_for(awaitable):
+    await asyncio.wait_for(awaitable, 3600)
+
+
+async def by_wait_for_without_a_time(awaitable):
+    await asyncio.wait_for(awaitable, None)
+
+
+async def by_wait_for_twice(awaitable):
+    await asyncio.wait_for(asyncio.wait_for(awaitable, 1800), 3600)
+
+
+async def by_timeout(awaitable):
+    async with asyncio.timeout(3600):
+        await awaitable
+
+
+async def by_fail_after(awaitable):
+    with anyio.fail_after(3600):
+        await awaitable
+
+
+async def by_move_on_after(awaitable):
+    with anyio.move_on_after(3600):
+        await awaitable
+
+
+async def by_own_wrapper(awaitable):
+    async def retry():
+        return await awaitable
+
+    await asyncio.wait_for(retry(), None)
+
+
+WRAPPERS = [
+    by_wait_for,
+    by_wait_for_without_a_time,
+    by_wait_for_twice,
+    by_timeout,
+    by_fail_after,
+    by_move_on_after,
+    by_own_wrapper,
+    functools.partial(asyncio.wait_for, timeout=3600),  # the task's own coroutine
+]
+
+
+BARE = {  # nothing of the application's stands between these and the wrapper
+    "Queue.get": lambda: asyncio.Queue().get(),
+    "Event.wait": lambda: asyncio.Event().wait(),
+    "IO wait": lambda: asyncio.StreamReader().read(),
+    "sleep": lambda: asyncio.sleep(3600),
+    "wait": lambda: asyncio.wait([asyncio.get_running_loop().create_future()]),
+}
+
+
+@contextlib.contextmanager
+def tracking():
+    loop = asyncio.get_running_loop()
+    task_tracking.attach(loop)
+    try:
+        yield
+    finally:
+        task_tracking.detach(loop)
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS, ids=lambda each: getattr(each, "__name__", "itself"))
+def test_a_wrapper_does_not_hide_the_reason(wrapper, loop_name):
+    """What awaits in the same task, or as 3.11's `wait_for` in one of its own, is in its state."""
+
+    async def main():
+        with tracking():
+            found = {wait: await reason_for(wrapper(wait())) for wait in REASONS}
+            bare = {reason: await reason_for(wrapper(wait())) for reason, wait in BARE.items()}
+            return found, bare
+
+    assert run(main(), loop_name) == (REASONS, {reason: reason for reason in BARE})
+
+
+def test_the_state_of_a_wait_for_a_task_made_before_is_task(loop_name):
+    """The task that was waited for has a state of its own, on every version."""
+
+    async def main():
+        with tracking():
+            async with waiting(waits_for_a_task()) as task:
+                wait = wait_of(task)
+                found = wait.reason, [each.get_name() for each in wait.tasks]
+            for each in asyncio.all_tasks() - {asyncio.current_task()}:
+                each.cancel()
+            return found
+
+    assert run(main(), loop_name) == ("Task", ["a"])
+
+
+def test_a_wait_for_what_was_completed_first_names_the_tasks(loop_name):
+    """The tasks behind `as_completed` are found through `wait_for`."""
+
+    async def completed():
+        for each in asyncio.as_completed([named("a"), named("b")]):
+            await asyncio.wait_for(each, None)
+
+    async def main():
+        async with waiting(completed()) as task:
+            wait = wait_of(task)
+            found = wait.reason, sorted(each.get_name() for each in wait.tasks)
+        for each in asyncio.all_tasks() - {asyncio.current_task()}:
+            each.cancel()
+        return found
+
+    assert run(main(), loop_name) == ("as_completed", ["a", "b"])
+
+
+def test_reasons_are_the_same_with_futures_in_python():
+    """nest_asyncio puts asyncio's own Python classes in the place of those in C, as this does."""
+    program = """
+        import sys
+        sys.modules["_asyncio"] = None
+        from tests.collectors.goroutine.test_waits import REASONS, all_reasons, run
+        print(run(all_reasons()) == REASONS)
+    """
+    assert run_program(program).strip() == "True"
 
 
 @pytest.mark.parametrize("kind", [asyncio, anyio], ids=lambda kind: kind.__name__)
@@ -638,7 +762,11 @@ def test_tasks_that_a_task_waits_for_are_found(loop_name):
 
 
 def test_the_state_of_a_wait_for_a_coroutine_with_a_timeout(loop_name):
-    """Up to 3.11 the coroutine runs in a task of its own; later it is awaited directly."""
+    """
+    Up to 3.11 the coroutine runs in a task of its own; later it is awaited directly.
+
+    This is without tracking, so it is not known who made that task.
+    """
 
     async def main():
         async with waiting(asyncio.wait_for(wait_for_ever(), 3600)) as task:
