@@ -13,7 +13,8 @@ What it costs: about 0.1 us a frame of all threads, and 2 ms for 100,000 pieces
 of queued work, with the GIL held, on request only.
 
 What it misses: a task that waits for a thread is known if it awaits the queued
-work itself, not a `gather` of it; of each queue only the first ten are read.
+work itself, or through functions of asyncio such as `gather`, `shield` and `wait`;
+of each queue only the first ten are read.
 
 Source: CPython, Lib/concurrent/futures/thread.py, Modules/_queuemodule.c;
 anyio, _backends/_asyncio.py, lowlevel.py.
@@ -33,7 +34,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import suppress
 from contextvars import Context
-from types import BuiltinFunctionType, CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any, NamedTuple, cast
 
 from asgi_pprof.runtime.chains import await_chain
@@ -296,11 +297,29 @@ def _tasks_for(future: concurrent.futures.Future[Any]) -> Iterator[Task]:
 
 
 def tasks_woken_by(future: Any) -> Iterator[Task]:
-    """Yield the tasks that an asyncio future will wake: its callbacks are methods of theirs."""
+    """Yield the tasks that an asyncio future will wake, itself or through another of asyncio's."""
     for callback, *_ in getattr(future, "_callbacks", None) or ():
         task = getattr(callback, "__self__", None)
         if isinstance(task, asyncio.Task):
             yield task
+        elif (outer := _completed_by(callback)) is not None:
+            yield from tasks_woken_by(outer)
+
+
+_ASYNCIO_TASKS = asyncio.wait_for.__code__.co_filename
+
+
+def _completed_by(callback: Any) -> object:
+    """Return the future that a callback of shield, gather, wait, or 3.11's wait_for completes."""
+    completed: object = None
+    if type(callback) is functools.partial and callback.args:
+        completed = callback.args[0]
+    elif type(callback) is FunctionType and callback.__code__.co_filename == _ASYNCIO_TASKS:
+        cells = zip(callback.__code__.co_freevars, callback.__closure__ or (), strict=True)
+        cell = next((cell for name, cell in cells if name in ("outer", "waiter")), None)
+        with suppress(ValueError):  # an empty cell
+            completed = cell and cell.cell_contents
+    return completed if isinstance(completed, asyncio.Future) else None
 
 
 def _size(members: list[threading.Thread]) -> int:

@@ -339,24 +339,53 @@ def test_the_order_is_right_after_work_has_left_the_queue(loop_name):
     assert run(main(), loop_name) == list(range(8, 18))
 
 
-def test_work_that_no_task_awaits_itself_has_no_waiting_task(loop_name):
-    """Such work was only submitted, or is part of a gather."""
+def test_work_that_no_task_awaits_has_no_waiting_task(loop_name):
+    """Such work was only submitted."""
 
     async def main():
-        loop, jobs = asyncio.get_running_loop(), [Job() for _ in range(3)]
+        jobs = [Job(), Job()]
         with ThreadPoolExecutor(1, thread_name_prefix="shop") as pool, ending(*jobs):
             pool.submit(jobs[0])
             await until_begun(jobs[0])
             pool.submit(jobs[1])
-            task = asyncio.create_task(awaited(asyncio.gather(loop.run_in_executor(pool, jobs[2]))))
-            await asyncio.sleep(0)
-            found = [each for each in Workers().waiting() if each[0].name == "shop"]
+            return [each for each in Workers().waiting() if each[0].name == "shop"]
+
+    assert run(main(), loop_name) == [(Pool("shop", 1, 1, 1), [])]
+
+
+async def waited(future):
+    await asyncio.wait([future])
+
+
+THROUGH = {
+    "shield": asyncio.shield,
+    "gather": asyncio.gather,
+    "wait": waited,
+    "wait_for": lambda future: asyncio.wait_for(future, 3600),
+    "all": lambda future: asyncio.wait_for(asyncio.gather(asyncio.shield(future)), 3600),
+}
+
+
+@pytest.mark.parametrize("through", THROUGH)
+def test_tasks_that_wait_for_queued_work_through_others_are_found(through, loop_name):
+    """They await a future of asyncio's that the work's future completes."""
+
+    async def main():
+        loop, jobs = asyncio.get_running_loop(), [Job(), Job()]
+        with ThreadPoolExecutor(1, thread_name_prefix="shop") as pool, ending(*jobs):
+            pool.submit(jobs[0])
+            await until_begun(jobs[0])
+            queued = loop.run_in_executor(pool, jobs[1])
+            task = asyncio.create_task(awaited(THROUGH[through](queued)))
+            for _ in range(3):
+                await asyncio.sleep(0)
+            found = [tasks for pool, tasks in Workers().waiting() if pool.name == "shop"]
             for each in jobs:
                 each.end.set()
             await task
-        return found
+        return found == [[task]]
 
-    assert run(main(), loop_name) == [(Pool("shop", 1, 1, 2), [])]
+    assert run(main(), loop_name)
 
 
 def test_limiters_of_anyios_work_are_found(loop_name):

@@ -4,7 +4,7 @@ goroutine: every asyncio task, what it waits for, since when, and who made it.
 What is measured: one count per task that is not done, of every event loop in
 the process, with its whole await chain as the stack (leaf first), the labels of
 its context, its name, and its state: running, runnable, or what it waits for.
-Of a task that waits for a worker thread, the thread's frames are the inner part
+Of a task that waits for one worker thread, the thread's frames are the inner part
 of the stack. The dump (debug=2) adds numbers: the task's own, of the tasks it
 waits for, of those that wait for it, and of the one that made it.
 
@@ -215,8 +215,12 @@ class _Numbers:
 
     def text(self, task: int) -> str:
         numbers = sorted(map(int, self._first.get(task, "").split()))
-        left_out = self._count[task] - len(numbers)
-        return ", ".join(map(str, numbers)) + (f" and {left_out} more" if left_out else "")
+        return _and_more(numbers, self._count[task])
+
+
+def _and_more(first: Sequence[object], count: int) -> str:
+    left_out = count - len(first)
+    return ", ".join(map(str, first)) + (f" and {left_out} more" if left_out else "")
 
 
 class _Reading(NamedTuple):
@@ -269,8 +273,8 @@ class Scan:
         if reading.wait is not None:
             if reading.wait.workers:
                 labels["workers"] = reading.wait.workers
-            if reading.wait.work is not None:
-                labels["thread"] = reading.wait.work.thread
+            if threads := [work.thread for work in reading.wait.work]:
+                labels["thread"] = _and_more(threads[:_MAX_NAMED], len(threads))
         return Goroutine(
             record.id,
             reading.state,
@@ -370,8 +374,8 @@ class Scan:
         if future is None:
             return _Reading("runnable", stack or (UNKNOWN,), None, 0)
         wait = self._waits.wait(future, chain)
-        if wait.work is not None:
-            stack = (*self._worker_stack(wait.work), _WORKER, *stack)
+        if len(wait.work) == 1:
+            stack = (*self._worker_stack(*wait.work), _WORKER, *stack)
             if len(stack) > MAX_DEPTH:
                 stack = (*stack[:MAX_DEPTH], TRUNCATED)
         return _Reading(wait.reason, stack or (UNKNOWN,), wait, waited_ns)

@@ -27,7 +27,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FunctionType, GeneratorType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from asgi_pprof.runtime.chains import Chain, await_chain
 from asgi_pprof.runtime.frames import generator_local
@@ -37,11 +37,14 @@ from asgi_pprof.runtime.task_records import record_of
 from asgi_pprof.runtime.tasks import coroutine_of, waits_for
 
 Task = asyncio.Task[Any]
+_Future = TypeVar("_Future", bound=asyncio.Future[Any])
 
 _FEW_CALLBACKS = 16  # more than most futures have
 _MOST_CALLBACKS = 10_000  # looked at of one future; what it is bound to is among the first
+_MOST_PARTS = 100  # of a gather or the like that are searched for the work of threads
 
 WAITING_FOR_A_THREAD = "waiting for a thread"
+_OF_THREADS = ("executor", WAITING_FOR_A_THREAD)
 
 _ANYIO = "anyio._backends._asyncio"
 # Module, names in it, and the reason; "" stands for the name itself.
@@ -108,13 +111,13 @@ class Wait(NamedTuple):
     Args:
         reason: In asyncio's terms, such as "Lock.acquire", "gather" or "Future".
         tasks: The tasks it waits for that are not done.
-        work: The work of a worker thread that it waits for, if there is one.
+        work: The work of worker threads that it waits for; of a gather of the first hundred only.
         workers: How busy the threads are that it waits for, such as "40 of 40 busy".
     """
 
     reason: str
     tasks: Iterable[Task] = ()
-    work: Work | None = None
+    work: tuple[Work, ...] = ()
     workers: str = ""
 
 
@@ -154,9 +157,9 @@ class Waits:
         if reason == "as_completed":
             # Up to 3.12 it is a generator, which the coroutine around it has on its stack.
             innermost = [each.awaitable for each in chain if each.code is not _WAIT_FOR]
-            return Wait(reason, _tasks_held(innermost[-len(library) - 1 :]))
+            return self._several(reason, _held(innermost[-len(library) - 1 :]))
         if reason in ("wait", "TaskGroup"):
-            return Wait(reason, _tasks_held(awaitable for _, awaitable in library))
+            return self._several(reason, _held([awaitable for _, awaitable in library]))
         if reason == "wait_for":
             awaited = _waited_for(library[-1][1], future)
             return self._inside(awaited, future, chain) or self._future(awaited)
@@ -205,13 +208,17 @@ class Waits:
             return Wait(WAITING_FOR_A_THREAD, workers=_borrowed(limiter))
         if reasons != ["executor"]:
             return Wait(reasons[0])
-        return Wait("executor", work=self.workers.working_for(future))
+        return self._executor(future)
+
+    def _executor(self, future: object) -> Wait:
+        work = self.workers.working_for(future)
+        return Wait("executor", work=() if work is None else (work,))
 
     def _future(self, future: Any) -> Wait:
         if isinstance(future, asyncio.Task):
             return Wait("Task", (future,))
         if type(future) is asyncio.tasks._GatheringFuture:  # type: ignore[attr-defined]
-            return Wait("gather", _each_once(_children(future)))
+            return self._several("gather", _Parts((future,)))
         known = self._shared.get(id(future))
         if known is not None:
             return known[1]
@@ -229,11 +236,28 @@ class Waits:
     def _bound(self, callbacks: Sequence[object]) -> Wait:
         """Return what a future with these callbacks stands for."""
         if (shielded := _found_in(callbacks, "_outer_done_callback", "inner")) is not None:
-            return Wait("shield", _pending(shielded))
+            return self._shield(shielded)
         source = _found_in(callbacks, "_call_check_cancel", "source")
         if isinstance(source, concurrent.futures.Future):
             return self._concurrent(source)
         return Wait("Future")
+
+    def _shield(self, shielded: object) -> Wait:
+        if isinstance(shielded, asyncio.Task):
+            return Wait("shield", _tasks((shielded,)))
+        wait = self._future(shielded)
+        return wait if wait.reason in _OF_THREADS else wait._replace(reason="shield")
+
+    def _several(self, reason: str, parts: _Parts) -> Wait:
+        """Return a wait for several futures: that for a thread if only a thread's work is left."""
+        first = list(itertools.islice(parts, _MOST_PARTS))
+        waits = [self._future(each) for each in first if not isinstance(each, asyncio.Task)]
+        if len(first) == 1 and waits and waits[0].reason in _OF_THREADS:
+            return waits[0]
+        work = tuple(each for wait in waits for each in wait.work)
+        workers = next((wait.workers for wait in waits if wait.workers), "")
+        tasks = itertools.chain(_tasks(parts), *(wait.tasks for wait in waits))
+        return Wait(reason, _each_once(tasks), work, workers)
 
     def _concurrent(self, future: concurrent.futures.Future[Any]) -> Wait:
         known = self._shared.get(id(future))
@@ -248,23 +272,33 @@ class Waits:
         for callback in callbacks:
             task = _closed_over(callback, "_call_check_cancel", "source")
             if isinstance(task, asyncio.Future):  # run_coroutine_threadsafe: of another loop
-                return Wait("Task", _pending(task))
+                return Wait("Task", _tasks((task,)))
         pool = self.workers.queued_in(future)
         if pool is not None:
             return Wait(WAITING_FOR_A_THREAD, workers=f"{pool.busy} of {pool.size} busy")
-        return Wait("executor", work=self.workers.working_for(future))
+        return self._executor(future)
 
 
 _OWN_FILES = str(Path(Waits.wait.__code__.co_filename).parents[1])
 
 
-def _tasks_held(coroutines: Iterable[object]) -> Iterator[Task]:
-    """Yield the tasks that asyncio's and anyio's own coroutines have in their local variables."""
-    held = (each for coroutine in coroutines for each in gc.get_referents(coroutine))
-    return _each_once(task for each in held for task in _members(each))
+class _Parts:
+    """Those of some futures, and of the gatherings among them, that are not done, once each."""
+
+    def __init__(self, futures: Iterable[Any]) -> None:
+        self._futures = futures
+
+    def __iter__(self) -> Iterator[asyncio.Future[Any]]:
+        return _each_once(part for each in self._futures for part in _pending(each))
 
 
-def _members(held: Any) -> Iterator[Task]:
+def _held(coroutines: Iterable[object]) -> _Parts:
+    """Return the futures that asyncio's and anyio's own coroutines have in their variables."""
+    held = [each for coroutine in coroutines for each in gc.get_referents(coroutine)]
+    return _Parts([member for each in held for member in _members(each)])
+
+
+def _members(held: Any) -> Iterable[Any]:
     name = type(held).__name__
     members: Any = ()
     if type(held) is set:
@@ -273,16 +307,21 @@ def _members(held: Any) -> Iterator[Task]:
         members = getattr(held, "_tasks", None) or getattr(held, "_todo", ())
     elif type(held) is GeneratorType and held.gi_code.co_name == "as_completed":
         members = _closed_over_by(held, "todo")
-    for member in list(members):
-        yield from _pending(member)
+    return list(members)
 
 
-def _each_once(tasks: Iterable[Task]) -> Iterator[Task]:
+def _tasks(futures: Iterable[Any]) -> Iterator[Task]:
+    """Yield the tasks that are not done among futures, and in the gatherings among these."""
+    parts = (part for each in futures for part in _pending(each))
+    return (each for each in parts if isinstance(each, asyncio.Task))
+
+
+def _each_once(futures: Iterable[_Future]) -> Iterator[_Future]:
     seen: set[int] = set()
-    for task in tasks:
-        if id(task) not in seen:
-            seen.add(id(task))
-            yield task
+    for future in futures:
+        if id(future) not in seen:
+            seen.add(id(future))
+            yield future
 
 
 def _waited_for(wait_for: object, future: Any) -> Any:
@@ -292,16 +331,12 @@ def _waited_for(wait_for: object, future: Any) -> Any:
     return next((each for each in others if each is not future), future)
 
 
-def _pending(future: object) -> Iterator[Task]:
+def _pending(future: Any) -> Iterator[asyncio.Future[Any]]:
     if type(future) is asyncio.tasks._GatheringFuture:  # type: ignore[attr-defined]
-        yield from _children(future)
-    elif isinstance(future, asyncio.Task) and not future.done():
+        for child in future._children:
+            yield from _pending(child)
+    elif isinstance(future, asyncio.Future) and not future.done():
         yield future
-
-
-def _children(gathering: Any) -> Iterator[Task]:
-    for child in gathering._children:
-        yield from _pending(child)
 
 
 def _found_in(callbacks: Iterable[object], function: str, variable: str) -> object:

@@ -861,6 +861,128 @@ def test_a_worker_threads_frames_are_the_inner_part_of_the_stack(wait, loop_name
     assert profile.comments == ()
 
 
+async def shielded(function):
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, function))
+
+
+async def shielded_in_time(function):
+    job = asyncio.get_running_loop().run_in_executor(None, function)
+    await asyncio.wait_for(asyncio.shield(job), 3600)
+
+
+async def gathered(function):
+    await asyncio.gather(asyncio.get_running_loop().run_in_executor(None, function))
+
+
+async def gathered_beside_one_that_is_done(function):
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
+    done.set_result(None)
+    await asyncio.shield(asyncio.gather(done, loop.run_in_executor(None, function)))
+
+
+async def wrapped(function):
+    with ThreadPoolExecutor(1) as pool:
+        await asyncio.wrap_future(pool.submit(function))
+
+
+async def waited(function):
+    await asyncio.wait([asyncio.get_running_loop().run_in_executor(None, function)])
+
+
+async def completed(function):
+    for each in asyncio.as_completed([asyncio.get_running_loop().run_in_executor(None, function)]):
+        await each
+
+
+async def as_django(function):
+    sync = pytest.importorskip("asgiref.sync")
+    async with sync.ThreadSensitiveContext():  # as in Django's handler of ASGI requests
+        await sync.sync_to_async(function)()
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        shielded,
+        shielded_in_time,
+        gathered,
+        gathered_beside_one_that_is_done,
+        wrapped,
+        waited,
+        completed,
+        as_django,
+    ],
+    ids=lambda wait: wait.__name__,
+)
+def test_a_worker_thread_behind_other_futures_is_shown(wait, loop_name):
+    """A task that waits for nothing but the thread's work is continued into the thread."""
+
+    async def main():
+        job = Job()
+        async with waiting(it=wait(job.run)) as (task,):
+            await until(lambda: job.begun.is_set() or (task.done() and task.result()))
+            found = (await tasks_of())["it"]
+            job.end.set()
+            await task
+        return found
+
+    found = run(main(), loop_name)
+    stack = names(found.stack)
+    boundary = stack.index("<worker thread>")
+    assert stack[:2] == ["threading.Condition.wait", "threading.Event.wait"]
+    assert "Job.run" in stack[:boundary]
+    assert stack[-1] == wait.__name__
+    assert found.state == "executor"
+    assert label(found, "thread")
+
+
+def test_several_threads_that_a_task_waits_for_are_named(loop_name):
+    """The task waits for all of them, so it is continued into none."""
+
+    async def main():
+        jobs = [Job() for _ in range(12)]
+        with ThreadPoolExecutor(12, thread_name_prefix="shop") as pool:
+            loop = asyncio.get_running_loop()
+
+            async def few():
+                await asyncio.gather(*(loop.run_in_executor(pool, job.run) for job in jobs[:2]))
+
+            async def more():
+                await asyncio.wait([loop.run_in_executor(pool, job.run) for job in jobs[2:]])
+
+            async def and_a_task(task):
+                await asyncio.gather(task, loop.run_in_executor(pool, innermost_job.run))
+
+            async with waiting(few=few()) as (first,):
+                await until(lambda: all(job.begun.is_set() for job in jobs[:2]))
+                second = asyncio.create_task(more(), name="more")
+                await until(lambda: all(job.begun.is_set() for job in jobs))
+                innermost_job = Job()
+                third = asyncio.create_task(and_a_task(second), name="and a task")
+                await iterations()
+                found = await tasks_of()
+                for job in (*jobs, innermost_job):
+                    job.end.set()
+                await asyncio.gather(first, second, third)
+        return found
+
+    found = run(main(), loop_name)
+    assert [found[name].state for name in ("few", "more", "and a task")] == [
+        "gather",
+        "wait",
+        "gather",
+    ]
+    assert sorted(label(found["few"], "thread").split(", ")) == ["shop_0", "shop_1"]
+    assert label(found["more"], "thread").count("shop_") == 10
+    assert label(found["and a task"], "thread") is None
+    assert label(found["and a task"], "workers") == "12 of 12 busy"
+    assert label(found["and a task"], "awaits") == str(found["more"].id)
+    assert names(found["few"].stack) == [
+        "test_several_threads_that_a_task_waits_for_are_named.<locals>.main.<locals>.few"
+    ]
+
+
 def test_a_worker_thread_behind_a_timeout_is_shown(loop_name):
     """Up to 3.11 its frames are shown with the task that `wait_for` has created."""
 

@@ -594,7 +594,7 @@ def test_a_pool_of_processes_is_an_executor():
         if __name__ == "__main__":
             run(main())
     """
-    wait = Wait("executor", (), None, "")
+    wait = Wait("executor", (), (), "")
     # Without development mode, in which the loop would log slow callbacks.
     said = run_program(program, options=("-W", "error"))
     assert said.strip() == repr(wait)
@@ -809,7 +809,7 @@ def test_the_state_of_a_wait_for_a_thread_with_a_timeout(loop_name):
 
     wait = run(main(), loop_name)
     assert wait.reason == "executor"
-    assert wait.work is not None
+    assert len(wait.work) == 1
 
 
 @pytest.mark.parametrize("other_loop", LOOPS)
@@ -863,7 +863,7 @@ def test_a_task_queued_for_an_executor_waits_for_a_thread(loop_name):
 
     wait = run(main(), loop_name)
     assert (wait.reason, wait.workers) == (WAITING_FOR_A_THREAD, "1 of 1 busy")
-    assert wait.work is None
+    assert wait.work == ()
 
 
 def test_a_task_queued_for_anyios_threads_waits_for_a_thread(loop_name):
