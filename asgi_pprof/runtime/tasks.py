@@ -25,6 +25,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, TypeAlias, cast
 
 from asgi_pprof.native.core import native
+from asgi_pprof.runtime import type_info
 from asgi_pprof.runtime.loops import running_loops
 
 _asyncio: Any
@@ -119,6 +120,25 @@ def coroutine_of(task: Task) -> object:
         return task.get_coro()
     except Exception:
         return None
+
+
+_IN_C = type_info.addresses(*filter(None, [getattr(_asyncio, "Task", None)]))
+_IN_PYTHON = type_info.addresses(asyncio.tasks._PyTask)  # type: ignore[attr-defined]
+_attributes = asyncio.futures._PyFuture.__dict__["__dict__"].__get__  # type: ignore[attr-defined]
+
+
+def cancelling(task: Task) -> int:
+    """
+    Return how many requests to cancel a task are open: `Task.cancelling`.
+
+    No code of the task's class runs. 0 for a class that is not derived from asyncio's.
+    """
+    if type_info.is_subclass(type(task), _IN_C):
+        return cast(int, _asyncio.Task.cancelling(task))
+    if type_info.is_subclass(type(task), _IN_PYTHON):
+        count = _attributes(task).get("_num_cancels_requested")
+        return count if type(count) is int else 0
+    return 0
 
 
 def _tasks_of(loop: asyncio.AbstractEventLoop | None) -> list[Task]:

@@ -3,7 +3,8 @@ goroutine: every asyncio task, what it waits for, since when, and who made it.
 
 What is measured: one count per task that is not done, of every event loop in
 the process, with its whole await chain as the stack (leaf first), the labels of
-its context, its name, and its state: running, runnable, or what it waits for.
+its context, its name, its state (running, runnable, or what it waits for), and
+how many requests to cancel it are open.
 Of a task that waits for one worker thread, the thread's frames are the inner part
 of the stack. The dump (debug=2) adds numbers: the task's own, of the tasks it
 waits for, of those that wait for it, and of the one that made it.
@@ -67,6 +68,7 @@ from asgi_pprof.runtime.task_records import record_of
 from asgi_pprof.runtime.tasks import (
     TaskList,
     alive,
+    cancelling,
     coroutine_of,
     is_done,
     loop_of,
@@ -306,6 +308,8 @@ class Scan:
         reading = self._read(task)
         labels = self._labels(task)
         fold_default_name(labels)
+        if requests := labels.get("cancelling"):
+            labels["cancelling"] = _magnitude(requests)
         labels["state"] = reading.state
         if reading.wait is not None:
             if awaited := _names(reading.wait.tasks):
@@ -389,7 +393,14 @@ class Scan:
         labels = task_labels(task)
         if self._blocked_loops and loop_of(task) in self._blocked_loops:
             labels.update((_BLOCKED,))
+        if requests := cancelling(task):
+            labels["cancelling"] = str(requests)
         return labels
+
+
+def _magnitude(number: str) -> str:
+    """Return a number of one digit as it is, and of a longer one how many digits it has."""
+    return number if len(number) == 1 else f"{10 ** (len(number) - 1)} or more"
 
 
 def _name_label(task: Task) -> dict[str, str]:

@@ -13,6 +13,7 @@ import time
 import types
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
 
 import anyio
 import anyio.from_thread
@@ -790,6 +791,109 @@ def a_loop(loop_name, serve=None, name="other loop"):
     finally:
         loops[0].call_soon_threadsafe(loops[1].set)
         thread.join(20)
+
+
+# Requests to cancel
+
+
+class Hostile:
+    """What a class of tasks may do to those who read its tasks."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __getattribute__(self, name):
+        if name in ("cancelling", "_num_cancels_requested"):
+            Hostile.asked.append(name)
+        return super().__getattribute__(name)
+
+
+class HostileInC(Hostile, asyncio.Task):
+    pass
+
+
+class HostileInPython(Hostile, asyncio.tasks._PyTask):
+    pass
+
+
+async def survives(requests):
+    """End only after so many requests to cancel."""
+    for _ in range(requests):
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+    await asyncio.Event().wait()
+
+
+async def send(task, requests):
+    for _ in range(requests):
+        task.cancel()
+        await iterations(2)
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [asyncio.Task, asyncio.tasks._PyTask, HostileInC, HostileInPython],
+    ids=lambda kind: kind.__name__,
+)
+def test_a_task_that_was_cancelled_and_lives_on_says_so(kind, loop_name):
+    """It says how often, in the dump and in the profile. No code of the task's class is asked."""
+
+    async def main():
+        loop = asyncio.get_running_loop()
+        tasks = [kind(survives(3), loop=loop, name=name) for name in ("cancelled", "untouched")]
+        await iterations()
+        await send(tasks[0], 3)
+        Hostile.asked.clear()
+        found = await tasks_of(), (await profile_of()).samples, tuple(Hostile.asked)
+        await send(tasks[0], 1)
+        await send(tasks[1], 4)
+        return found
+
+    found, samples, asked = run(main(), loop_name)
+    assert asked == ()
+    in_profile = {label(each, "task"): each for each in samples}
+    for each in (found, in_profile):
+        assert label(each["cancelled"], "cancelling") == "3"
+        assert label(each["untouched"], "cancelling") is None
+
+
+def test_a_request_that_was_taken_back_does_not_count():
+    """`uncancel` takes it back; timeouts do so as well."""
+
+    async def uncancels():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.Event().wait()
+        asyncio.current_task().uncancel()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0):
+                await asyncio.Event().wait()
+        await asyncio.Event().wait()
+
+    async def main():
+        async with waiting(it=uncancels()) as (task,):
+            await send(task, 1)
+            return (await tasks_of())["it"]
+
+    assert label(run(main()), "cancelling") is None
+
+
+@pytest.mark.parametrize(
+    ("requests", "shown"), [(9, "9"), (10, "10 or more"), (250, "100 or more")]
+)
+def test_the_profile_rounds_the_number_of_many_requests(requests, shown):
+    """Else each of the tasks to which requests are sent for ever would be a sample of its own."""
+
+    async def main():
+        task = asyncio.create_task(survives(requests), name="it")
+        await iterations()
+        await send(task, requests)
+        found = (await tasks_of())["it"], (await profile_of()).samples
+        await send(task, 1)
+        return found
+
+    found, samples = run(main())
+    assert label(found, "cancelling") == str(requests)
+    (sample,) = [each for each in samples if label(each, "task") == "it"]
+    assert label(sample, "cancelling") == shown
 
 
 # Worker threads
