@@ -17,10 +17,12 @@ PAGE = (ROOT / "docs" / "hanging.md").read_text()
 BLOCK = re.compile(r"^```(sh|text)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def steps():
-    """Return the command of every step of the page, and the excerpt of its output."""
+def steps(service):
+    """Return the commands of the page for this service, each with an excerpt of its output."""
     found = []
     for section in PAGE.split("\n## ")[1:]:
+        if ("demo/orders.py" in section) is not (service == "orders"):
+            continue
         blocks = BLOCK.findall(section)
         assert [kind for kind, _ in blocks[0::2]] == ["sh"] * (len(blocks) // 2)
         title = section.splitlines()[0]
@@ -36,7 +38,7 @@ def as_compared(line):
     line = re.sub(r" /\S+/", " ", line).replace("docs.demo.", "")
     line = re.sub(r"^\d+ (?=\d+ @ )", "N ", line)  # nanoseconds
     line = re.sub(r"^(loop_stalls_total\S*) [1-9]\d*$", r"\1 N", line)  # more if it is slow
-    if "stuck" not in line:
+    if "stuck" not in line and "orders" not in line:
         line = re.sub(r"\+ |:\d+", "", line)  # line numbers in files of other packages
     if " @ " in line:
         line = line.partition(" @ ")[0]  # addresses depend on line numbers
@@ -64,10 +66,9 @@ def stuck(request):
             server.process.communicate()
 
 
-@pytest.mark.parametrize(("command", "excerpt"), steps())
-def test_the_fault_is_found(stuck, command, excerpt):
-    """The command prints the lines shown on the page, in the same order."""
-    arguments = shlex.split(command.replace("localhost:8000", f"localhost:{stuck.port}"))
+def find(server, command, excerpt):
+    """Run a command of the page, and look for the lines that are shown there, in their order."""
+    arguments = shlex.split(command.replace("localhost:8000", f"localhost:{server.port}"))
     done = subprocess.run(
         [*arguments, "--fail", "--silent", "--show-error"],
         capture_output=True,
@@ -79,6 +80,31 @@ def test_the_fault_is_found(stuck, command, excerpt):
     for line in excerpt.splitlines():
         if line not in ("...", "") and not line.startswith("goroutineleak profile:"):
             assert as_compared(line) in lines, f"not found, or not in order: {line}"
+
+
+@pytest.mark.parametrize(("command", "excerpt"), steps("stuck"))
+def test_the_fault_is_found(stuck, command, excerpt):
+    """The command prints the lines shown on the page, in the same order."""
+    find(stuck, command, excerpt)
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize(("command", "excerpt"), steps("orders"))
+def test_the_exhausted_connection_pool_is_found(loop, command, excerpt):
+    """Five requests have a connection, and two wait for one inside a greenlet of SQLAlchemy's."""
+    pytest.importorskip("aiosqlite")
+    pytest.importorskip("sqlalchemy")
+    server = ServerProcess("docs.demo.orders:app", loop, (), {}).__enter__()
+    with contextlib.ExitStack() as clients:
+        try:
+            for number in range(7):
+                clients.enter_context(leaving_client(server.port, f"/order/{number}"))
+            until(lambda: server.get("goroutine?debug=2").text.count("QueuePool._do_get(") == 2)
+            until(lambda: server.get("goroutine?debug=2").text.count("[Event.wait]") == 5)
+            find(server, command, excerpt)
+        finally:
+            server.process.kill()  # a shutdown would wait for its requests for ever
+            server.process.communicate()
 
 
 def test_nothing_else_is_found(stuck):

@@ -1,6 +1,8 @@
 """
 Chains of awaits: what a suspended coroutine awaits, what that awaits, and so on.
 
+The frames of a greenlet that stands between two coroutines are part of the chain.
+
 Of a frame only its code and its bytecode offset are kept: a kept frame keeps its locals alive.
 """
 
@@ -20,6 +22,7 @@ from asgi_pprof.runtime.frames import (
     is_generator,
     unwrapped,
 )
+from asgi_pprof.runtime.greenlets import greenlet_frames, runs_greenlet
 
 _MAX_CHAIN = 100_000  # awaits followed before a chain counts as endless
 
@@ -47,7 +50,11 @@ wrappers = WrapperCodes()
 
 
 class Awaited(NamedTuple):
-    """An awaitable of a chain and where it is suspended; no code if it has no frame."""
+    """
+    An awaitable of a chain and where it is suspended; no code if it has no frame.
+
+    Of a frame of a greenlet the awaitable is None.
+    """
 
     awaitable: object
     code: CodeType | None = None
@@ -64,7 +71,8 @@ def await_chain(awaitable: object) -> Chain:
 
     Of a chain longer than `MAX_DEPTH` only the innermost `MAX_DEPTH` + 1. The
     future at the end is left out; () if there is nothing else. Proxies and
-    Cython's coroutines, and so uvloop's, are followed, which may run their code.
+    Cython's coroutines, and so uvloop's, are followed, which may run their code, and
+    so may reading a greenlet of a class of the application's.
     """
     return list(deque(_places(awaitable), MAX_DEPTH + 1))
 
@@ -80,8 +88,14 @@ def _places(outermost: object) -> Iterator[Awaited]:
             if not (awaitable is None or awaitable is outermost or _is_future(awaitable)):
                 yield Awaited(awaitable)
             return
-        if place is not None and id(place[0]) not in wrappers.by_id:
+        if place is None:
+            continue
+        if id(place[0]) not in wrappers.by_id:
             yield Awaited(awaitable, *place)
+        if runs_greenlet(place[0]) and is_generator(awaitable):
+            for inner in reversed(greenlet_frames(awaitable)):
+                if id(inner[0]) not in wrappers.by_id:
+                    yield Awaited(None, *inner)
 
 
 def awaitables(awaitable: object, *, runs_code: bool = False) -> Iterator[object]:
