@@ -3,14 +3,17 @@ stall: what held an event loop for longer than a threshold.
 
 What is measured: every delay of 100 ms or more (settable) in which a watched loop
 began no new iteration, cumulative for the life of the process: one stall and its
-nanoseconds, with the stack and the labels of the task that held the loop. Leaves in
-angle brackets name a cause other than the loop's own code, where it is known:
-`<garbage collection>`, `<waiting for the GIL>`, and `<process not running>` for a
-process that was stopped or got no CPU.
+nanoseconds, with the stack and the labels of the task that held the loop. A stall in
+which several were seen is divided among them, and counts at the one with the largest
+part; the others have the count 0. Leaves in angle brackets name a cause other than
+the loop's own code for most of the stall, where it is known: `<garbage collection>`,
+`<waiting for the GIL>`, and `<process not running>` for a process that was stopped or
+got no CPU.
 
 How: one thread scans all loops every 75 ms, every 225 ms while they have nothing to
-do (`loop_monitor`), and once more when an iteration passes the threshold. A call in
-C that keeps the GIL is seen when it ends, before the loop's thread goes on. The
+do (`loop_monitor`), and once more when an iteration passes the threshold. Each scan
+looks at a stall that is under way, more and more seldom after the first 2.4 s. A call
+in C that keeps the GIL is seen when it ends, before the loop's thread goes on. The
 start of an iteration is read from asyncio's and uvloop's loops themselves, so
 durations are right to some milliseconds.
 
@@ -19,12 +22,12 @@ thread's wakeups. A loop that is seen in an iteration gets one callback, the pro
 13 a second at most. Smaller thresholds cost more in proportion. Each loop takes one
 descriptor.
 
-What it misses: a stall is one iteration, with one stack, however many callbacks ran
-in it. A callback's own labels are not known, only a task's. After operators, which
-unlike calls do not hand over the GIL, the line can be that of the next call. After a
-time in which no loop had anything to do, a stall shorter than 230 ms can fall
-between two scans: of 100 ms more than half are not seen. (Scanning twice as often
-would cost twice as much.) With uvloop an iteration counts from when a callback last
+What it misses: what ran in a stall between two looks. A stall is one iteration, however
+many callbacks ran in it. A callback's own labels are not known, only a task's. After
+operators, which unlike calls do not hand over the GIL, the line can be that of the
+next call. After a time in which no loop had anything to do, a stall shorter than 230
+ms can fall between two scans: of 100 ms more than half are not seen. (Scanning twice
+as often would cost twice as much.) With uvloop an iteration counts from when a callback last
 set a timer or asked for the time, and callbacks that are C functions are not seen.
 Of loops that are neither asyncio's nor uvloop's, and of uvloop's where it is not
 Linux, only what is left of a stall at a scan counts. Where the system does not tell

@@ -4,7 +4,9 @@ Monitors one event loop from another thread. An idle loop is never woken.
 At each scan the watch thread reads the stack of the loop's thread, which shows
 whether the loop is in an iteration and since when (`runtime.iterations`). Only
 then do we schedule a probe, by `call_soon_threadsafe`. The delay lasts from the
-start of the iteration we saw to the start of the one that runs the probe.
+start of the iteration we saw to the start of the one that runs the probe. While
+the probe is pending, each scan looks at what the loop does, and the delay is
+divided among what was seen (`divide`).
 
 We also probe where the loop may or may not wait for events: its frames are hidden
 (in a greenlet, by somebody's wrapper), its iterations cannot be read, or the watch
@@ -22,10 +24,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import Context
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
+from itertools import zip_longest
 from time import monotonic_ns as _clock_ns  # asyncio's and libuv's own
 from typing import NamedTuple
 
@@ -90,6 +93,7 @@ _QUIET_CPU_NS = 1_000_000  # between two scans; an idle uvicorn uses 0.5 ms in 2
 _SHORTEST_INTERVAL_NS = 5_000_000
 _PROBE_ANYWAY_NS = 10_000_000_000
 _COARSE_NS = 5_000_000  # libuv's clock may be the system's coarse one, of 250 Hz
+_LOOKS = 32  # at 75 ms from scan to scan, the first 2.4 s are looked at in every scan
 
 
 @dataclass(slots=True)
@@ -117,20 +121,45 @@ class Observation(NamedTuple):
     """
     What a loop's thread was executing: its stack, and the labels of the current task.
 
-    `iteration_ns` is when the loop's iteration began; 0 if that is not known.
+    Args:
+        iteration_ns: When the loop's iteration began; 0 if that is not known.
+        due_ns: When the scan was due that saw it.
+        seen_ns: When that scan came; 0 if nothing was seen.
     """
 
     stack: RawStack = ()
     labels: tuple[Label, ...] = ()
     iteration_ns: int = 0
+    due_ns: int = 0
+    seen_ns: int = 0
+
+
+Part = tuple[Observation, int]
+"""What was seen in a delay, and its part of the nanoseconds."""
 
 
 class Stall(NamedTuple):
-    """A delay that is counted; without an observation if it was over before a scan."""
+    """A delay that is counted, divided among what was seen; () if it was over before a scan."""
 
     delay_ns: int
-    observed: Observation | None
+    parts: tuple[Part, ...]
     cause: Location | None
+
+
+def divide(looks: Sequence[Observation], began_ns: int, ended_ns: int) -> Iterator[Part]:
+    """
+    Divide a delay among what was seen in it, the earliest first; the parts add up to the delay.
+
+    Of the time between two looks each gets half. If the later scan was delayed, most often
+    by a call that kept the GIL, the time of that delay is the later look's: the call is
+    what it saw.
+    """
+    start_ns = began_ns
+    for look, following in zip_longest(looks, looks[1:]):
+        end_ns = (look.seen_ns + following.due_ns) // 2 if following else ended_ns
+        end_ns = min(max(end_ns, start_ns), ended_ns)
+        yield look, end_ns - start_ns
+        start_ns = end_ns
 
 
 @dataclass(slots=True)
@@ -139,6 +168,7 @@ class Probe:
 
     scheduled_ns: int
     observed: Observation  # the iteration it was scheduled in
+    looks: list[Observation] = field(default_factory=list)  # all at that iteration
     last_seen_ns: int = 0  # the observed iteration, if it was over when the probe was scheduled
     is_observed_late: bool = False  # after the delay had passed the threshold
     native_id: int = 0
@@ -146,6 +176,22 @@ class Probe:
     iteration_ns: int = 0
     is_clock_reliable: bool = True
     ran_ns: int = 0
+
+    def observe(self, observed: Observation) -> None:
+        """Follow another iteration from now on, or none if this has seen nothing."""
+        self.observed, self.last_seen_ns, self.is_observed_late = observed, 0, False
+        self.looks = [observed] if observed.seen_ns else []
+
+    def needs_look(self, now_ns: int) -> bool:
+        """
+        Tell whether to look again: when the delay has grown by a 32nd since the last look.
+
+        So the number of looks grows only with the logarithm of a long delay: 330 in six
+        hours, and none stands for more than 3 % of the time before it.
+        """
+        return (
+            not self.looks or (now_ns - self.looks[-1].seen_ns) * _LOOKS >= now_ns - self.since_ns
+        )
 
     @property
     def since_ns(self) -> int:
@@ -279,14 +325,13 @@ class LoopMonitor:
             start_ns = self._clock.start_ns(loop, stack)
             if probe is None or probe.ran_ns:
                 if start_ns:
-                    self._found = _observe(loop, stack, start_ns)
+                    self._found = _observe(loop, stack, start_ns, wakeup)
                 else:
                     self._is_waiting = self._clock.is_reliable and self._clock.is_waiting(stack)
             elif probe.is_later(start_ns, wakeup.now_ns):
-                self._found = _observe(loop, stack, start_ns)
-            elif probe.observed.iteration_ns in (0, start_ns) and not probe.is_observed_late:
-                if self._is_stall(probe, wakeup.now_ns):
-                    probe.observed = _observe(loop, stack, probe.observed.iteration_ns)
+                self._found = _observe(loop, stack, start_ns, wakeup)
+            elif probe.observed.iteration_ns in (0, start_ns) and probe.needs_look(wakeup.now_ns):
+                probe.looks.append(_observe(loop, stack, start_ns, wakeup))
 
     def is_still_quiet(self, stacks: ThreadStacks) -> bool:
         """Tell whether a loop that was quiet at the last scan waits for events."""
@@ -342,7 +387,8 @@ class LoopMonitor:
 
     def _schedule_probe(self, loop: asyncio.AbstractEventLoop, wakeup: Wakeup) -> None:
         found, now_ns = self._found, _clock_ns()
-        probe = Probe(now_ns, found or Observation())
+        probe = Probe(now_ns, Observation())
+        probe.observe(found or Observation())
         if found and now_ns - wakeup.now_ns > PUNCTUAL_NS and self._is_over(loop, found):
             # We have waited for the GIL since the scan, and the loop has gone on.
             probe.last_seen_ns = wakeup.now_ns
@@ -363,10 +409,10 @@ class LoopMonitor:
         if self._found is not None:
             # The probed iteration is over; from now on the probe measures the one we found.
             ended_ns = probe.ended_ns(self._found.iteration_ns)
-            self._end_delay(probe.observed, probe.since_ns, ended_ns)
+            self._end_delay(probe, probe.since_ns, ended_ns)
             self._account.restart()
-            probe.observed, probe.last_seen_ns, probe.is_observed_late = self._found, 0, False
-        # Only one scan tries to observe it late, whether it could or not.
+            probe.observe(self._found)
+        # Only one scan comes for the threshold's sake, whether it could observe the loop or not.
         probe.is_observed_late |= self._is_stall(probe, now_ns)
 
     def _run_probe(self, probe: Probe) -> None:
@@ -385,7 +431,7 @@ class LoopMonitor:
     def _finish(self, probe: Probe, wakeup: Wakeup) -> None:
         self._probe, self._answered_ns = None, probe.ran_ns
         if probe.native_id == self._account.native_id:
-            delay_ns = self._end_delay(probe.observed, *probe.span())
+            delay_ns = self._end_delay(probe, *probe.span())
             self._lateness.add(probe.ran_ns, max(delay_ns, probe.ran_ns - probe.scheduled_ns))
         else:  # the observed stack is not that of the thread that runs the loop
             self._account.follow(probe.native_id)
@@ -405,19 +451,21 @@ class LoopMonitor:
         if delay_ns:
             self._lateness.add(ended_ns, delay_ns)
 
-    def _end_delay(self, observed: Observation | None, began_ns: int, ended_ns: int) -> int:
+    def _end_delay(self, probe: Probe | None, began_ns: int, ended_ns: int) -> int:
         """Count a delay if it is a stall, and return the nanoseconds that were counted."""
-        delay_ns = ended_ns - max(began_ns, self._counted_ns)
+        began_ns = max(began_ns, self._counted_ns)
+        delay_ns = ended_ns - began_ns
         if not self._threshold.is_stall(delay_ns):
             return 0
         cause = self._account.cause(ended_ns, delay_ns)
-        if observed is None and cause not in (NOT_RUNNING, WAITING_FOR_GIL):
+        if probe is None and cause not in (NOT_RUNNING, WAITING_FOR_GIL):
             # That another thread kept the GIL from us says nothing of a loop that did not need it.
             return 0
         self._counted_ns = ended_ns
         self._stalls += 1
         self._stall_ns += delay_ns
-        self._on_stall(Stall(delay_ns, observed, cause))
+        looks = probe.looks if probe else ()
+        self._on_stall(Stall(delay_ns, tuple(divide(looks, began_ns, ended_ns)), cause))
         return delay_ns
 
     def lag(self) -> LagFigures:
@@ -428,11 +476,13 @@ class LoopMonitor:
         return LagFigures(*late, self._stalls, self._stall_ns)
 
 
-def _observe(loop: asyncio.AbstractEventLoop, stack: ThreadStack, iteration_ns: int) -> Observation:
+def _observe(
+    loop: asyncio.AbstractEventLoop, stack: ThreadStack, iteration_ns: int, wakeup: Wakeup
+) -> Observation:
     places = stack.places()
     if is_timing(places[0][0]):
         places = places[1:]  # where a call in C collects, the timer's own code gets the GIL first
-    return Observation(places, _labels(loop), iteration_ns)
+    return Observation(places, _labels(loop), iteration_ns, wakeup.due_ns, wakeup.now_ns)
 
 
 def _labels(loop: asyncio.AbstractEventLoop) -> tuple[Label, ...]:

@@ -16,16 +16,21 @@ from time import monotonic_ns as _clock_ns
 
 from asgi_pprof.collectors.stall.causes import PUNCTUAL_NS, Wakeup
 from asgi_pprof.collectors.stall.lag import LagFigures
-from asgi_pprof.collectors.stall.loop_monitor import LoopMonitor, Stall, Threshold
+from asgi_pprof.collectors.stall.loop_monitor import (
+    LoopMonitor,
+    Observation,
+    Stall,
+    Threshold,
+)
 from asgi_pprof.native.core import native
-from asgi_pprof.profile import pseudo_location
+from asgi_pprof.profile import Label, pseudo_location
 from asgi_pprof.recorder import Recorder
 from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
 from asgi_pprof.runtime.libraries import resource
 from asgi_pprof.runtime.proc import LoopThread
-from asgi_pprof.stacks import StackCounter, StackTotal, stack_key
+from asgi_pprof.stacks import StackCounter, StackKey, StackTotal, stack_key
 
 DEFAULT_THRESHOLD_MS = 100.0
 FURTHER = pseudo_location("stalls of further stacks")
@@ -205,9 +210,14 @@ class StallWatch(Recorder):
                 self._apply_threshold()
 
     def _add(self, stall: Stall) -> None:
-        observed = stall.observed
-        stack, labels = (observed.stack, observed.labels) if observed else ((), ())
-        self._counter.add(stack_key(stack), (1, stall.delay_ns), labels, stall.cause)
+        parts: dict[tuple[tuple[int, ...], tuple[Label, ...]], tuple[StackKey, int]] = {}
+        for seen, part_ns in stall.parts or ((Observation(), stall.delay_ns),):
+            stack = stack_key(seen.stack)
+            key = stack.places, seen.labels
+            parts[key] = stack, part_ns + parts.get(key, (stack, 0))[1]
+        counted = max(parts, key=lambda key: parts[key][1])  # one stall, where most of it was
+        for key, (stack, part_ns) in parts.items():
+            self._counter.add(stack, (key == counted, part_ns), key[1], stall.cause)
 
     def totals(self) -> list[StackTotal]:
         """Return stalls and nanoseconds by stack, labels and cause, as counted in this process."""

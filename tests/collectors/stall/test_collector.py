@@ -8,6 +8,7 @@ import json
 import re
 import threading
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from asgi_pprof.collectors.stall.collector import StallCollector
 from asgi_pprof.collectors.stall.watch import StallWatch
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
+from asgi_pprof.middleware import PprofMiddleware
 from tests.collectors.stall.watched import (
     HOLD_S,
     SHORT_MS,
@@ -62,6 +64,25 @@ def hold_by_computing() -> int:
     while time.perf_counter_ns() - start < HOLD_S * 1e9:
         sum(range(100))
     return time.perf_counter_ns() - start
+
+
+def hold_briefly(seconds: float = HOLD_S) -> None:
+    time.sleep(seconds)
+
+
+def hold_for_long(seconds: float = 4 * HOLD_S) -> None:
+    time.sleep(seconds)
+
+
+@contextlib.asynccontextmanager
+async def hold_at_startup(app: FastAPI) -> AsyncIterator[None]:
+    hold_briefly()
+    hold_for_long()
+    yield
+
+
+starting = FastAPI(lifespan=hold_at_startup)
+starting.add_middleware(PprofMiddleware)
 
 
 @app.get("/watch/{on}")
@@ -168,6 +189,72 @@ def test_a_callback_that_blocks_is_found(loop_name):
     assert stall["count"] == 1
     assert stall["labels"] == {}
     assert said[0] / 2 < stall["delay_ns"]
+
+
+def shares_of(found, *functions):
+    """Return which part of the nanoseconds each function has."""
+    total_ns = sum(each["delay_ns"] for each in found)
+    return [sum(each["delay_ns"] for each in of(found, name)) / total_ns for name in functions]
+
+
+@pytest.mark.timing
+def test_a_stall_is_divided_among_all_that_ran_in_it(loop_name):
+    """It has one count, at the stack that took most of it."""
+
+    async def block():
+        hold_briefly()
+        hold_for_long()
+
+    async def blocked(watch):
+        await idle(watch)
+        await block()
+        await stalls_of(watch, "hold_for_long")
+        return await all_stalls(watch)
+
+    found = run(blocked, loop_name)
+    briefly, for_long = shares_of(found, "hold_briefly", "hold_for_long")
+    assert 0.1 < briefly < 0.35
+    assert 0.65 < for_long < 0.9
+    assert [each["count"] for each in of(found, "hold_for_long")] == [1]
+    assert {each["count"] for each in of(found, "hold_briefly")} == {0}
+
+
+@pytest.mark.timing
+def test_a_long_callback_after_many_short_ones_is_named(loop_name):
+    """They run in one iteration, whose first look falls on a short one."""
+
+    async def blocked(watch):
+        await idle(watch)
+        loop = asyncio.get_running_loop()
+        for _ in range(100):
+            loop.call_soon(hold_briefly, 0.008)
+        loop.call_soon(hold_for_long, 0.8)
+        await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while not of(found := await all_stalls(watch), "hold_for_long"):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        return found
+
+    short, long = shares_of(run(blocked, loop_name), "hold_briefly", "hold_for_long")
+    assert 0.35 < long < 0.65
+    assert 0.35 < short < 0.65
+
+
+@pytest.mark.server
+@pytest.mark.timing
+def test_a_stall_at_startup_has_the_lines_that_ran(loop_name):
+    """The loop is watched from the moment at which the lifespan reaches the middleware."""
+    with serve_process("tests.collectors.stall.test_collector:starting", loop_name) as server:
+        text = server.visit("/debug/pprof/stall?debug=1").text
+    delays_ns = {
+        name: sum(
+            int(delay_ns)
+            for delay_ns, stack in re.findall(r"^(\d+) \d+ @.*\n((?:#.*\n)+)", text, re.M)
+            if f".{name}+" in stack
+        )
+        for name in ("hold_briefly", "hold_for_long")
+    }
+    assert 0.1 < delays_ns["hold_briefly"] / delays_ns["hold_for_long"] < 0.5
 
 
 def test_a_stalls_task_is_named_and_default_numbers_are_dropped():

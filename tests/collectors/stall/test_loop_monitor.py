@@ -11,6 +11,8 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from asgi_pprof.collectors.stall import loop_monitor
 from asgi_pprof.collectors.stall.causes import Wakeup
@@ -22,6 +24,7 @@ from asgi_pprof.collectors.stall.loop_monitor import (
     Probe,
     State,
     Threshold,
+    divide,
 )
 from asgi_pprof.collectors.stall.watch import StallWatch
 from asgi_pprof.runtime.gc_pauses import GcPauses
@@ -74,6 +77,36 @@ def test_time_before_the_probe_counts_only_by_a_reliable_clock(seen, scheduled, 
     assert tuple(at_ns // MS for at_ns in probe.span()) == span
     probe.is_clock_reliable = False
     assert tuple(at_ns // MS for at_ns in probe.span()) == (scheduled, ran)
+
+
+@pytest.mark.parametrize(
+    ("looks", "parts"),
+    [
+        ([], []),
+        ([(300, 300)], [1000]),
+        ([(100, 100), (300, 300), (900, 900)], [200, 400, 400]),
+        ([(100, 100), (200, 800)], [150, 850]),  # the later scan was delayed for 600 ms
+        ([(0, 1200)], [1000]),  # the scan came after the delay had ended
+        ([(900, 900), (1300, 1300)], [1000, 0]),
+    ],
+)
+def test_a_delay_of_one_second_is_divided_among_the_looks(looks, parts):
+    seen = [Observation(due_ns=due_ns, seen_ns=seen_ns) for due_ns, seen_ns in looks]
+    assert list(divide(seen, 0, 1000)) == list(zip(seen, parts, strict=True))
+
+
+@pytest.mark.once
+@given(st.lists(st.tuples(st.integers(0, 1000), st.integers(0, 1000)), min_size=1))
+def test_the_parts_of_a_delay_add_up_to_it(steps):
+    """That holds for scans at any times, before and after the delay too."""
+    looks, now_ns = [], 0
+    for sleep_ns, late_ns in steps:
+        due_ns = now_ns + sleep_ns
+        now_ns = due_ns + late_ns
+        looks.append(Observation(due_ns=due_ns, seen_ns=now_ns))
+    parts = [part_ns for _, part_ns in divide(looks, 300, 900)]
+    assert sum(parts) == 600
+    assert min(parts) >= 0
 
 
 class FakeLoop:
@@ -225,8 +258,28 @@ def test_a_stall_counts_though_the_watch_thread_waits_for_the_gil_after_its_scan
     loop.iteration_ns = 0
     monitored.scan()
     (stall,) = monitored.stalls
-    assert stall.observed.iteration_ns == began_ns
+    assert [seen.iteration_ns for seen, _ in stall.parts] == [began_ns]
     assert stall.delay_ns == (500 if is_over else 807) * MS
+
+
+def test_the_looks_at_a_stall_are_bounded(monitored):
+    """All scans of the first two seconds look, and 220 of the 8,000 in ten minutes."""
+    monitored.become(State.IDLE)
+    loop = monitored.loop
+    loop.iteration_ns = loop.now_ns
+    for _ in range(26):
+        monitored.scan()
+    probe = monitored.monitor._probe
+    assert len(probe.looks) == 26
+    for _ in range(8000 - 26):
+        monitored.scan()
+    assert len(probe.looks) < 220
+    assert loop.now_ns - probe.looks[-1].seen_ns < 600_000 * MS / 32 + 75 * MS
+    loop.now_ns += 1 * MS
+    loop.run_probe()
+    monitored.scan()
+    (stall,) = monitored.stalls
+    assert sum(part_ns for _, part_ns in stall.parts) == stall.delay_ns == 600_001 * MS
 
 
 def test_a_loop_that_waits_or_works_little_does_not_stall(loop_name):

@@ -203,10 +203,22 @@ def test_a_threshold_is_a_number_of_milliseconds(threshold):
 
 def test_stalls_without_a_stack_are_unknown():
     watch = StallWatch()
-    watch._add(Stall(5, None, None))
-    watch._add(Stall(6, None, None))
+    watch._add(Stall(5, (), None))
+    watch._add(Stall(6, (), None))
     (sample,) = name_totals(watch.totals())
     assert sample == Sample((UNKNOWN,), (2, 11))
+
+
+def test_a_stall_counts_once_where_most_of_it_was():
+    """Its other parts have the count 0. What was seen several times adds up."""
+    watch = StallWatch()
+    seen = {name: Observation((), (("task", name),)) for name in ("first", "second")}
+    parts = (seen["first"], 30), (seen["second"], 40), (seen["first"], 30)
+    watch._add(Stall(100, parts, None))
+    samples = name_totals(watch.totals())
+    found = {dict(sample.labels)["task"]: sample.values for sample in samples}
+    assert found == {"first": (1, 60), "second": (0, 40)}
+    assert watch.count() == 1
 
 
 def test_the_number_of_stacks_is_bounded(monkeypatch):
@@ -214,7 +226,8 @@ def test_the_number_of_stacks_is_bounded(monkeypatch):
     monkeypatch.setattr("asgi_pprof.collectors.stall.watch._MAX_STACKS", 2)
     watch = StallWatch()
     for number in range(5):
-        watch._add(Stall(1, Observation((), (("tenant", str(number)),)), None))
+        seen = Observation((), (("tenant", str(number)),))
+        watch._add(Stall(1, ((seen, 1),), None))
     samples = name_totals(watch.totals())
     assert sum(sample.values[0] for sample in samples) == watch.count() == 5
     assert [sample.values for sample in samples if sample.stack == (FURTHER,)] == [(3, 3)]
