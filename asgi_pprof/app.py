@@ -72,6 +72,7 @@ from asgi_pprof.responses import (
     text_response,
     while_connected,
 )
+from asgi_pprof.runtime.own_work import own_work
 from asgi_pprof.web import index_page
 
 _LONGEST_WAIT_S = 3600.0  # not every loop takes timers of years
@@ -144,6 +145,7 @@ class PprofApp:
         # An app that is dropped without a shutdown leaves nothing behind either.
         weakref.finalize(self, self._recorders.off).atexit = False
 
+    @own_work
     def open(self) -> None:
         """
         Start all that records while the app lives: memory, starts of threads, garbage collections.
@@ -153,6 +155,7 @@ class PprofApp:
         """
         self._recorders.on()
 
+    @own_work
     def close(self) -> None:
         """Put back everything that `open` and the constructor started; requests still work."""
         self._recorders.off()
@@ -164,6 +167,7 @@ class PprofApp:
         elif scope["type"] == "http":
             await self.answer(locate(scope, self._prefix), scope, receive, send)
 
+    @own_work
     async def answer(
         self, target: Target | None, scope: Scope, receive: Receive, send: Send
     ) -> None:

@@ -21,6 +21,7 @@ import anyio.to_thread
 
 from asgi_pprof.forks import Renewed, process_lock
 from asgi_pprof.native.core import native
+from asgi_pprof.runtime.own_work import own_work
 
 _Result = TypeVar("_Result")
 
@@ -93,6 +94,7 @@ class _Work(Generic[_Result]):
         except RuntimeError:
             pass  # the loop has been closed, and with it the caller
 
+    @own_work
     def _deliver(self, result: _Result | None, error: BaseException | None) -> None:
         if self._future.cancelled():
             return
@@ -160,6 +162,7 @@ class Workers(Renewed):
             self._idle.release()
             self._idle = None
 
+    @own_work
     def _run(self) -> None:
         while (work := self._next()) is not None:
             work.run(self._end_work)

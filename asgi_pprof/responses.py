@@ -20,6 +20,7 @@ from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.errors import Cancelled, PprofError
 from asgi_pprof.offload import run_in_thread
 from asgi_pprof.profile import Profile
+from asgi_pprof.runtime.own_work import own_work
 from asgi_pprof.runtime.tasks import hidden
 
 _PIECE = 32_768  # letters of a dump that are sent at a time
@@ -176,6 +177,7 @@ async def while_connected(receive: Receive) -> AsyncIterator[None]:
         return
     gone = False
 
+    @own_work
     async def watch() -> None:
         nonlocal gone
         message = await receive()

@@ -14,7 +14,7 @@ import gc
 import itertools
 import time
 from bisect import bisect_left
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Sequence
 from types import CodeType
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from asgi_pprof.native.core import native
 from asgi_pprof.recorder import Recorder
 
+_MOST_FORCED = 64
 _RING = 256  # as Go's PauseNs and PauseEnd
 
 
@@ -148,6 +149,8 @@ class GcPauses(Recorder):
         self._cpu_start_ns = 0
         self._timer: Timer = timer or (native.GcTimer() if native else PythonTimer())
         self.forced = 0
+        self._forced_spans: deque[tuple[int, int]] = deque(maxlen=_MOST_FORCED)
+        self._forced_since_ns = 0  # while such a collection is under way
 
     def _enabled(self) -> None:
         if self._users > 1:
@@ -209,7 +212,20 @@ class GcPauses(Recorder):
     def collect(self) -> None:
         """Collect all generations now, as `?gc=1` asks."""
         self.forced += 1
+        began_ns = self._forced_since_ns = time.monotonic_ns()
         gc.collect()
+        self._forced_spans.append((began_ns, time.monotonic_ns()))
+        self._forced_since_ns = 0
+
+    def forced_spans(self) -> list[tuple[int, int]]:
+        """Return the last 64 collections by `collect`: beginning and end by `time.monotonic_ns`."""
+        spans, since_ns = list(self._forced_spans.copy()), self._forced_since_ns
+        if since_ns and (not spans or spans[-1][0] < since_ns):
+            spans.append((since_ns, time.monotonic_ns()))
+        return spans
+
+    def _renew_after_fork(self) -> None:
+        self._forced_since_ns = 0  # a finalizer may have forked in the middle of a collection
 
     def cpu_fraction(self) -> float:
         """

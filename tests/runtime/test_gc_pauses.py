@@ -56,6 +56,24 @@ def test_a_pause_has_its_place_its_length_and_its_end(timed):
     assert timed.count == sum(each["collections"] for each in gc.get_stats())
 
 
+def test_forced_collections_have_spans(timed):
+    """One that is under way ends now."""
+
+    class Watching:
+        def __del__(self):
+            seen.extend(timed.forced_spans())
+
+    seen: list[tuple[int, int]] = []
+    cycle = [Watching()]
+    cycle.append(cycle)
+    before_ns = time.monotonic_ns()
+    del cycle
+    timed.collect()
+    ((began_ns, ended_ns),) = timed.forced_spans()
+    assert before_ns <= began_ns < ended_ns <= time.monotonic_ns()
+    assert [(from_ns, to_ns < ended_ns) for from_ns, to_ns in seen] == [(began_ns, True)]
+
+
 def test_the_ring_holds_the_last_256(timed):
     """The oldest are overwritten; the total includes them."""
     timed.enable()

@@ -26,6 +26,7 @@ from types import FrameType
 from typing import Any, cast
 
 from asgi_pprof.runtime.modules import code_filename
+from asgi_pprof.runtime.own_work import own_work
 from asgi_pprof.runtime.task_records import (
     ATTRIBUTE,
     TaskRecord,
@@ -92,6 +93,7 @@ class TaskTracking:
         """Return whether a scan is between two of its slices."""
         return self._tracked[loop].is_scanning
 
+    @own_work
     def _scan(self, tracked: _TrackedLoop, tasks: Iterator[Task] | None = None) -> None:
         try:
             if tasks is None:

@@ -123,6 +123,15 @@ class ThreadAccount:
         asks = asking_ns >= half_ns and used.cpu_ns + used.waited_ns < half_ns
         return WAITING_FOR_GIL if asks and self._for_gil_ns >= delay_ns // 4 else None
 
+    def is_forced(self, ended_ns: int, delay_ns: int) -> bool:
+        """Return whether a request of ours collected garbage for most of a delay, on any thread."""
+        began_ns = ended_ns - delay_ns
+        forced_ns = sum(
+            max(min(to_ns, ended_ns) - max(from_ns, began_ns), 0)
+            for from_ns, to_ns in self._gc_pauses.forced_spans()
+        )
+        return forced_ns * 2 >= delay_ns
+
     def _usage(self) -> bytes:
         if self._thread is None:
             self._thread = self._open_thread(self.native_id)

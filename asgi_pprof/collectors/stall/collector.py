@@ -10,6 +10,8 @@ the loop's own code for most of the stall, where it is known: `<garbage collecti
 `<waiting for the GIL>`, and `<process not running>` for a process that was stopped or
 got no CPU.
 
+A stall that the profiler itself causes has the label `asgi_pprof`.
+
 How: one thread scans all loops every 75 ms, every 225 ms while they have nothing to
 do (`loop_monitor`), and once more when an iteration passes the threshold. Each scan
 looks at a stall that is under way, more and more seldom after the first 2.4 s. A call

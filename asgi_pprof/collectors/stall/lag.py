@@ -13,7 +13,7 @@ _MOST_DELAYS = 12_000  # of scans that are 5 ms apart, each of which gives one
 @dataclass(frozen=True, slots=True)
 class LagFigures:
     """
-    How late one loop's callbacks were, and its stalls since it is watched.
+    How late one loop's callbacks were, and its stalls since it is watched, without our own.
 
     The lateness is that of the last minute: how long a callback would have waited
     at any moment of it, 0 while the loop waited for events.

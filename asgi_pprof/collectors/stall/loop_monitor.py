@@ -44,6 +44,7 @@ from asgi_pprof.profile import Label, Location
 from asgi_pprof.runtime.frames import RawStack, ThreadStack, ThreadStacks, current_frames
 from asgi_pprof.runtime.gc_pauses import GcPauses, is_timing
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES, iteration_clock
+from asgi_pprof.runtime.own_work import OWN_WORK, is_own, own_work
 from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.runtime.task_labels import fold_default_name, task_labels
 
@@ -133,6 +134,17 @@ class Observation(NamedTuple):
     due_ns: int = 0
     seen_ns: int = 0
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the profiler itself was seen."""
+        return OWN_WORK in self.labels
+
+    def as_own(self) -> Observation:
+        """Return the same, caused by the profiler."""
+        return self._replace(
+            labels=tuple(sorted({**dict(self.labels), **dict([OWN_WORK])}.items()))
+        )
+
 
 Part = tuple[Observation, int]
 """What was seen in a delay, and its part of the nanoseconds."""
@@ -144,6 +156,11 @@ class Stall(NamedTuple):
     delay_ns: int
     parts: tuple[Part, ...]
     cause: Location | None
+
+    @property
+    def others_ns(self) -> int:
+        """The nanoseconds that the profiler itself has not caused."""
+        return self.delay_ns - sum(part_ns for seen, part_ns in self.parts if seen.is_own)
 
 
 def divide(looks: Sequence[Observation], began_ns: int, ended_ns: int) -> Iterator[Part]:
@@ -415,6 +432,7 @@ class LoopMonitor:
         # Only one scan comes for the threshold's sake, whether it could observe the loop or not.
         probe.is_observed_late |= self._is_stall(probe, now_ns)
 
+    @own_work
     def _run_probe(self, probe: Probe) -> None:
         """Record that the loop has come this far; runs on the loop."""
         loop = self._loop()
@@ -462,10 +480,14 @@ class LoopMonitor:
             # That another thread kept the GIL from us says nothing of a loop that did not need it.
             return 0
         self._counted_ns = ended_ns
-        self._stalls += 1
-        self._stall_ns += delay_ns
         looks = probe.looks if probe else ()
-        self._on_stall(Stall(delay_ns, tuple(divide(looks, began_ns, ended_ns)), cause))
+        if self._account.is_forced(ended_ns, delay_ns):
+            looks = [look.as_own() for look in looks] or [Observation().as_own()]
+        stall = Stall(delay_ns, tuple(divide(looks, began_ns, ended_ns)), cause)
+        self._on_stall(stall)
+        if self._threshold.is_stall(stall.others_ns):
+            self._stalls += 1
+            self._stall_ns += stall.others_ns
         return delay_ns
 
     def lag(self) -> LagFigures:
@@ -482,7 +504,8 @@ def _observe(
     places = stack.places()
     if is_timing(places[0][0]):
         places = places[1:]  # where a call in C collects, the timer's own code gets the GIL first
-    return Observation(places, _labels(loop), iteration_ns, wakeup.due_ns, wakeup.now_ns)
+    observed = Observation(places, _labels(loop), iteration_ns, wakeup.due_ns, wakeup.now_ns)
+    return observed.as_own() if is_own(code for code, _ in places) else observed
 
 
 def _labels(loop: asyncio.AbstractEventLoop) -> tuple[Label, ...]:

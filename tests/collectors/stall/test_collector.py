@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import re
 import threading
@@ -83,6 +84,27 @@ async def hold_at_startup(app: FastAPI) -> AsyncIterator[None]:
 
 starting = FastAPI(lifespan=hold_at_startup)
 starting.add_middleware(PprofMiddleware)
+
+
+collecting = FastAPI()
+collecting.add_middleware(PprofMiddleware, stall_threshold_ms=SHORT_MS)
+_kept: list[object] = []
+
+
+@collecting.get("/keep")
+def keep() -> None:
+    """Keep objects whose garbage collection takes longer than the threshold."""
+    took_ns = 0
+    while took_ns < 3 * SHORT_MS * 1e6:
+        _kept.append([[number] for number in range(200_000)])
+        start_ns = time.perf_counter_ns()
+        gc.collect()
+        took_ns = time.perf_counter_ns() - start_ns
+
+
+@collecting.get("/hold")
+async def hold_beside() -> None:
+    hold_by_sleeping()
 
 
 @app.get("/watch/{on}")
@@ -255,6 +277,32 @@ def test_a_stall_at_startup_has_the_lines_that_ran(loop_name):
         for name in ("hold_briefly", "hold_for_long")
     }
     assert 0.1 < delays_ns["hold_briefly"] / delays_ns["hold_for_long"] < 0.5
+
+
+def stalls_in(text: str):
+    """Return count, nanoseconds, labels and functions of each sample in a debug=1 text."""
+    pattern = r"^(\d+) (\d+) @.*\n(?:# labels: (.*)\n)?((?:#.*\n)+)"
+    for delay_ns, count, found, stack in re.findall(pattern, text, re.M):
+        yield int(count), int(delay_ns), json.loads(found or "{}"), stack
+
+
+@pytest.mark.server
+def test_stalls_that_we_cause_are_labelled_and_not_counted(loop_name):
+    """A collection that a request asks for holds the loop, and the application does not."""
+    with serve_process("tests.collectors.stall.test_collector:collecting", loop_name) as server:
+        server.visit("/keep")
+        server.visit("/hold")
+        for _ in range(3):
+            server.visit("/debug/pprof/heap?gc=1")
+        found = list(stalls_in(server.visit("/debug/pprof/stall?debug=1").text))
+        stats = server.visit("/debug/pprof/stats").text
+    own = [each for each in found if "asgi_pprof" in each[2]]
+    assert any("GcPauses.collect" in stack for _, _, _, stack in own)
+    others = [each for each in found if "asgi_pprof" not in each[2]]
+    assert any(".hold_by_sleeping+" in stack for _, _, _, stack in others)
+    assert not any("asgi_pprof.app." in stack for _, _, _, stack in others)
+    counted = re.findall(r"^loop_stalls_total\S* (\d+)$", stats, re.M)
+    assert [int(each) for each in counted] == [sum(count for count, *_ in others)]
 
 
 def test_a_stalls_task_is_named_and_default_numbers_are_dropped():

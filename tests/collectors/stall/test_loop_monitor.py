@@ -282,6 +282,44 @@ def test_the_looks_at_a_stall_are_bounded(monitored):
     assert sum(part_ns for _, part_ns in stall.parts) == stall.delay_ns == 600_001 * MS
 
 
+@pytest.mark.parametrize(("own_ms", "counted_ms"), [(0, 400), (250, 150), (350, 0)])
+def test_the_part_of_a_stall_that_is_ours_is_not_counted(
+    monitored, monkeypatch, own_ms, counted_ms
+):
+    """If less than the threshold is left, nothing is."""
+    monitored.become(State.IDLE)
+    loop, seen = monitored.loop, Observation(seen_ns=1)
+    parts = iter([(seen.as_own(), own_ms * MS), (seen, (400 - own_ms) * MS)])
+    loop.iteration_ns = loop.now_ns
+    monitored.scan(after_ms=400)
+    monkeypatch.setattr(loop_monitor, "divide", lambda looks, began_ns, ended_ns: parts)
+    loop.run_probe()
+    monitored.scan()
+    (stall,) = monitored.stalls
+    lag = monitored.monitor.lag()
+    assert stall.delay_ns == 400 * MS
+    assert (lag.stalls, lag.stall_ns) == (counted_ms > 0, counted_ms * MS)
+
+
+def test_a_collection_that_we_force_makes_stalls_of_all_loops_ours(monitored, monkeypatch):
+    """The loop waits while another thread collects for most of the time."""
+    monitored.become(State.IDLE)
+    loop = monitored.loop
+    began_ns = loop.iteration_ns = loop.now_ns
+    spans = [(began_ns - 200 * MS, began_ns + 160 * MS)]
+    monkeypatch.setattr(GcPauses, "forced_spans", lambda self: spans)
+    monitored.scan(after_ms=300)
+    loop.run_probe()
+    monitored.scan()
+    loop.iteration_ns = loop.now_ns
+    monitored.scan(after_ms=300)
+    loop.run_probe()
+    monitored.scan()
+    first, second = monitored.stalls
+    assert [seen.is_own for seen, _ in first.parts] == [True]
+    assert [seen.is_own for seen, _ in second.parts] == [False]
+
+
 def test_a_loop_that_waits_or_works_little_does_not_stall(loop_name):
     """It sleeps, has short timers, or is woken all the time."""
 
