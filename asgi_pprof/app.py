@@ -72,7 +72,7 @@ from asgi_pprof.responses import (
     text_response,
     while_connected,
 )
-from asgi_pprof.runtime.own_work import own_work
+from asgi_pprof.runtime.own_work import own_request, own_work
 from asgi_pprof.web import index_page
 
 _LONGEST_WAIT_S = 3600.0  # not every loop takes timers of years
@@ -177,6 +177,12 @@ class PprofApp:
         Args:
             target: What it asks for, as `locate` found; None if that is nothing of ours.
         """
+        with own_request(scope):
+            await self._answer(target, scope, receive, send)
+
+    async def _answer(
+        self, target: Target | None, scope: Scope, receive: Receive, send: Send
+    ) -> None:
         self._recorders.resume()
         request = Request({"method": "GET", "query_string": b"", "headers": [], **scope}, receive)
         try:

@@ -8,6 +8,7 @@ from starlette.types import Scope
 
 from asgi_pprof.labels import LabelSet, clip, unreadable
 from asgi_pprof.native.core import LabelNode
+from asgi_pprof.runtime.own_work import OwnLabels
 
 
 class RequestLabels(LabelNode):
@@ -34,6 +35,8 @@ class RequestLabels(LabelNode):
         # pipelined). The labels of the earlier one must not apply here, nor accumulate.
         link: LabelSet | None = around
         while link is not None:
+            if isinstance(link, OwnLabels):
+                return self._without_other_requests(link.around) if link.around else None
             if isinstance(link, RequestLabels) and link._headers is not self._headers:
                 return link.outer
             link = link.outer

@@ -57,6 +57,8 @@ class Recording:
         """Record that the caller of a wrapped method releases what others have waited for."""
         try:
             if self.on and (weight := mutex.weigh(nanoseconds)):
-                mutex.add(rules.calling_stack(leaf, wrapper), weight)
+                stack = rules.calling_stack(leaf, wrapper)
+                if stack is not None:
+                    mutex.add(stack, weight)
         except Exception:
             mutex.lost += 1

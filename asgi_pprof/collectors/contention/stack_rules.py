@@ -6,7 +6,8 @@ internally (a queue's condition, a barrier's). Below it are its callers, down to
 the task's own coroutine: the event loop's frames further down say nothing.
 
 Some waits are no contention and are left out: workers with nothing to do,
-timers, and servers that wait for their client by way of an event or a queue.
+timers, and servers and sockets that wait for the other side by way of an event or a
+queue. So are the profiler's own waits, and those of middlewares for its answers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import CodeType, FrameType, FunctionType
 
 from asgi_pprof.collectors.contention.records import ContendedStack
 from asgi_pprof.runtime.chains import wrappers
+from asgi_pprof.runtime.own_work import awaits_own_request, is_own, is_own_context
 from asgi_pprof.stacks import MAX_DEPTH, StackKey
 
 WORKER = "waiting for a worker thread"
@@ -37,6 +39,13 @@ _IDLE = {
     "Queue._feed": ("multiprocessing/queues.py", "nwait"),
     "QueueListener._monitor": ("logging/handlers.py", "dequeue"),
     "Timer.run": ("threading.py", "wait"),
+    # An event stands for bytes here.
+    "SocketStream.receive": ("anyio/_backends/_asyncio.py", "wait"),
+    "SocketStream.send": ("anyio/_backends/_asyncio.py", "wait"),
+    "UDPSocket.receive": ("anyio/_backends/_asyncio.py", "wait"),
+    "UDPSocket.send": ("anyio/_backends/_asyncio.py", "wait"),
+    "ConnectedUDPSocket.receive": ("anyio/_backends/_asyncio.py", "wait"),
+    "ConnectedUDPSocket.send": ("anyio/_backends/_asyncio.py", "wait"),
     # A pause before the next address is tried.
     "connect_tcp": ("anyio/_core/_sockets.py", "wait"),
 }
@@ -77,6 +86,8 @@ class StackRules:
             leaf: The method that was called; None to begin with its caller.
             wrapper: The frame of our wrapper of it.
         """
+        if is_own_context():
+            return None
         outermost = _task_frame()
         pseudo, code = _split(leaf)
         innermost = code, 0
@@ -95,7 +106,8 @@ class StackRules:
             if (code_id, caller.f_lasti) in self._idle:
                 return None
             pseudo = pseudo or self._pseudo_frames.get(code_id, "")
-        return _stack(pseudo, innermost, frame, outermost)
+        stack = _stack(pseudo, innermost, frame, outermost)
+        return None if is_own(stack[1].codes) or awaits_own_request(frame) else stack
 
     def _classify(self, caller: CodeType) -> None:
         """Find the calls in a function whose waits are no contention, and its pseudo-frame."""
@@ -128,11 +140,20 @@ class StackRules:
         worker = getter.f_back if getter is not None else None
         return worker is not None and (id(worker.f_code), worker.f_lasti) in self._idle
 
-    def calling_stack(self, leaf: Leaf, wrapper: FrameType, pseudo: str = "") -> ContendedStack:
-        """Return the stack of a call: a pseudo-frame if given, the method called, its callers."""
+    def calling_stack(
+        self, leaf: Leaf, wrapper: FrameType, pseudo: str = ""
+    ) -> ContendedStack | None:
+        """
+        Return the stack of a call: a pseudo-frame if given, the method called, its callers.
+
+        None if the profiler itself has called the method.
+        """
+        if is_own_context():
+            return None
         outermost = _task_frame()
         name, code = _split(leaf)
-        return _stack(pseudo or name, (code, 0), _caller(wrapper, outermost), outermost)
+        stack = _stack(pseudo or name, (code, 0), _caller(wrapper, outermost), outermost)
+        return None if is_own(stack[1].codes) else stack
 
 
 rules = StackRules()

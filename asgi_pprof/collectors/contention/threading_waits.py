@@ -144,7 +144,8 @@ def wrap_submit(recording: Recording, original: Callable[..., Any]) -> Callable[
         try:
             # Taken now: the submitting function may have returned when the work item starts.
             stack = rules.calling_stack(leaf, sys._getframe(), WORKER)
-            vars(future)[_QUEUED] = began_ns, stack
+            if stack is not None:
+                vars(future)[_QUEUED] = began_ns, stack
         except Exception:
             pass  # a future of another kind
         return future

@@ -141,9 +141,8 @@ class Observation(NamedTuple):
 
     def as_own(self) -> Observation:
         """Return the same, caused by the profiler."""
-        return self._replace(
-            labels=tuple(sorted({**dict(self.labels), **dict([OWN_WORK])}.items()))
-        )
+        labels = dict(self.labels) | dict([OWN_WORK])
+        return self._replace(labels=tuple(sorted(labels.items())))
 
 
 Part = tuple[Observation, int]
