@@ -10,7 +10,7 @@ from asgi_pprof.app import PprofApp
 from asgi_pprof.collectors.custom import CustomProfile as Profile
 from asgi_pprof.labels import labels
 from asgi_pprof.middleware import PprofMiddleware
-from asgi_pprof.recorders import set_block_profile_rate, set_mutex_profile_fraction
+from asgi_pprof.recorders import set_block_profile_rate, set_mutex_profile_fraction, start
 from asgi_pprof.version import VERSION
 
 __version__ = VERSION
@@ -22,4 +22,5 @@ __all__ = [
     "labels",
     "set_block_profile_rate",
     "set_mutex_profile_fraction",
+    "start",
 ]

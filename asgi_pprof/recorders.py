@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from asgi_pprof.collectors.contention.collector import Contention, ContentionSettings
 from asgi_pprof.collectors.goroutine.task_tracking import TaskTracking, task_tracking
-from asgi_pprof.collectors.heap.sampler import MAX_RATE, HeapSampler
+from asgi_pprof.collectors.heap.sampler import DEFAULT_RATE, MAX_RATE, HeapSampler
 from asgi_pprof.collectors.heap.tracing import Tracing
 from asgi_pprof.collectors.stall.watch import DEFAULT_THRESHOLD_MS, StallWatch
 from asgi_pprof.collectors.threadcreate import ThreadStarts
@@ -80,6 +80,24 @@ def set_mutex_profile_fraction(rate: int) -> int:
     if rate < 0:
         return contention.rate("mutex")
     return contention.set_rate("mutex", rate)
+
+
+def start(memory_profile_rate: int = DEFAULT_RATE) -> None:
+    """
+    Begin to record before there is a middleware, as the first line of a program.
+
+    Memory is then sampled from here on, so that what imports allocate is in heap
+    profiles, and starts of threads and garbage collections are recorded. The first
+    middleware takes over what runs, memory at this rate, and it all ends with the last
+    middleware. Another call, or one after a middleware was built, changes nothing.
+
+    Args:
+        memory_profile_rate: As that of `PprofMiddleware`.
+
+    Raises:
+        ValueError: The rate is negative or too large.
+    """
+    _early.start(memory_profile_rate)
 
 
 class UsedRecorders:
@@ -148,6 +166,7 @@ class UsedRecorders:
                     undo.pop_all()
                 self._on = True
             self.resume()
+            _early.take_over(self)
 
     def resume(self) -> None:
         """
@@ -185,3 +204,32 @@ class UsedRecorders:
                     for loop_recorder in attached:
                         loop_recorder.detach(loop)
                 self._attached.clear()
+
+
+class _Early:
+    """What is recorded before there is a middleware."""
+
+    def __init__(self) -> None:
+        self._recorders: UsedRecorders | None = None
+        self._is_needed = True
+
+    def start(self, memory_profile_rate: int) -> None:
+        recorders = UsedRecorders(
+            None, memory_profile_rate, track_tasks=False, stall_threshold_ms=0
+        )
+        with process_lock():
+            if self._is_needed:
+                self._is_needed = False
+                self._recorders = recorders
+                recorders.on()
+
+    def take_over(self, by: UsedRecorders) -> None:
+        """Stop, since these recorders are on."""
+        recorders = self._recorders
+        self._is_needed = False
+        if recorders not in (None, by):
+            self._recorders = None
+            recorders.off()
+
+
+_early = _Early()

@@ -20,11 +20,12 @@ from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
-from asgi_pprof import PprofApp, PprofMiddleware, labels
+from asgi_pprof import PprofApp, PprofMiddleware, labels, start
 from asgi_pprof.collectors.goroutine.collector import TaskCollector
 from asgi_pprof.labels import current, resolve
 from asgi_pprof.recorders import set_mutex_profile_fraction, stall_watch
 from tests import official
+from tests.programs import run_program
 from tests.servers import ask, serve, until
 from tests.state import process_state
 
@@ -635,3 +636,64 @@ def test_a_figure_that_fails_does_not_break_the_index(monkeypatch, caplog):
     assert b"goroutine" in body
     assert b"failed: the reason is in the log" in body
     assert "no figures today" in caplog.text
+
+
+def test_start_samples_memory_before_there_is_a_middleware():
+    """
+    The middleware takes it over, and its end ends all.
+
+    What is allocated before `start` is not in the profile.
+    """
+    run_program(
+        """
+        import asyncio, gc, sys, threading
+        import asgi_pprof
+        from asgi_pprof.collectors.heap.collector import HeapCollector
+        from asgi_pprof.collectors.heap.tracing import Peaks
+        from asgi_pprof.native.core import native
+        from asgi_pprof.recorders import gc_pauses, heap_sampler, heap_tracing, thread_starts
+
+        def before_start(): return bytearray(8 << 20)
+        def while_importing(): return bytearray(8 << 20)
+        def with_middleware(): return bytearray(8 << 20)
+
+        def live():
+            collector = HeapCollector(heap_sampler, heap_tracing, Peaks())
+            profile = asyncio.run(collector.snapshot())()
+            names = "before_start", "while_importing", "with_middleware"
+            return [
+                sum(s.values[3] for s in profile.samples if s.stack[0].function.name.endswith(name))
+                for name in names
+            ]
+
+        async def application(scope, receive, send): pass
+
+        kept = [before_start()]
+        asgi_pprof.start(65536)
+        asgi_pprof.start(1)  # changes nothing
+        assert gc_pauses.is_on()
+        kept.append(while_importing())
+        app = asgi_pprof.PprofMiddleware(application, memory_profile_rate=1000)
+        asgi_pprof.start()
+        kept.append(with_middleware())
+        mb = 1 << 20
+        if native:
+            assert native.heap_stats()["rate"] == 65536
+            nothing, imported, built = live()
+            assert nothing == 0 and 8 * mb <= imported < 9 * mb and 8 * mb <= built < 9 * mb
+        del app
+        gc.collect()
+        assert not gc_pauses.is_on()
+        assert not heap_sampler.is_on()
+        assert not native or native.heap_stats()["rate"] == 0
+        asgi_pprof.start()  # there was a middleware
+        assert not gc_pauses.is_on()
+        """
+    )
+
+
+@pytest.mark.parametrize("rate", [-1, 2**63])
+def test_start_refuses_a_rate_as_the_middleware_does(rate):
+    """The error is the same, and nothing is on."""
+    with pytest.raises(ValueError, match="memory_profile_rate is bytes a sample, or 0, not"):
+        start(memory_profile_rate=rate)

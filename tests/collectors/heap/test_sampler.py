@@ -732,8 +732,31 @@ def test_a_restart_forgets_all_blocks():
 @pytest.mark.usefixtures("every_block")
 def test_the_comment_says_the_rate_and_since_when():
     """There are no comments about losses in a test as small as this."""
-    (comment,) = snapshot().comments
-    assert comment.startswith("engine: native, one sample in 1 bytes since 20")
+    engine, seen = snapshot().comments
+    assert engine.startswith("engine: native, one sample in 1 bytes since 20")
+    assert re.fullmatch(
+        r"of \d+ blocks that are alive, about \d+ % were allocated since then", seen
+    )
+
+
+def test_the_comment_says_how_many_of_the_live_blocks_were_sampled():
+    """In a program of its own, half of whose blocks are older than the sampler."""
+    program = """
+    import re, sys
+    from asgi_pprof.recorders import heap_sampler
+
+    older = [bytearray(100) for _ in range(sys.getallocatedblocks())]
+    heap_sampler.enable(1)
+    percent = []
+    for _ in range(2):
+        for comment in heap_sampler.copy().comments:
+            percent += re.findall(r"about (\\d+) % were allocated since then", comment)
+        newer = [bytearray(100) for _ in range(sys.getallocatedblocks() // 2)]
+    print(*percent)
+    """
+    before, after = map(int, run_program(program).split())
+    assert before <= 2
+    assert 45 <= after <= 53
 
 
 @pytest.mark.usefixtures("every_block")
