@@ -33,6 +33,7 @@
 #define SAMPLE_SLOTS (1u << 20)
 #define NAMES_MIB 64
 #define STOP_PATIENCE_S 5
+#define LATE_NS 100000000 /* the kernel checks timers at least every 10 ms */
 
 typedef struct {
     uint64_t label_set;
@@ -47,6 +48,7 @@ typedef struct {
     timer_t timer;
     _Atomic bool busy; /* its handler runs */
     _Atomic uint64_t samples, periods, unreadable, lost, skipped, unlabelled, own_ns;
+    uint64_t before; /* the periods of threads that had this slot before */
     uint64_t since_ns, spent_ns; /* the thread's CPU time at its first signal, and in samples */
     Reader reader;
     PyThreadState state;
@@ -121,6 +123,23 @@ add_sample(Slot *slot, uint64_t periods)
     add(&slot->periods, periods);
 }
 
+/*
+ * Add periods of which most are not of this stack's moment, since the signal came late: in a long
+ * system call, or when SIGPROF was unblocked. They get an innermost place that says so.
+ */
+static void
+add_late_sample(Slot *slot, uint64_t periods)
+{
+    add_sample(slot, 1);
+    Stack *stack = &slot->stack;
+    if (stack->depth <= MAX_DEPTH) {
+        stack->depth++;
+    }
+    memmove(stack->places + 1, stack->places, (stack->depth - 1) * sizeof *stack->places);
+    stack->places[0] = PLACE_LATE;
+    add_sample(slot, periods - 1);
+}
+
 /* Return whether a sample may be taken; if not, count the periods under a name that says so. */
 static bool
 is_within_budget(Slot *slot, uint64_t now_ns, uint64_t periods)
@@ -168,7 +187,12 @@ take_sample(Slot *slot, uint64_t periods)
             add(&slot->unlabelled, periods);
         }
     }
-    add_sample(slot, periods);
+    if (periods * (uint64_t)cpu.period_ns <= LATE_NS) {
+        add_sample(slot, periods);
+    }
+    else {
+        add_late_sample(slot, periods);
+    }
     add(&slot->samples, 1);
     uint64_t took_ns = thread_cpu_ns() - begun;
     slot->spent_ns += took_ns;
@@ -269,6 +293,7 @@ arm(int index, pid_t thread)
     slot->reader.trusted = false;
     slot->reader.count = 0;
     slot->since_ns = slot->spent_ns = 0;
+    slot->before = atomic_load(&slot->periods);
     cpu.threads[index] = thread;
     if (timer_settime(slot->timer, 0, &times, NULL) < 0) {
         timer_delete(slot->timer);
@@ -326,6 +351,20 @@ sample_thread(pid_t thread, StateId state)
         cpu.unused[cpu.unused_count++] = index;
     }
     return true;
+}
+
+void
+cpu_begin_thread(pid_t thread)
+{
+    /* While the watcher works it has the lock, and it finds the thread itself. */
+    if (cpu.started && pthread_mutex_trylock(&cpu.mutex) == 0) {
+        if (!cpu.stopping && !atomic_load(&cpu.displaced) && slot_of(thread) < 0) {
+            /* The highest number: the watcher has yet to learn that of the thread's state. */
+            StateId unknown = {PyInterpreterState_GetID(PyInterpreterState_Get()), UINT64_MAX};
+            sample_thread(thread, unknown);
+        }
+        pthread_mutex_unlock(&cpu.mutex);
+    }
 }
 
 static StateId *
@@ -522,6 +561,7 @@ forget_slots(void)
     atomic_store(&cpu.slot_count, 0);
     for (int i = 0; i < count; i++) {
         Slot *slot = slot_at(i);
+        slot->before = 0;
         slot->samples = slot->periods = slot->unreadable = slot->lost = slot->skipped =
             slot->unlabelled = slot->own_ns = 0;
         cpu.threads[i] = 0;
@@ -735,26 +775,32 @@ cpu_read(uint32_t *id, int limit)
 PyObject *
 cpu_threads(void)
 {
+    typedef struct {
+        pid_t thread;
+        uint64_t periods;
+    } Sampled;
     /* Copy first: making objects may collect garbage, and a finalizer may stop the sampler. */
     pthread_mutex_lock(&cpu.mutex);
-    int count = atomic_load(&cpu.slot_count), watcher = cpu.watcher_id;
-    pid_t *threads = malloc(((size_t)count + 1) * sizeof(pid_t));
-    if (threads != NULL) {
-        memcpy(threads, cpu.threads, (size_t)count * sizeof(pid_t));
+    int slots = atomic_load(&cpu.slot_count), count = 0;
+    long watcher = cpu.watcher_id;
+    Sampled *threads = malloc(((size_t)slots + 1) * sizeof *threads);
+    for (int i = 0; threads != NULL && i < slots; i++) {
+        if (cpu.threads[i] != 0) {
+            uint64_t periods = atomic_load(&slot_at(i)->periods) - slot_at(i)->before;
+            threads[count++] = (Sampled){cpu.threads[i], periods};
+        }
     }
     pthread_mutex_unlock(&cpu.mutex);
     if (threads == NULL) {
         return PyErr_NoMemory();
     }
-    threads[count] = watcher;
     PyObject *list = PyList_New(0);
-    for (int i = 0; list != NULL && i <= count; i++) {
-        if (threads[i] != 0) {
-            list_append_new(&list, PyLong_FromLong(threads[i]));
-        }
+    for (int i = 0; list != NULL && i < count; i++) {
+        list_append_new(&list, Py_BuildValue("(lK)", (long)threads[i].thread,
+                                             (unsigned long long)threads[i].periods));
     }
     free(threads);
-    return list;
+    return list != NULL ? Py_BuildValue("(Nl)", list, watcher) : NULL;
 }
 
 void

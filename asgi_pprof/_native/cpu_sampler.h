@@ -10,6 +10,8 @@
 
 #include "layout.h"
 
+#include <sys/types.h>
+
 typedef struct {
     uint64_t samples;    /* signals handled */
     uint64_t periods;    /* periods they stand for: the kernel checks timers only on its tick */
@@ -49,7 +51,13 @@ CpuStats cpu_stats(void);
  */
 PyObject *cpu_read(uint32_t *id, int limit);
 
-/* Return a new list of the native ids of the threads that have a timer, and of our watcher. */
+/* Sample a thread that has just begun, if this is on; the watcher would find it in some 40 ms. */
+void cpu_begin_thread(pid_t thread);
+
+/*
+ * Return a new tuple: a list of the threads that have a timer, each with its native id and the
+ * periods of its samples, and the native id of our watcher.
+ */
 PyObject *cpu_threads(void);
 
 void cpu_after_fork_in_child(void);

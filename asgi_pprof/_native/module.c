@@ -151,6 +151,17 @@ native_cpu_threads(NO_ARGUMENTS)
 }
 
 static PyObject *
+native_cpu_begin_thread(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long thread = PyLong_AsLong(argument);
+    if (thread == -1 && PyErr_Occurred()) {
+        return NULL;
+    }
+    cpu_begin_thread((pid_t)thread);
+    Py_RETURN_NONE;
+}
+
+static PyObject *
 native_cpu_stats(NO_ARGUMENTS)
 {
     CpuStats s = cpu_stats();
@@ -360,7 +371,10 @@ static PyMethodDef methods[] = {
      PyDoc_STR("cpu_read(position, limit) -> ([(places, label set's number, periods)],"
                " next position). The first position is 0.")},
     {"cpu_threads", native_cpu_threads, METH_NOARGS,
-     PyDoc_STR("Native ids of the sampled threads, and of the watcher that finds them.")},
+     PyDoc_STR("([(native id, periods sampled)] of the sampled threads, native id of the watcher"
+               " that finds them)")},
+    {"cpu_begin_thread", native_cpu_begin_thread, METH_O,
+     PyDoc_STR("cpu_begin_thread(native_id): sample a thread that has just begun.")},
     {"cpu_stats", native_cpu_stats, METH_NOARGS,
      PyDoc_STR("Counters of the sampling, and its cost.")},
     {"heap_start", native_heap_start, METH_O,
@@ -475,7 +489,8 @@ execute(PyObject *module)
                    PyModule_AddIntMacro(module, PLACE_UNREADABLE) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_NO_FRAME) < 0 ||
                    PyModule_AddIntMacro(module, PLACE_LOST) < 0 ||
-                   PyModule_AddIntMacro(module, PLACE_SKIPPED) < 0
+                   PyModule_AddIntMacro(module, PLACE_SKIPPED) < 0 ||
+                   PyModule_AddIntMacro(module, PLACE_LATE) < 0
                ? -1
                : 0;
 }

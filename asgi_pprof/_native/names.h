@@ -20,6 +20,7 @@ enum {
     PLACE_LOST,       /* the table is full */
     PLACE_HIDDEN,     /* a frame that CPython does not show either */
     PLACE_SKIPPED,    /* no stack was taken, since earlier samples had cost too much CPU */
+    PLACE_LATE,       /* the signal came long after the time was used */
     PLACE_FIRST = 16, /* the first that is in code */
 };
 

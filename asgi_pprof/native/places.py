@@ -11,6 +11,7 @@ from asgi_pprof.stacks import TRUNCATED, Symbols
 _UNREADABLE = pseudo_location("stack could not be read")
 _NO_FRAME = pseudo_location("no Python code")
 _SKIPPED = pseudo_location("no stack taken: samples of this thread had cost too much CPU")
+_LATE = pseudo_location("one long system call, or SIGPROF was blocked")
 _LOST = pseudo_location("lost: too many different names")
 
 
@@ -25,6 +26,7 @@ class Places:
             native.PLACE_NO_FRAME: _NO_FRAME,
             native.PLACE_LOST: _LOST,
             native.PLACE_SKIPPED: _SKIPPED,
+            native.PLACE_LATE: _LATE,
         }
 
     def stack(self, places: Iterable[int]) -> Stack:

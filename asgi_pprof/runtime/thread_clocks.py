@@ -26,28 +26,37 @@ class ThreadClocks:
     The CPU time that each thread has used since this object was made.
 
     It must be made and read in one thread, whose time is not among `others`.
+
+    Attributes:
+        own_id: The native id of that thread.
+        own_ns: What it has used until the last reading.
+        process_ns: What the process has used until then.
+        alive: The native ids of the threads that were alive then.
     """
 
     def __init__(self) -> None:
-        self._own_id = threading.get_native_id()
+        self.own_id = threading.get_native_id()
         self._start = _thread_times()
         self._last = dict(self._start)
         self._names: dict[int, str] = {}
         self._process_start = time.process_time_ns()
         self._own_start = time.thread_time_ns()
         self.process_ns = 0
-        self._own_ns = 0
+        self.own_ns = 0
+        self.alive: set[int] = set()
 
     def read(self) -> None:
         """Read the clocks. A thread that lives between two readings only has no entry."""
-        self._last.update(_thread_times())
+        times = _thread_times()
+        self._last.update(times)
+        self.alive = set(times)
         self._names.update(
             (thread.native_id, thread.name)
             for thread in known_threads().values()
             if thread.native_id is not None
         )
         self.process_ns = time.process_time_ns() - self._process_start
-        self._own_ns = time.thread_time_ns() - self._own_start
+        self.own_ns = time.thread_time_ns() - self._own_start
 
     def threads(self) -> list[tuple[str, int, int]]:
         """Return (name, native id, nanoseconds) of each other thread, as of its last reading."""
@@ -55,7 +64,7 @@ class ThreadClocks:
             # The difference is negative if the system has reused the id for a new thread.
             (self._name(thread_id), thread_id, max(0, cpu_ns - self._start.get(thread_id, 0)))
             for thread_id, cpu_ns in sorted(self._last.items())
-            if thread_id != self._own_id
+            if thread_id != self.own_id
         ]
 
     def others(self) -> list[tuple[str, int, int]]:
@@ -66,7 +75,7 @@ class ThreadClocks:
         comes last, with id 0.
         """
         used = self.threads()
-        rest_ns = self.process_ns - self._own_ns - sum(cpu_ns for _, _, cpu_ns in used)
+        rest_ns = self.process_ns - self.own_ns - sum(cpu_ns for _, _, cpu_ns in used)
         # The clocks are not read at one instant: less than a tick is no thread.
         if rest_ns > 10_000_000:
             used.append(("other threads", 0, rest_ns))

@@ -16,11 +16,12 @@ thread without the GIL finds new threads every 40 ms (0.1 to 0.2 % of one CPU),
 however many old ones there are. A thread whose samples take more than an eighth
 of its CPU time is not sampled meanwhile; that time has a name of its own.
 
-What it misses: C functions (their time shows at the calling line); what a
-thread does in its first 50 ms; lines may lag by a few bytecodes on 3.14 and
-later, where the interpreter does not store the position of each instruction.
-Of code with thousands of lines that is gone before the profile is read, the line
-is 0; beyond 16,384 threads the rest are not sampled, which a comment says.
+What it misses: C functions (their time shows at the calling line); what a thread
+that `threading` does not know does in its first 50 ms, and what a thread does after the
+last tick before its end (both have names of their own); lines may lag by a few
+bytecodes on 3.14 and later, where the interpreter does not store the position of each
+instruction. Of code with thousands of lines that is gone before the profile is read,
+the line is 0; beyond 16,384 threads the rest are not sampled, which a comment says.
 
 Source: asgi_pprof/_native; timer_create(2); Go, runtime/signal_unix.go.
 """
@@ -32,6 +33,7 @@ from collections.abc import Iterator, Mapping
 from typing import cast
 
 from asgi_pprof.collectors.cpu.sigprof import sigprof_claim
+from asgi_pprof.collectors.cpu.thread_begins import thread_begins
 from asgi_pprof.collectors.cpu.window import Window
 from asgi_pprof.errors import ProfileBusy, ProfileUnavailable
 from asgi_pprof.native.core import native, reason
@@ -44,6 +46,7 @@ from asgi_pprof.runtime.thread_clocks import ThreadClocks
 ENGINE = "native"
 
 _SHORT_NS = 20_000_000  # less unexplained CPU time than this is not reported
+_LATE_NS = 60_000_000  # what a thread may use before it gets a timer, and between two ticks
 _ROWS = 256  # read in one call, which holds the GIL
 
 
@@ -65,10 +68,15 @@ class _Run:
         self.hz = hz
         self.window = Window(hz)
         self.clocks = ThreadClocks()
-        self.sampled_threads: set[int] = set()
+        self.sampled: set[int] = set()
+        """The threads that have or had a timer, and our watcher."""
+        self.periods: dict[int, int] = {}
+        """The samples of those that have one, in periods."""
 
     def read_clocks(self) -> None:
-        self.sampled_threads.update(native.cpu_threads())
+        threads, watcher = native.cpu_threads()
+        self.periods = dict(threads)
+        self.sampled.update(self.periods, (watcher,))
         self.clocks.read()
 
 
@@ -78,12 +86,15 @@ async def collect(duration_s: float, stop: asyncio.Event, hz: int) -> Profile:
     try:
         run = _Run(hz)
         _start(hz)
+        thread_begins.on()
         sigprof_claim.guard(native.cpu_yield)
         await run.window.wait(duration_s, stop, run.read_clocks)
     except BaseException:
+        thread_begins.off()
         native.cpu_stop()
         _free()
         raise
+    thread_begins.off()
     native.cpu_stop()
     sigprof_claim.unguard()
     run.window.end()
@@ -127,15 +138,27 @@ def _sampled(period_ns: int) -> Iterator[Sample]:
 
 
 def _not_sampled(run: _Run, stats: Mapping[str, int]) -> Iterator[Sample]:
-    period_ns = run.window.period_ns
-    rest_ns = run.clocks.process_ns - stats["periods"] * period_ns - stats["watcher_ns"]
-    for name, thread_id, cpu_ns in run.clocks.threads():
-        if cpu_ns > 0 and thread_id not in run.sampled_threads:
+    period_ns, clocks = run.window.period_ns, run.clocks
+    rest_ns = clocks.process_ns - stats["periods"] * period_ns - stats["watcher_ns"]
+    # What a thread has used since its last sample, or was sampled too much, is no other thread's.
+    own_periods = run.periods.get(clocks.own_id)
+    if own_periods is not None:
+        rest_ns -= clocks.own_ns - own_periods * period_ns
+    for name, thread_id, cpu_ns in clocks.threads():
+        unexplained_ns = cpu_ns
+        if thread_id in run.sampled:
+            if thread_id not in run.periods or thread_id not in clocks.alive:
+                continue  # it has ended
+            unexplained_ns -= run.periods[thread_id] * period_ns
+        rest_ns -= unexplained_ns
+        if thread_id not in run.sampled and cpu_ns > 0:
             yield run.window.not_sampled(name, ENGINE, cpu_ns, (("thread_id", thread_id),))
-            rest_ns -= cpu_ns
-    # Each sampled thread may have used up to a period since its last sample.
-    if rest_ns > _SHORT_NS + len(run.sampled_threads) * period_ns:
-        yield run.window.not_sampled("threads that ended at once", ENGINE, rest_ns)
+        elif unexplained_ns > _LATE_NS + 2 * period_ns:
+            name = f"{name}, which takes no SIGPROF or began a moment ago"
+            labels = (("thread_id", thread_id),)
+            yield run.window.not_sampled(name, ENGINE, unexplained_ns, labels)
+    if rest_ns > _SHORT_NS:
+        yield run.window.not_sampled("threads that have ended", ENGINE, rest_ns)
 
 
 def _comments(run: _Run, stats: dict[str, int]) -> list[str]:

@@ -866,7 +866,7 @@ def test_two_hundred_threads_at_once_are_all_sampled():
         stop = asyncio.Event()
         profile = asyncio.create_task(cpu_native.collect(600, stop, 1000))
         await asyncio.sleep(0)
-        await asyncio.to_thread(until, lambda: len(native.cpu_threads()) > 200)
+        await asyncio.to_thread(until, lambda: len(native.cpu_threads()[0]) >= 200)
         begin.set()
         for thread in threads:
             await asyncio.to_thread(thread.join)
@@ -1253,6 +1253,109 @@ def test_samples_between_a_call_in_c_and_its_frame_are_those_of_the_caller():
     assert unreadable <= total / 250
     ways = {"keyed sort work", "keyed apply work", "sort work", "apply work", "work"}
     assert counts.keys() - {f"is_set {way}" for way in ways} <= ways, counts
+
+
+def test_cpu_time_of_short_threads_is_in_the_profile_beside_many_idle_ones():
+    """Most of it has a stack; the rest, which ended between two ticks, has a name."""
+    program = """
+    import asyncio, threading, time
+    from asgi_pprof.collectors.cpu import native_engine as cpu_native
+
+    def burn(seconds):
+        end = time.thread_time() + seconds
+        while time.thread_time() < end:
+            pass
+
+    def work():
+        for _ in range(60):
+            thread = threading.Thread(target=burn, args=(0.02,))
+            thread.start()
+            thread.join()
+
+    async def main():
+        stop = asyncio.Event()
+        profile = asyncio.create_task(cpu_native.collect(600, stop, 100))
+        await asyncio.sleep(0.1)
+        before = time.process_time()
+        await asyncio.to_thread(work)
+        used = time.process_time() - before
+        stop.set()
+        return used, await profile
+
+    begins = threading.Thread._set_native_id
+    over = threading.Event()
+    idle = [threading.Thread(target=over.wait) for _ in range(45)]
+    for thread in idle:
+        thread.start()
+    used, profile = asyncio.run(main(), debug=False)
+    over.set()
+    for thread in idle:
+        thread.join()
+    assert threading.Thread._set_native_id is begins
+    by_name = {}
+    for sample in profile.samples:
+        names = [place.function.name for place in sample.stack]
+        name = "burn" if any("burn" in each for each in names) else names[0]
+        by_name[name] = by_name.get(name, 0) + sample.values[1] / 1e9
+    ended = "<threads that have ended: stack not sampled by the native engine>"
+    print(used, by_name["burn"], by_name.get(ended, 0), sum(by_name.values()))
+    """
+    used, burnt, ended, total = map(float, run_program(program).split())
+    assert used >= 1.2
+    assert burnt >= 0.8 * 1.2  # 0.93 of it in the mean
+    assert ended <= 0.3 * used
+    assert 0.9 * used <= total <= 1.15 * used + 0.1
+
+
+@pytest.mark.parametrize("unblocks", [False, True])
+def test_cpu_time_of_a_thread_that_blocks_sigprof_is_named(unblocks):
+    """It is not charged to the line that unblocks the signal, nor to threads that have ended."""
+    program = """
+    import asyncio, signal, sys, threading, time
+    from asgi_pprof.collectors.cpu import native_engine as cpu_native
+
+    def burn(unblocks):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPROF})
+        end = time.thread_time() + 0.5
+        while time.thread_time() < end:
+            pass
+        if unblocks:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPROF})
+        burnt.set()
+        over.wait()
+
+    async def main():
+        stop = asyncio.Event()
+        profile = asyncio.create_task(cpu_native.collect(600, stop, 100))
+        await asyncio.sleep(0.1)
+        thread.start()
+        await asyncio.to_thread(burnt.wait)
+        stop.set()
+        return await profile
+
+    burnt, over = threading.Event(), threading.Event()
+    thread = threading.Thread(target=burn, args=(sys.argv[1] == "True",), name="masked")
+    profile = asyncio.run(main(), debug=False)
+    over.set()
+    thread.join()
+    for sample in profile.samples:
+        print(sample.values[1], *(place.function.name for place in sample.stack), sep="|")
+    """
+    found = {}
+    for line in run_program(program, str(unblocks)).splitlines():
+        cpu_ns, *names = line.split("|")
+        found[tuple(names)] = int(cpu_ns)
+    blocked = {
+        True: "<one long system call, or SIGPROF was blocked>",
+        False: "<thread masked, which takes no SIGPROF or began a moment ago: stack not sampled"
+        " by the native engine>",
+    }[unblocks]
+    named = sum(cpu_ns for names, cpu_ns in found.items() if names[0] == blocked)
+    assert named == pytest.approx(0.5e9, abs=0.1e9)
+    if unblocks:
+        assert all("burn" in " ".join(names) for names in found if names[0] == blocked)
+    else:
+        assert not any("have ended" in names[0] for names in found)
 
 
 # --- fork -------------------------------------------------------------------------
