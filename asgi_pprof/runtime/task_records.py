@@ -29,11 +29,28 @@ class TaskRecord:
     Args:
         creator: The number of the task that created it; 0 for none, or if it is not known.
         code: The function that created it, with `lasti`, the place in it; None if not known.
+        after_ns: A moment before it was created, by the clock of `update`; 0 if not known.
     """
 
-    __slots__ = ("code", "creator", "id", "lasti", "leaked", "since_ns", "waited")
+    __slots__ = (
+        "before_ns",
+        "code",
+        "creator",
+        "id",
+        "lasti",
+        "leaked",
+        "seen_ns",
+        "since_ns",
+        "waited",
+    )
 
-    def __init__(self, creator: int = 0, code: CodeType | None = None, lasti: int = 0) -> None:
+    def __init__(
+        self,
+        creator: int = 0,
+        code: CodeType | None = None,
+        lasti: int = 0,
+        after_ns: int = 0,
+    ) -> None:
         self.id = next(_ids)
         self.creator = creator
         self.code = code
@@ -41,6 +58,8 @@ class TaskRecord:
         self.leaked = False
         self.waited: weakref.ref[Any] | None = None
         self.since_ns = 0
+        self.before_ns = 0
+        self.seen_ns = after_ns
 
     def update(self, waits_for: object, now_ns: int) -> int:
         """
@@ -49,16 +68,22 @@ class TaskRecord:
         Returns:
             For how many nanoseconds it is known to wait for this; 0 for None.
         """
+        seen_ns, self.seen_ns = self.seen_ns, now_ns
         if waits_for is None:
             self.waited = None
             return 0
         if self.waited is None or self.waited() is not waits_for:
-            self.since_ns = now_ns
+            self.since_ns, self.before_ns = now_ns, seen_ns
             try:
                 self.waited = weakref.ref(waits_for)
             except TypeError:
-                self.waited = None  # such an object cannot be told from the next at its address
+                # Such an object cannot be told from the next at its address.
+                self.waited, self.before_ns = None, 0
         return now_ns - self.since_ns
+
+    def at_most(self, now_ns: int) -> int | None:
+        """Return the nanoseconds since it was last seen not to wait for this, None if never."""
+        return now_ns - self.before_ns if self.before_ns else None
 
 
 class TaskRecords:
@@ -91,9 +116,16 @@ task_records = TaskRecords()
 record_of = task_records.of
 
 
-def update_wait(task: Task, now_ns: int) -> int:
-    """Record what a task waits for now; return `TaskRecord.update`, 0 if it cannot be read."""
+def update_wait(task: Task, now_ns: int) -> tuple[int, int | None]:
+    """
+    Record what a task waits for now.
+
+    Returns:
+        For how many nanoseconds it is known to wait for this, and how many it may be at
+        most, None if that is not known. 0 and None for a task that cannot be read.
+    """
     try:
-        return record_of(task).update(waits_for(task), now_ns)
+        record = record_of(task)
+        return record.update(waits_for(task), now_ns), record.at_most(now_ns)
     except Exception:  # of a class of the application's
-        return 0
+        return 0, None

@@ -779,6 +779,7 @@ def test_the_longest_wait_counts_from_a_scan_of_the_tasks(loop_name):
             end.wait(60)
 
         task_tracking.attach(loop)
+        before = time.monotonic()
         with ThreadPoolExecutor(1, thread_name_prefix="scanned") as pool:
             try:
                 jobs = [
@@ -798,7 +799,70 @@ def test_the_longest_wait_counts_from_a_scan_of_the_tasks(loop_name):
                 end.set()
                 task_tracking.detach(loop)
             await asyncio.gather(*jobs)
-        return of_pool("scanned", found)[3], asked - seen
+        most = found['thread_pool_longest_wait_at_most_seconds{pool="scanned"}']
+        return of_pool("scanned", found)[3], most, asked - seen, time.monotonic() - before
 
-    waited, least = run(main(), loop_name)
-    assert waited >= least
+    waited, at_most, least, most = run(main(), loop_name)
+    assert least <= waited <= at_most <= most
+
+
+def test_the_longest_wait_of_a_young_wait_is_bounded(loop_name):
+    """Nobody has seen the wait before; its task was created after tracking began."""
+
+    async def main():
+        loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Event()
+
+        def work():
+            begun.set()
+            end.wait(60)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="young") as pool:
+            before = asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
+            await asyncio.to_thread(begun.wait)
+            task_tracking.attach(loop)
+            try:
+                job = asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
+                created = time.monotonic()
+                await asyncio.sleep(0.2)
+                asked = time.monotonic()
+                await figures()
+                found = await figures()
+            finally:
+                end.set()
+                task_tracking.detach(loop)
+            await asyncio.gather(before, job)
+        most = found['thread_pool_longest_wait_at_most_seconds{pool="young"}']
+        return of_pool("young", found)[3], most, asked - created, asked
+
+    waited, at_most, truth, asked = run(main(), loop_name)
+    assert waited <= time.monotonic() - asked
+    assert truth <= at_most
+
+
+def test_without_tracking_it_is_not_known_how_long_a_young_wait_is(loop_name):
+    """Its task may be of any age."""
+
+    async def main():
+        loop, end, begun = asyncio.get_running_loop(), threading.Event(), threading.Event()
+
+        def work():
+            begun.set()
+            end.wait(60)
+
+        with ThreadPoolExecutor(1, thread_name_prefix="untracked") as pool:
+            try:
+                jobs = [
+                    asyncio.create_task(_awaited(loop.run_in_executor(pool, work)))
+                    for _ in range(2)
+                ]
+                await asyncio.to_thread(begun.wait)
+                await figures()
+                found = await figures()
+            finally:
+                end.set()
+            await asyncio.gather(*jobs)
+        return found
+
+    found = run(main(), loop_name)
+    assert of_pool("untracked", found)[3] > 0
+    assert 'thread_pool_longest_wait_at_most_seconds{pool="untracked"}' not in found

@@ -730,6 +730,28 @@ def test_a_wait_for_an_object_without_weak_references_has_no_length():
     assert [record.update((1, 2), now) for now in (0, 10, 20)] == [0, 0, 0]
 
 
+def test_a_wait_has_lasted_at_most_since_the_task_was_seen_without_it():
+    """A wait begins between two looks, or after the last scan before the task was created."""
+    record, first, second = TaskRecord(after_ns=90), Awaited(), Awaited()
+    record.update(first, 100)
+    assert record.at_most(103) == 13
+    record.update(first, 104)
+    record.update(second, 110)
+    assert record.at_most(115) == 11
+    record.update(None, 120)
+    record.update(first, 130)
+    assert record.at_most(131) == 11
+
+
+def test_how_long_a_wait_has_lasted_at_most_may_not_be_known():
+    """The task was created before it could be seen, or waits for what is not recognized."""
+    record, first = TaskRecord(), Awaited()
+    record.update(first, 100)
+    assert record.at_most(103) is None
+    record.update((1, 2), 110)
+    assert record.at_most(115) is None
+
+
 class Clock:
     """A monotonic clock that is some minutes late and counts its calls."""
 
