@@ -364,6 +364,13 @@ def unwrapped(value: object) -> object:
     return wrapped if is_generator(wrapped) else value
 
 
+def is_running(generator: Generator) -> bool:
+    """Return whether a generator or coroutine runs: also one that has switched to a greenlet."""
+    if isinstance(generator, CoroutineType):
+        return generator.cr_running
+    return generator.gi_running if isinstance(generator, GeneratorType) else generator.ag_running
+
+
 def _frame_object(generator: Generator) -> FrameType | None:
     if isinstance(generator, CoroutineType):
         return generator.cr_frame

@@ -9,6 +9,8 @@ import threading
 import greenlet
 import pytest
 
+from asgi_pprof.collectors.goroutine.collector import TaskCollector
+from asgi_pprof.native.core import native
 from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.frames import MAX_DEPTH
 from asgi_pprof.runtime.tasks import coroutine_of
@@ -182,6 +184,37 @@ def test_greenlets_that_switch_on_another_thread_do_no_harm():
         print("done")
     """
     assert run_program(program, options=()).strip() == "done"
+
+
+@pytest.mark.skipif(native is None, reason="a loop is found by its frames, which are not there")
+def test_a_task_that_runs_in_a_greenlet_is_running(loop_name):
+    """It blocks its loop, in another thread: the greenlet's frames say with what."""
+    begun, end = threading.Event(), threading.Event()
+
+    def blocks():
+        begun.set()
+        end.wait()
+
+    async def outermost():
+        await greenlet_spawn(blocks)
+
+    async def other():
+        await asyncio.create_task(outermost(), name="it")
+
+    async def main():
+        return (await tasks_of(TaskCollector(answer_s=0.05)))["it"]
+
+    thread = threading.Thread(target=run, args=(other(), loop_name))
+    thread.start()
+    try:
+        assert begun.wait(20)
+        found = run(main())
+    finally:
+        end.set()
+        thread.join(20)
+    assert found.state == "running"
+    stack = [name.split(".")[-1] for name in names(found.stack)]
+    assert stack == ["wait", "wait", "blocks", "outermost"]
 
 
 def test_a_statement_of_sqlalchemy_is_in_the_chain(loop_name):

@@ -52,7 +52,9 @@ from asgi_pprof.runtime.chains import await_chain
 from asgi_pprof.runtime.frames import (
     capture,
     current_frames,
+    generator_frame,
     is_generator,
+    is_running,
     running_frames,
     unwrapped,
 )
@@ -357,7 +359,7 @@ class Scan:
         return *blocked, *queued
 
     def _is_running(self, task: Task) -> bool:
-        return any(each is task for each in self._running)
+        return any(each.task is task for each in self._running)
 
     def _read(self, task: Task) -> _Reading:
         for _ in range(3):
@@ -368,9 +370,8 @@ class Scan:
         return reading
 
     def _read_once(self, task: Task, future: Any) -> _Reading:
-        if self._is_running(task):
-            stack = _running_stack(task, self._symbols)
-            if stack:
+        for running in self._running:
+            if running.task is task and (stack := _running_stack(running, self._symbols)):
                 return _Reading("running", stack, None, 0)
         waited_ns = record_of(task).update(future, time.monotonic_ns())
         chain = await_chain(coroutine_of(task))
@@ -409,14 +410,25 @@ def _name_label(task: Task) -> dict[str, str]:
     return labels
 
 
-def _running_tasks() -> list[Task]:
-    return [running.task for running in running_loops() if running.task is not None]
+def _running_tasks() -> list[RunningLoop]:
+    return [running for running in running_loops() if running.task is not None]
 
 
-def _running_stack(task: Task, symbols: Symbols) -> Stack:
+def _running_stack(running: RunningLoop, symbols: Symbols) -> Stack:
     """Return the live frames of a running task, down to its outermost coroutine."""
-    coroutine = unwrapped(coroutine_of(task))
-    return symbols.stack(running_frames(coroutine)) if is_generator(coroutine) else ()
+    coroutine = unwrapped(coroutine_of(running.task)) if running.task is not None else None
+    if not is_generator(coroutine):
+        return ()
+    frames = running_frames(coroutine)
+    if not frames and is_running(coroutine):
+        # In a greenlet: that has all the frames of the thread, and the coroutine is not among them.
+        ident = running.thread_ident
+        inner = capture(current_frames((ident,), MAX_DEPTH).get(ident))
+        place = generator_frame(coroutine)
+        frames = running_frames(coroutine)  # unless it has just come back
+        if not frames and place is not None and is_running(coroutine):
+            frames = (*inner, place)
+    return symbols.stack(frames)
 
 
 def _names(tasks: Iterable[Task]) -> str:

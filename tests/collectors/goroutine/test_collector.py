@@ -876,6 +876,7 @@ def test_a_request_that_was_taken_back_does_not_count():
     assert label(run(main()), "cancelling") is None
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("requests", "shown"), [(9, "9"), (10, "10 or more"), (250, "100 or more")]
 )
