@@ -20,9 +20,8 @@ import anyio
 import anyio.to_thread
 
 from asgi_pprof.forks import Renewed, process_lock
-from asgi_pprof.labels import current
 from asgi_pprof.native.core import native
-from asgi_pprof.runtime.own_work import OwnLabels, own_work
+from asgi_pprof.runtime.own_work import begin_own_thread, own_work
 
 _Result = TypeVar("_Result")
 
@@ -165,7 +164,7 @@ class Workers(Renewed):
 
     @own_work
     def _run(self) -> None:
-        current.set(OwnLabels())
+        begin_own_thread()
         while (work := self._next()) is not None:
             work.run(self._end_work)
             del work  # with its result, which may be large

@@ -10,6 +10,7 @@ import tracemalloc
 from pathlib import Path
 
 from asgi_pprof.native.core import native
+from asgi_pprof.offload import workers
 
 
 def wakeup_descriptor() -> int:
@@ -45,8 +46,9 @@ def process_state() -> dict[str, object]:
 
 
 def _own_threads() -> int:
-    """Return how many threads of the process have the name of our native threads."""
-    return sum(_thread_name(task) == "asgi_pprof" for task in os.listdir("/proc/self/task"))
+    """Return how many threads have the name of ours, but for the worker that middlewares keep."""
+    kept = min(workers._threads, 1) if workers._users else 0
+    return -kept + sum(_thread_name(task) == "asgi_pprof" for task in os.listdir("/proc/self/task"))
 
 
 def _thread_name(task: str) -> str:

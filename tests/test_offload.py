@@ -7,9 +7,11 @@ import gc
 import os
 import threading
 import weakref
+from pathlib import Path
 
 import pytest
 
+from asgi_pprof.labels import current, resolve
 from asgi_pprof.native.core import native
 from asgi_pprof.offload import run_in_thread, workers, yield_gil
 from tests.loops import LOOPS, run
@@ -40,6 +42,20 @@ def test_one_thread_does_all_work_that_comes_one_by_one(kept, loop):
     used = run(main(), loop)
     assert threading.get_ident() not in used
     assert len(used) == 1 or not native  # without the C core each ends, and a new one may follow
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads have no names here")
+def test_the_threads_have_our_name_and_our_label(kept):
+    """Tools that show the system's threads then tell whose they are, and CPU profiles too."""
+
+    def look():
+        name = Path(f"/proc/self/task/{threading.get_native_id()}/comm").read_text().strip()
+        return name, resolve(current.get())
+
+    async def main():
+        return await run_in_thread(look)
+
+    assert run(main()) == ("asgi_pprof", (("asgi_pprof", "own work"),))
 
 
 def test_of_much_work_two_pieces_run_at_a_time(kept):

@@ -11,9 +11,11 @@ for our answer, and has the scope of the request in a variable.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, TypeVar
 
@@ -97,6 +99,14 @@ def own_request(request: MutableMapping[str, Any]) -> Iterator[None]:
         _own_requests.ended_ns = time.monotonic_ns()
         with suppress(ValueError):  # the loop ends and closes the request in another context
             current.reset(token)
+
+
+def begin_own_thread() -> None:
+    """Name the calling thread in the system, and label all that it does."""
+    current.set(OwnLabels())
+    with suppress(OSError):  # where there is no such file, the thread has no name
+        path = f"/proc/self/task/{threading.get_native_id()}/comm"
+        Path(path).write_bytes(b"asgi_pprof")  # as the C core names its threads
 
 
 def awaits_own_request(frame: FrameType | None) -> bool:

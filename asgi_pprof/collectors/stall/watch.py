@@ -11,7 +11,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from time import monotonic_ns as _clock_ns
 
 from asgi_pprof.collectors.stall.causes import PUNCTUAL_NS, Wakeup
@@ -29,6 +28,7 @@ from asgi_pprof.runtime.frames import current_frames
 from asgi_pprof.runtime.gc_pauses import GcPauses
 from asgi_pprof.runtime.iterations import ITERATION_VARIABLES
 from asgi_pprof.runtime.libraries import resource
+from asgi_pprof.runtime.own_work import begin_own_thread
 from asgi_pprof.runtime.proc import LoopThread
 from asgi_pprof.stacks import StackCounter, StackKey, StackTotal, stack_key
 
@@ -274,7 +274,7 @@ class StallWatch(Recorder):
             _log(error)
 
     def _watch_while_needed(self) -> None:
-        _name_thread()
+        begin_own_thread()
         sleeper = _Sleeper(self._wakeup)
         while monitors := self._current_monitors():
             scanner = _Scanner(monitors, self._threshold)
@@ -386,12 +386,6 @@ def _waits() -> int:
     if _RUSAGE_THREAD is None:
         return 0
     return resource.getrusage(_RUSAGE_THREAD).ru_nvcsw
-
-
-def _name_thread() -> None:
-    with suppress(OSError):  # where there is no such file, the thread has no name
-        path = f"/proc/self/task/{threading.get_native_id()}/comm"
-        Path(path).write_bytes(b"asgi_pprof")  # as the C core names its threads
 
 
 def _log(error: Exception) -> None:
