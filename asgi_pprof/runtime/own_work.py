@@ -68,7 +68,11 @@ class OwnLabels(LabelNode):
 
 def is_own_context() -> bool:
     """Return whether the calling code runs in the context of the profiler's own work."""
-    label_set = current.get()
+    return is_own_label_set(current.get())
+
+
+def is_own_label_set(label_set: LabelSet | None) -> bool:
+    """Return whether a label set is that of the profiler's own work, or made inside it."""
     while label_set is not None:
         if isinstance(label_set, OwnLabels):
             return True
@@ -116,14 +120,28 @@ def awaits_own_request(frame: FrameType | None) -> bool:
     The innermost frame with an argument `scope` tells. It takes some microseconds while
     there is such a request, and next to nothing otherwise.
     """
-    if not _own_requests.under_way:
-        if time.monotonic_ns() - _own_requests.ended_ns > _RECENT_NS:
-            return False
+    if not are_own_requests_recent():
+        return False
     while frame is not None:
-        code = frame.f_code
-        if "scope" in code.co_varnames[: code.co_argcount]:
+        if has_scope(frame.f_code):
             with no_collections():
-                scope = frame_local(frame, "scope")
-            return type(scope) is dict and OWN_WORK[0] in scope
+                return is_own_scope(frame_local(frame, "scope"))
         frame = frame.f_back
     return False
+
+
+def are_own_requests_recent() -> bool:
+    """Return whether a request for a profile is answered now, or was within the last second."""
+    if _own_requests.under_way:
+        return True
+    return time.monotonic_ns() - _own_requests.ended_ns < _RECENT_NS
+
+
+def has_scope(code: CodeType) -> bool:
+    """Return whether a function has an argument `scope`, as ASGI applications do."""
+    return "scope" in code.co_varnames[: code.co_argcount]
+
+
+def is_own_scope(scope: object) -> bool:
+    """Return whether a scope is that of a request for a profile."""
+    return type(scope) is dict and OWN_WORK[0] in scope

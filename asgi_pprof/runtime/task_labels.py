@@ -28,7 +28,7 @@ def is_default_name(name: str) -> bool:
 
 def task_labels(task: Task) -> dict[str, str]:
     """Return the labels of a task's context, and its name as `task`."""
-    return {**dict(resolve(_context_labels(task))), "task": task_name(task)}
+    return {**dict(resolve(context_labels(task))), "task": task_name(task)}
 
 
 def fold_default_name(labels: dict[str, str]) -> None:
@@ -37,7 +37,8 @@ def fold_default_name(labels: dict[str, str]) -> None:
         labels["task"] = "Task"
 
 
-def _context_labels(task: Task) -> Any:
+def context_labels(task: Task) -> Any:
+    """Return the label set of a task's context; None if it has none."""
     context = task.get_context() if hasattr(task, "get_context") else _context_311(task)
     return context.get(current) if context is not None else None
 

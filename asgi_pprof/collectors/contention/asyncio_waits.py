@@ -26,6 +26,7 @@ from typing import Any
 from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.stack_rules import rules
+from asgi_pprof.collectors.contention.under_way import Wait, waits
 from asgi_pprof.runtime.chains import code_of
 from asgi_pprof.runtime.libraries import anyio_backend, anyio_streams
 
@@ -105,6 +106,7 @@ def wrap_wait(
 
     def wrap(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
         leaf = code_of(called or original)
+        rules.add_leaf(leaf)
 
         @functools.wraps(original)
         async def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,6 +123,8 @@ def wrap_wait(
             # releases would be charged with more than was waited.
             began_ns = clock()
             waiters = _waiters_of(self, began_ns) if is_lock and mutex.rate else None
+            if outermost:
+                under_way = waits.of_tasks[key] = Wait(recording, began_ns)
             ended, acquired = True, False
             try:
                 result = await original(self, *args, **kwargs)
@@ -135,8 +139,12 @@ def wrap_wait(
                     _waiters.pop(id(self), None)
                 if outermost:
                     _blocked.pop(key, None)
+                    waits.of_tasks.pop(key, None)
+                    under_way.has_ended = True
                     if ended:
                         recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
+                    else:
+                        recording.add_abandoned(now_ns - began_ns, under_way.stack)
 
         return wait
 
@@ -146,6 +154,7 @@ def wrap_wait(
 def wrap_composed_wait(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a coroutine method that waits only by way of other wrapped methods, if at all."""
     leaf = code_of(original)
+    rules.add_leaf(leaf)
 
     @functools.wraps(original)
     async def wait(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -154,6 +163,7 @@ def wrap_composed_wait(recording: Recording, original: Callable[..., Any]) -> Ca
             return await original(self, *args, **kwargs)
         _blocked[key] = False
         began_ns = clock()
+        under_way = waits.of_tasks[key] = Wait(recording, began_ns)
         ended = True
         try:
             return await original(self, *args, **kwargs)
@@ -161,8 +171,13 @@ def wrap_composed_wait(recording: Recording, original: Callable[..., Any]) -> Ca
             ended = False
             raise
         finally:
-            if _blocked.pop(key, False) and ended:
-                recording.add_wait(clock() - began_ns, leaf, sys._getframe())
+            waits.of_tasks.pop(key, None)
+            under_way.has_ended = True
+            if _blocked.pop(key, False):
+                if ended:
+                    recording.add_wait(clock() - began_ns, leaf, sys._getframe())
+                else:
+                    recording.add_abandoned(clock() - began_ns, under_way.stack)
 
     return wait
 

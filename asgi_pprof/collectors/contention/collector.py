@@ -9,6 +9,11 @@ the network are no contention, nor is a worker that has nothing to do.
 mutex: the stack that released a lock for which others waited, with the time
 they had waited, each since its wait began or since the last release.
 
+A wait that has not ended is in block too, with the nanoseconds so far and the count
+0; it counts when it ends. So a window has of each wait the part inside, whether it
+began before or ends after (under_way.py). That takes a look at all tasks, in slices
+of 1 ms, for each profile that is read.
+
 Both are off until a rate is set, as in Go, and count from the start of the
 process. While one is on, the methods that wait are wrapped; while both are off,
 every attribute is the original again. Methods are wrapped on their classes, so
@@ -16,7 +21,7 @@ primitives made before are seen too. The stack is taken after the wait, if it is
 sampled: 5 to 15 us. A call that need not wait takes 0.2 to 0.4 us longer in
 asyncio and anyio, and no longer in most of `threading`.
 
-Not seen: waits that began before, `threading.Lock` and `RLock` unless a
+Not seen: in mutex, waits that began before; `threading.Lock` and `RLock` unless a
 middleware asks for that (lock_classes.py), `queue.SimpleQueue`, and waits in C
 code. On Python 3.11 a wait in the task that `asyncio.wait_for` makes has the
 stack of that task, which ends there.
@@ -32,13 +37,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Literal, NamedTuple
 
-from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
+from asgi_pprof.collectors.contention import (
+    asyncio_waits,
+    lock_classes,
+    threading_waits,
+)
 from asgi_pprof.collectors.contention.patches import PatchGroup
 from asgi_pprof.collectors.contention.recording import Recording, block, mutex
 from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords
-from asgi_pprof.profile import Profile, ValueType
+from asgi_pprof.collectors.contention.under_way import Wait, now_ns, waits
+from asgi_pprof.profile import Profile, ValueType, pseudo_location
 from asgi_pprof.recorder import Recorder
-from asgi_pprof.stacks import name_totals
+from asgi_pprof.stacks import StackTotal, name_totals
 
 Kind = Literal["block", "mutex"]
 
@@ -135,6 +145,11 @@ class Contention(Recorder):
                 windows[kind] -= 1
                 self._apply()
 
+    async def under_way(self) -> list[Wait]:
+        """Return the waits that have not ended, if waits are recorded."""
+        recording = self._recording
+        return [] if recording is None or not block.rate else await recording.under_way.find()
+
     def describe(self, kind: Kind) -> str:
         """Return whether a profile is on, and at which rate."""
         rate, records = self._rates[kind], _RECORDS[kind]
@@ -166,7 +181,7 @@ class Contention(Recorder):
             self._on(lock_classes_on)
         else:
             if self._recording is not None:
-                self._recording.on = False
+                self._recording.end()
                 self._recording = None
             self._waits.remove()
         if not mutex.rate:
@@ -193,6 +208,9 @@ class Contention(Recorder):
         # The threads that waited do not exist in the child. If one thread was in the middle of
         # switching, the next switch here completes that.
         self._applying = False
+        waits.clear()
+        if self._recording is not None:
+            self._recording.under_way.forget()
         asyncio_waits.reset_in_child()
         threading_waits.reset_in_child()
         self._windows = self._no_windows()
@@ -231,7 +249,11 @@ class ContentionCollector:
 
     async def snapshot(self) -> Callable[[], Profile]:
         """Return contentions/count and delay/nanoseconds by stack, scaled; no labels, as in Go."""
-        totals, comments = self._records.totals(), tuple(self._comments())
+        found = await self._contention.under_way() if self._kind == "block" else []
+        # From here on in one go: a wait that ends is either under way or in the totals.
+        under_way = list(_under_way_totals(found, self._records.rate))
+        totals = [*under_way, *self._records.totals()]
+        comments = tuple(self._comments(len(under_way)))
         time_ns = time.time_ns()
         return lambda: Profile(
             sample_types=(ValueType("contentions", "count"), ValueType("delay", "nanoseconds")),
@@ -242,9 +264,25 @@ class ContentionCollector:
             comments=comments,
         )
 
-    def _comments(self) -> Iterator[str]:
+    def _comments(self, under_way: int) -> Iterator[str]:
         yield self._contention.describe(self._kind)
+        if under_way:
+            yield f"waits under way: {under_way}; they have delay, and count when they end"
         if self._records.lost:
             yield f"lost: {self._records.lost} events could not be recorded"
         if self._records.overflowed:
             yield f"<other stacks>: events of stacks beyond {MAX_STACKS} different ones"
+
+
+def _under_way_totals(found: list[Wait], rate_ns: int) -> Iterator[StackTotal]:
+    """
+    Yield the waits that have not ended; those shorter than the rate are left out.
+
+    Those would have to be sampled, with the chance that they have when they end.
+    """
+    until_ns = now_ns()
+    for wait in found:
+        waited_ns = until_ns - wait.began_ns
+        if wait.stack is not None and not wait.has_ended and waited_ns >= rate_ns:
+            name, stack = wait.stack
+            yield StackTotal(stack, pseudo_location(name) if name else None, (), (0, waited_ns))

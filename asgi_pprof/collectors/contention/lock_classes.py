@@ -29,6 +29,7 @@ from typing import Any
 from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
 from asgi_pprof.collectors.contention.threading_waits import ThreadWaiters, this_thread
+from asgi_pprof.collectors.contention.under_way import Wait, waits
 from asgi_pprof.runtime.chains import wrappers
 
 clock = time.monotonic_ns
@@ -94,6 +95,10 @@ class RecordedLock(metaclass=_Factory):
         if mutex.rate:
             self._waiters.enter(began_ns)
         this_thread.blocked = True
+        if outermost:
+            ident = threading.get_ident()
+            under_way = Wait(recording, began_ns, f"{self.name}.acquire")
+            waits.of_threads[ident] = under_way
         try:
             return self._lock.acquire(True, timeout)
         finally:
@@ -101,6 +106,8 @@ class RecordedLock(metaclass=_Factory):
             self._waiters.leave()
             if outermost:
                 this_thread.blocked = False
+                under_way.has_ended = True
+                waits.of_threads.pop(ident, None)
                 recording.add_wait(now_ns - began_ns, f"{self.name}.acquire", sys._getframe())
 
     def release(self) -> None:

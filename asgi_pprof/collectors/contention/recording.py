@@ -17,6 +17,7 @@ from asgi_pprof.collectors.contention.records import (
     weigh_wait,
 )
 from asgi_pprof.collectors.contention.stack_rules import Leaf, rules
+from asgi_pprof.collectors.contention.under_way import UnderWay
 
 block = ContentionRecords(weigh_wait)
 mutex = ContentionRecords(weigh_release)
@@ -30,10 +31,16 @@ class Recording:
     never wait.
     """
 
-    __slots__ = ("on",)
+    __slots__ = ("on", "under_way")
 
     def __init__(self, on: bool = True) -> None:
         self.on = on
+        self.under_way = UnderWay(self, self.add_captured)
+
+    def end(self) -> None:
+        """Record nothing from now on."""
+        self.on = False
+        self.under_way.end()
 
     def add_wait(self, nanoseconds: int, leaf: Leaf, wrapper: FrameType) -> None:
         """Record that the caller of a wrapped method has waited."""
@@ -45,13 +52,18 @@ class Recording:
         except Exception:
             block.lost += 1
 
-    def add_queued(self, nanoseconds: int, stack: ContendedStack) -> None:
-        """Record a wait in an executor's queue; its stack was captured when it began."""
+    def add_captured(self, nanoseconds: int, stack: ContendedStack) -> None:
+        """Record a wait whose stack was captured before it ended."""
         try:
             if self.on and (weight := block.weigh(nanoseconds)):
                 block.add(stack, weight)
         except Exception:
             block.lost += 1
+
+    def add_abandoned(self, nanoseconds: int, stack: ContendedStack | None) -> None:
+        """Keep the time of a wait that never ends, if profiles have shown it: none must fall."""
+        if self.on and stack is not None and nanoseconds >= block.rate > 0:
+            block.add(stack, (0.0, nanoseconds))
 
     def add_release(self, nanoseconds: int, leaf: Leaf, wrapper: FrameType) -> None:
         """Record that the caller of a wrapped method releases what others have waited for."""

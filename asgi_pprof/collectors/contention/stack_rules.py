@@ -14,14 +14,14 @@ from __future__ import annotations
 
 import asyncio
 import dis
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from types import CodeType, FrameType, FunctionType
 
 from asgi_pprof.collectors.contention.records import ContendedStack
 from asgi_pprof.runtime.chains import wrappers
 from asgi_pprof.runtime.own_work import awaits_own_request, is_own, is_own_context
-from asgi_pprof.stacks import MAX_DEPTH, StackKey
+from asgi_pprof.stacks import MAX_DEPTH, StackKey, stack_key
 
 WORKER = "waiting for a worker thread"
 
@@ -66,6 +66,7 @@ class StackRules:
     def __init__(self) -> None:
         self._primitives: dict[int, CodeType] = {}
         self._entering: dict[int, CodeType] = {}
+        self._leaves: dict[int, CodeType] = {}
         self._callers: dict[int, CodeType] = {}  # those that `_classify` has seen
         self._pseudo_frames: dict[int, str] = {}
         self._idle: set[tuple[int, int]] = set()  # with the bytecode offset
@@ -77,6 +78,57 @@ class StackRules:
                 if isinstance(value, FunctionType) and id(value.__code__) not in wrappers.by_id:
                     known = self._entering if name in _ENTERING else self._primitives
                     known[id(value.__code__)] = value.__code__
+
+    def add_leaf(self, leaf: Leaf) -> None:
+        """Add a method that is wrapped: it is shown as a whole, without the line that waits."""
+        if isinstance(leaf, CodeType):
+            self._leaves[id(leaf)] = leaf
+
+    def add_methods(self, methods: Iterable[object]) -> None:
+        """Add single methods of primitives that have other methods too."""
+        for method in methods:
+            if isinstance(method, FunctionType):
+                self._primitives[id(method.__code__)] = method.__code__
+
+    def suspended_stack(
+        self, raw: Sequence[tuple[CodeType, int]], name: str = ""
+    ) -> ContendedStack | None:
+        """
+        Return the stack of a wait that is under way; None if there is none, or no contention.
+
+        Args:
+            raw: The stack of a suspended task or of a thread, leaf first.
+            name: Of a primitive whose methods are not to be seen in the stack.
+        """
+        places = [each for each in raw if id(each[0]) not in wrappers.by_id]
+        for depth, (code, _) in enumerate(places):
+            if code is _LOOP_STEP:
+                del places[depth:]
+                break
+        depth = 0
+        while depth < len(places) and self._waits_in(places[depth][0]):
+            depth += 1
+        if (depth == 0 and not name) or is_own(code for code, _ in places):
+            return None
+        if depth:
+            code, lasti = places[depth - 1]
+            places[:depth] = [(code, 0 if id(code) in self._leaves else lasti)]
+        callers = places[1:] if depth else places
+        pseudo = name
+        for code, lasti in callers:
+            if id(code) in self._entering:
+                continue
+            if id(code) not in self._callers:
+                self._classify(code)
+            if (id(code), lasti) in self._idle:
+                return None
+            pseudo = pseudo or self._pseudo_frames.get(id(code), "")
+            break
+        del places[MAX_DEPTH + 1 :]
+        return pseudo, stack_key(tuple(places))
+
+    def _waits_in(self, code: CodeType) -> bool:
+        return id(code) in self._primitives or id(code) in self._leaves
 
     def waiting_stack(self, leaf: Leaf, wrapper: FrameType) -> ContendedStack | None:
         """

@@ -27,8 +27,8 @@ from typing import Any
 
 from asgi_pprof.collectors.contention.patches import Target, Wrap
 from asgi_pprof.collectors.contention.recording import Recording, mutex
-from asgi_pprof.collectors.contention.records import ContendedStack
 from asgi_pprof.collectors.contention.stack_rules import WORKER, rules
+from asgi_pprof.collectors.contention.under_way import Wait, waits
 from asgi_pprof.runtime.chains import code_of
 
 clock = time.monotonic_ns
@@ -100,6 +100,7 @@ def wrap_wait(is_condition: bool) -> Wrap:
 
     def wrap(recording: Recording, original: Callable[..., Any]) -> Callable[..., Any]:
         leaf = code_of(original)
+        rules.add_leaf(leaf)
 
         @functools.wraps(original)
         def wait(self: Any, timeout: float | None = None) -> Any:
@@ -113,6 +114,8 @@ def wrap_wait(is_condition: bool) -> Wrap:
             began_ns = clock()
             waiters = _waiters_of(id(self), began_ns) if is_condition and mutex.rate else None
             this_thread.blocked = waited = True
+            ident = threading.get_ident()
+            under_way = waits.of_threads[ident] = Wait(recording, began_ns)
             try:
                 return original(self, timeout)
             except RuntimeError:
@@ -121,6 +124,8 @@ def wrap_wait(is_condition: bool) -> Wrap:
             finally:
                 now_ns = clock()
                 this_thread.blocked = False
+                under_way.has_ended = True
+                waits.of_threads.pop(ident, None)
                 if waiters is not None and waiters.leave():
                     _waiters.pop(id(self), None)
                 if waited:
@@ -145,7 +150,8 @@ def wrap_submit(recording: Recording, original: Callable[..., Any]) -> Callable[
             # Taken now: the submitting function may have returned when the work item starts.
             stack = rules.calling_stack(leaf, sys._getframe(), WORKER)
             if stack is not None:
-                vars(future)[_QUEUED] = began_ns, stack
+                queued = vars(future)[_QUEUED] = Wait(recording, began_ns, stack=stack)
+                waits.add_work(queued)
         except Exception:
             pass  # a future of another kind
         return future
@@ -158,9 +164,10 @@ def wrap_start(recording: Recording, original: Callable[..., Any]) -> Callable[.
 
     @functools.wraps(original)
     def set_running_or_notify_cancel(self: Any) -> Any:
-        queued: tuple[int, ContendedStack] | None = vars(self).pop(_QUEUED, None)
-        if queued is not None:
-            recording.add_queued(clock() - queued[0], queued[1])
+        queued: Wait | None = vars(self).pop(_QUEUED, None)
+        if queued is not None and queued.stack is not None:
+            queued.has_ended = True
+            recording.add_captured(clock() - queued.began_ns, queued.stack)
         return original(self)
 
     return set_running_or_notify_cancel
@@ -214,6 +221,8 @@ def wait_targets() -> list[Target]:
             *(queue.Queue, concurrent.futures.Future),
         )
     )
+    # What `Thread.join` calls up to CPython 3.12.
+    rules.add_methods((getattr(threading.Thread, "_wait_for_tstate_lock", None),))
     return [
         Target(threading.Condition, "wait", wrap_wait(is_condition=True)),
         Target(threading.Thread, "join", wrap_wait(is_condition=False)),

@@ -7,8 +7,6 @@ import queue
 import threading
 from collections.abc import Iterator
 
-import pytest
-
 from asgi_pprof.collectors.contention import asyncio_waits, lock_classes, threading_waits
 from asgi_pprof.collectors.contention.collector import ContentionCollector, ContentionSettings
 from asgi_pprof.merge import subtract
@@ -24,9 +22,12 @@ HOLD_NS = 20_000_000
 def take(kind: str) -> Profile:
     """Return a snapshot of one of the two profiles."""
     snapshot = ContentionCollector(contention, kind).snapshot()
-    with pytest.raises(StopIteration) as done:  # it awaits nothing, so no loop is needed
-        snapshot.send(None)
-    profile = done.value.value()
+    while True:  # it only yields to the loop, so none is needed
+        try:
+            snapshot.send(None)
+        except StopIteration as done:
+            profile: Profile = done.value()
+            break
     check_valid(profile)
     return profile
 
