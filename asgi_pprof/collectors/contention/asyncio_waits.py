@@ -140,7 +140,7 @@ def wrap_wait(
                 if outermost:
                     _blocked.pop(key, None)
                     waits.of_tasks.pop(key, None)
-                    under_way.has_ended = True
+                    under_way.ended_ns = now_ns
                     if ended:
                         recording.add_wait(now_ns - began_ns, leaf, sys._getframe())
                     else:
@@ -172,12 +172,13 @@ def wrap_composed_wait(recording: Recording, original: Callable[..., Any]) -> Ca
             raise
         finally:
             waits.of_tasks.pop(key, None)
-            under_way.has_ended = True
+            under_way.ended_ns = clock()
             if _blocked.pop(key, False):
+                waited_ns = under_way.ended_ns - began_ns
                 if ended:
-                    recording.add_wait(clock() - began_ns, leaf, sys._getframe())
+                    recording.add_wait(waited_ns, leaf, sys._getframe())
                 else:
-                    recording.add_abandoned(clock() - began_ns, under_way.stack)
+                    recording.add_abandoned(waited_ns, under_way.stack)
 
     return wait
 

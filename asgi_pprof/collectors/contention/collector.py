@@ -45,7 +45,7 @@ from asgi_pprof.collectors.contention import (
 from asgi_pprof.collectors.contention.patches import PatchGroup
 from asgi_pprof.collectors.contention.recording import Recording, block, mutex
 from asgi_pprof.collectors.contention.records import MAX_STACKS, ContentionRecords
-from asgi_pprof.collectors.contention.under_way import Wait, now_ns, waits
+from asgi_pprof.collectors.contention.under_way import Wait, now_ns, sum_waits, waits
 from asgi_pprof.profile import Profile, ValueType, pseudo_location
 from asgi_pprof.recorder import Recorder
 from asgi_pprof.stacks import StackTotal, name_totals
@@ -250,11 +250,13 @@ class ContentionCollector:
     async def snapshot(self) -> Callable[[], Profile]:
         """Return contentions/count and delay/nanoseconds by stack, scaled; no labels, as in Go."""
         found = await self._contention.under_way() if self._kind == "block" else []
-        # From here on in one go: a wait that ends is either under way or in the totals.
-        under_way = list(_under_way_totals(found, self._records.rate))
-        totals = [*under_way, *self._records.totals()]
-        comments = tuple(self._comments(len(under_way)))
-        time_ns = time.time_ns()
+        # At that moment a wait is either under way or in the totals.
+        at_ns, time_ns, totals = now_ns(), time.time_ns(), self._records.totals()
+        under_way, delays = await sum_waits(found, at_ns, self._records.rate)
+        for (name, stack), waited_ns in delays:
+            leaf = pseudo_location(name) if name else None
+            totals.append(StackTotal(stack, leaf, (), (0, waited_ns)))
+        comments = tuple(self._comments(under_way))
         return lambda: Profile(
             sample_types=(ValueType("contentions", "count"), ValueType("delay", "nanoseconds")),
             samples=name_totals(totals),
@@ -272,17 +274,3 @@ class ContentionCollector:
             yield f"lost: {self._records.lost} events could not be recorded"
         if self._records.overflowed:
             yield f"<other stacks>: events of stacks beyond {MAX_STACKS} different ones"
-
-
-def _under_way_totals(found: list[Wait], rate_ns: int) -> Iterator[StackTotal]:
-    """
-    Yield the waits that have not ended; those shorter than the rate are left out.
-
-    Those would have to be sampled, with the chance that they have when they end.
-    """
-    until_ns = now_ns()
-    for wait in found:
-        waited_ns = until_ns - wait.began_ns
-        if wait.stack is not None and not wait.has_ended and waited_ns >= rate_ns:
-            name, stack = wait.stack
-            yield StackTotal(stack, pseudo_location(name) if name else None, (), (0, waited_ns))

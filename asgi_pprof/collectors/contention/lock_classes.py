@@ -106,7 +106,7 @@ class RecordedLock(metaclass=_Factory):
             self._waiters.leave()
             if outermost:
                 this_thread.blocked = False
-                under_way.has_ended = True
+                under_way.ended_ns = now_ns
                 waits.of_threads.pop(ident, None)
                 recording.add_wait(now_ns - began_ns, f"{self.name}.acquire", sys._getframe())
 

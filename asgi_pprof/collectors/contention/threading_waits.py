@@ -124,7 +124,7 @@ def wrap_wait(is_condition: bool) -> Wrap:
             finally:
                 now_ns = clock()
                 this_thread.blocked = False
-                under_way.has_ended = True
+                under_way.ended_ns = now_ns
                 waits.of_threads.pop(ident, None)
                 if waiters is not None and waiters.leave():
                     _waiters.pop(id(self), None)
@@ -166,8 +166,8 @@ def wrap_start(recording: Recording, original: Callable[..., Any]) -> Callable[.
     def set_running_or_notify_cancel(self: Any) -> Any:
         queued: Wait | None = vars(self).pop(_QUEUED, None)
         if queued is not None and queued.stack is not None:
-            queued.has_ended = True
-            recording.add_captured(clock() - queued.began_ns, queued.stack)
+            queued.ended_ns = clock()
+            recording.add_captured(queued.ended_ns - queued.began_ns, queued.stack)
         return original(self)
 
     return set_running_or_notify_cancel

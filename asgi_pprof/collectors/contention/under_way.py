@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from contextlib import suppress
 from typing import Any
 
-from asgi_pprof.collectors.contention.records import ContendedStack
+from asgi_pprof.collectors.contention.records import MAX_STACKS, OTHERS, ContendedStack
 from asgi_pprof.collectors.contention.stack_rules import rules
 from asgi_pprof.runtime.chains import Chain, await_chain
 from asgi_pprof.runtime.frames import current_frames, generator_local, is_generator
@@ -36,12 +36,14 @@ from asgi_pprof.runtime.own_work import (
 from asgi_pprof.runtime.task_labels import context_labels
 from asgi_pprof.runtime.tasks import Task, TaskList, alive, coroutine_of, loop_of, waits_for
 from asgi_pprof.slices import Slices
+from asgi_pprof.stacks import StackKey
 
 clock = time.monotonic_ns
 
 _SLICE_S = 0.001
 _POLL_S = 0.05
 _POLLS = 32
+_OTHERS: ContendedStack = OTHERS.function.name.strip("<>"), StackKey()
 
 
 def now_ns() -> int:
@@ -59,7 +61,7 @@ class Wait:
         name: What to show at the leaf, if no primitive written in Python is there.
     """
 
-    __slots__ = ("__weakref__", "began_ns", "has_ended", "name", "owner", "stack")
+    __slots__ = ("__weakref__", "began_ns", "ended_ns", "name", "owner", "stack")
 
     def __init__(
         self,
@@ -73,7 +75,15 @@ class Wait:
         self.name = name
         self.stack = stack
         """As a profile has shown it, None if none has; of work in a queue from the start."""
-        self.has_ended = False
+        self.ended_ns = 0
+
+    def has_ended(self, at_ns: int) -> bool:
+        """Return whether it had ended by that time."""
+        return 0 < self.ended_ns <= at_ns
+
+
+Delay = tuple[ContendedStack, int]
+"""A stack, and nanoseconds of waiting."""
 
 
 class Waits:
@@ -119,6 +129,7 @@ class UnderWay:
         self._began_ns = clock()
         self._has_ended = False
         self._is_first = True
+        self._stacks: dict[tuple[str, tuple[int, ...]], ContendedStack] = {}
         self._tasks = TaskList()
         self._older_tasks: dict[int, Wait] = {}
         self._older_threads: dict[int, Wait] = {}
@@ -166,11 +177,19 @@ class UnderWay:
         stack = rules.suspended_stack(places)
         if stack is None or _awaits_own_request(chain):
             return None
+        stack = self._same(stack)
         if wait is None:
             wait = self._older_tasks[id(task)] = Wait(self._owner, self._began_ns, stack=stack)
             self._watch(wait, future, loop_of(task))
         wait.stack = stack
         return wait
+
+    def _same(self, stack: ContendedStack) -> ContendedStack:
+        """Return an equal stack, which all waits there share: there may be 100,000."""
+        name, key = stack
+        if len(self._stacks) >= MAX_STACKS:
+            return self._stacks.get((name, key.places), _OTHERS)
+        return self._stacks.setdefault((name, key.places), stack)
 
     def _watch(self, wait: Wait, future: Any, loop: asyncio.AbstractEventLoop | None) -> None:
         """Notice when a future is done."""
@@ -189,9 +208,9 @@ class UnderWay:
         _call(loop, future.add_done_callback, ended)
 
     def _end_older(self, wait: Wait) -> None:
-        if not wait.has_ended and wait.stack is not None:
-            wait.has_ended = True
-            self._add_ended(clock() - wait.began_ns, wait.stack)
+        if not wait.ended_ns and wait.stack is not None:
+            wait.ended_ns = clock()
+            self._add_ended(wait.ended_ns - wait.began_ns, wait.stack)
 
     def _of_threads(self, is_first: bool) -> list[Wait]:
         known = {
@@ -211,7 +230,7 @@ class UnderWay:
         else:
             self._look_at_older_threads()
             stacks = _waiting_threads(known, known)
-        found = [wait for wait in self._older_threads.values() if not wait.has_ended]
+        found = [wait for wait in self._older_threads.values() if not wait.ended_ns]
         for ident, wait in known.items():
             wait.stack = stacks.get(ident, wait.stack)
         return [*found, *filter(_shown, known.values())]
@@ -239,9 +258,32 @@ class UnderWay:
         self._poll_later()
 
 
+async def sum_waits(found: list[Wait], at_ns: int, rate_ns: int) -> tuple[int, list[Delay]]:
+    """
+    Add up the waits that had not ended at one moment.
+
+    Those shorter than the rate are left out: they would have to be sampled, with the
+    chance that they have when they end.
+
+    Returns:
+        How many there were, and the nanoseconds of each stack.
+    """
+    count, delays = 0, dict[int, Delay]()
+    slices = Slices(_SLICE_S)
+    for wait in found:
+        waited_ns = at_ns - wait.began_ns
+        if wait.stack is not None and waited_ns >= rate_ns and not wait.has_ended(at_ns):
+            count += 1
+            before_ns = delays[id(wait.stack)][1] if id(wait.stack) in delays else 0
+            delays[id(wait.stack)] = wait.stack, before_ns + waited_ns
+        if slices.is_over():
+            await slices.yield_to_loop()
+    return count, list(delays.values())
+
+
 def _shown(wait: Wait | None) -> Wait | None:
     """Return a wait that a profile has shown and that has not ended: totals must not fall."""
-    return None if wait is None or wait.stack is None or wait.has_ended else wait
+    return None if wait is None or wait.stack is None or wait.ended_ns else wait
 
 
 def _waiting_threads(

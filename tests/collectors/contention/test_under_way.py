@@ -405,6 +405,29 @@ def test_a_forked_child_has_none_of_its_parents_waits():
     )
 
 
+def test_many_waits_at_one_place_share_their_stack_and_further_stacks_have_one(monkeypatch):
+    """A service may have 100,000 waits, and their stacks would take 250 MB."""
+    monkeypatch.setattr("asgi_pprof.collectors.contention.under_way.MAX_STACKS", 1)
+
+    async def elsewhere(wait) -> None:
+        await wait()
+
+    async def main() -> None:
+        event = asyncio.Event()
+        tasks = [asyncio.create_task(waiting(event.wait)) for _ in range(10)]
+        await others_run()
+        take("block")
+        assert len({id(waits.of_tasks[id(task)].stack) for task in tasks}) == 1
+        tasks += [asyncio.create_task(elsewhere(event.wait)) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert any(names(each) == ["<other stacks>"] for each in seen.samples("block"))
+        event.set()
+        await asyncio.gather(*tasks)
+
+    with recording() as seen:
+        run(main())
+
+
 def test_profiles_off_look_at_no_task(monkeypatch):
     monkeypatch.setattr("asgi_pprof.collectors.contention.under_way.alive", None)
     take("block")

@@ -22,6 +22,7 @@ from asgi_pprof.collectors.stall.watch import StallWatch
 from asgi_pprof.encoders.protobuf import encode
 from asgi_pprof.labels import labels
 from asgi_pprof.middleware import PprofMiddleware
+from asgi_pprof.runtime.own_work import own_request, own_work
 from tests.collectors.stall.watched import (
     HOLD_S,
     SHORT_MS,
@@ -303,6 +304,33 @@ def test_stalls_that_we_cause_are_labelled_and_not_counted(loop_name):
     assert not any("asgi_pprof.app." in stack for _, _, _, stack in others)
     counted = re.findall(r"^loop_stalls_total\S* (\d+)$", stats, re.M)
     assert [int(each) for each in counted] == [sum(count for count, *_ in others)]
+
+
+def test_stalls_below_our_code_and_in_our_tasks_are_labelled():
+    """The application's own are not."""
+
+    @own_work
+    def hold_own() -> None:
+        hold_by_sleeping()
+
+    async def hold_in_task() -> None:
+        hold_by_sleeping()
+
+    async def blocked(watch):
+        await idle(watch)
+        hold_own()
+        await stalls_of(watch, "hold_own")
+        with own_request({}):
+            await asyncio.create_task(hold_in_task())
+        await stalls_of(watch, "hold_in_task")
+        found = await all_stalls(watch)
+        return found, watch.lag(asyncio.get_running_loop()).stalls
+
+    found, counted = run(blocked)
+    for function in ("hold_own", "hold_in_task"):
+        assert [each["labels"]["asgi_pprof"] for each in of(found, function)] == ["own work"]
+    others = [each for each in found if "asgi_pprof" not in each["labels"]]
+    assert counted == sum(each["count"] for each in others)
 
 
 def test_a_stalls_task_is_named_and_default_numbers_are_dropped():
