@@ -142,6 +142,6 @@ def has_scope(code: CodeType) -> bool:
     return "scope" in code.co_varnames[: code.co_argcount]
 
 
-def is_own_scope(scope: object) -> bool:
-    """Return whether a scope is that of a request for a profile."""
-    return type(scope) is dict and OWN_WORK[0] in scope
+def is_own_scope(value: object) -> bool:
+    """Return whether a value is the scope of a request for a profile."""
+    return type(value) is dict and OWN_WORK[0] in value
