@@ -161,13 +161,13 @@ class TestReading:
 
     def test_tables_of_tracemalloc_are_known_while_it_traces(self):
         """BuckHashSys is Go's name for the profiler's own tables."""
-        assert read_mem_stats(GcPauses())["BuckHashSys"] == 0
+        before = read_mem_stats(GcPauses())["BuckHashSys"]
         tracemalloc.start()
         try:
             stats = read_mem_stats(GcPauses())
         finally:
             tracemalloc.stop()
-        assert stats["BuckHashSys"] > 0
+        assert stats["BuckHashSys"] > before
 
     def test_debug_flags_of_the_collector_are_told(self):
         """DebugGC is true while any flag is set."""

@@ -265,6 +265,7 @@ def test_allocations_that_fail_are_not_counted(code, rate):
         f"""
         import resource
         from asgi_pprof.recorders import heap_sampler
+        from asgi_pprof.runtime.proc import proc_status
 
         MB = 2**20
         class Wide:
@@ -272,7 +273,7 @@ def test_allocations_that_fail_are_not_counted(code, rate):
             def __length_hint__(self): return self.length
             def __iter__(self): return iter(())
         array = [None] * 1000
-        used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        used = proc_status()["VmData"]
         resource.setrlimit(resource.RLIMIT_DATA, (used + 200 * MB, resource.RLIM_INFINITY))
 
         def fail():
