@@ -135,8 +135,7 @@ class HeapSampler(Recorder):
             labels.update((label, book.pairs(label)) for label in used if label < _PENDING)
             if used <= labels.keys() and book.reuses == reuses:
                 break  # else a set has been created and has died meanwhile: it is stored by now
-        comments = (*self._comments(), _seen_comment(rows, self._rate))
-        return SampledHeap(rows, labels, self._rate, comments)
+        return SampledHeap(rows, labels, self._rate, tuple(self._comments(rows)))
 
     def _start(self) -> bool:
         if not native or self._rate == 0 or tracemalloc.is_tracing():
@@ -149,12 +148,13 @@ class HeapSampler(Recorder):
         self._start_ns = time.time_ns()
         return True
 
-    def _comments(self) -> list[str]:
+    def _comments(self, rows: bytes) -> list[str]:
         stats = native.heap_stats()
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start_ns // 10**9))
         comments = [
             f"engine: {ENGINE}, one sample in {self._rate} bytes since {since};"
-            " what was allocated before or by C libraries is not seen"
+            " what was allocated before or by C libraries is not seen",
+            _seen_comment(rows, self._rate),
         ]
         if self._restarts:
             comments.append(f"began anew {self._restarts} times: another tool removed the hooks")
