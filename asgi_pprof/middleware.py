@@ -95,7 +95,7 @@ class PprofMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         kind = scope["type"]
-        if kind == "http":
+        if kind in ("http", "websocket"):
             if self._looked_for in scope["path"] and (target := self._locate(scope)) is not None:
                 await self._pprof.answer(target, scope, receive, send)
                 return
@@ -128,4 +128,4 @@ class PprofMiddleware:
         if self._looked_for != self._prefix:
             self._pprof.open()
             self._looked_for = self._prefix
-        return locate(scope, self._prefix)
+        return locate(scope, self._prefix) if scope["type"] == "http" else None

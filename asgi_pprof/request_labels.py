@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any, cast
 
 from starlette.types import Scope
@@ -23,7 +25,8 @@ class RequestLabels(LabelNode):
     __slots__ = ("_headers", "_method", "_routing", "outer")
 
     def __init__(self, scope: Scope, around: LabelSet | None = None) -> None:
-        method: str = scope.get("method", "")
+        is_websocket = scope["type"] == "websocket"
+        method: str = WEBSOCKET if is_websocket else scope.get("method", "")
         self._method = method if not method or method in _METHODS else "other"
         self._headers = scope.get("headers")
         self._routing: Scope = scope
@@ -46,6 +49,8 @@ class RequestLabels(LabelNode):
         """Release the scope, except for the keys that name the route."""
         scope = self._routing
         self._routing = {key: scope[key] for key in _ROUTING_KEYS if key in scope}
+        if "path_params" in scope:
+            self._routing["path_params"] = dict.fromkeys(scope["path_params"])  # without values
         self._headers = None
 
     def own(self) -> dict[str, str]:
@@ -60,11 +65,17 @@ class RequestLabels(LabelNode):
         return pairs
 
 
+WEBSOCKET = "WEBSOCKET"
+"""The method of a websocket."""
+
 # A client may send any other, as long as it likes and as many different ones.
 _METHODS = frozenset(
     ("GET", "HEAD", "POST", "PUT", "DELETE", "CONNECT", "OPTIONS", "TRACE", "PATCH", "QUERY")
+    + (WEBSOCKET,)
 )
-_ROUTING_KEYS = ("route", "router", "fastapi", "app_root_path", "root_path")
+_ROUTING_KEYS = (
+    *("route", "router", "fastapi", "app_root_path", "root_path", "endpoint", "path_template"),
+)
 
 
 def route_template(scope: Scope) -> str:
@@ -74,16 +85,21 @@ def route_template(scope: Scope) -> str:
     Never returns the raw path, so there are no more values than routes. Reads only
     what routers leave in the scope: `route`; FastAPI's effective route of an included
     router (since 0.120 the only place that has the router's prefix); for mounted apps,
-    the templates of the mounts that led there.
+    the templates of the mounts that led there; `endpoint`, if there is no `route`, as
+    with starlette before 1.0; Litestar's `path_template`.
     """
     route = scope.get("route")
+    if route is None:
+        return _template_of_endpoint(scope) or _text(scope.get("path_template"))
     if getattr(route, "routes", None):
         return ""  # a mount, none of whose routes matched
     context = scope.get("fastapi", {}).get("effective_route_context")
     path = getattr(context, "path_format", None) or getattr(route, "path", None)
-    if not isinstance(path, str):
-        return ""
-    return _mount_template(scope) + path or "/"
+    return _mount_template(scope) + path or "/" if isinstance(path, str) else ""
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _mount_template(scope: Scope) -> str:
@@ -103,3 +119,47 @@ def _match_mounts(routes: Any, mounted: str) -> str:
         rest = match.groupdict().get("path", "").rstrip("/")
         return cast(str, mount.path) + (_match_mounts(inner, "/" + rest) if rest else "")
     return ""
+
+
+# The templates of a router's routes by endpoint and names of parameters.
+_Index = dict[tuple[int, frozenset[str]], str]
+# By id of the router, which need not be hashable: a weak reference whose callback removes
+# the entry, the ids of the router's routes, and the index.
+_indices: dict[int, tuple[object, tuple[int, ...], _Index]] = {}
+
+
+def _template_of_endpoint(scope: Scope) -> str:
+    """Return the one route of the outermost router that has the scope's endpoint, "" if several."""
+    endpoint, router = scope.get("endpoint"), scope.get("router")
+    if endpoint is None or not (routes := getattr(router, "routes", None)):
+        return ""
+    number, state = id(router), tuple(map(id, routes))
+    known = _indices.get(number)
+    if known is None or known[1] != state:
+        reference = weakref.ref(router, lambda _: _indices.pop(number, None))
+        known = _indices[number] = reference, state, _index(routes)
+    return known[2].get((id(endpoint), frozenset(scope.get("path_params", ()))), "")
+
+
+def _index(routes: Any) -> _Index:
+    index: _Index = {}
+    for template, names, endpoint in _leaves(routes, "", frozenset()):
+        key = id(endpoint), names
+        index[key] = template if index.get(key, template) == template else ""
+    return index
+
+
+def _leaves(
+    routes: Any, prefix: str, outer: frozenset[str]
+) -> Iterator[tuple[str, frozenset[str], object]]:
+    for route in routes:
+        template = prefix + getattr(route, "path", "")
+        names = outer.union(getattr(route, "param_convertors", ()))
+        if (endpoint := getattr(route, "endpoint", None)) is not None:
+            yield template or "/", names, endpoint
+            continue
+        names -= {"path"} - outer  # what is left of the path for a mounted application
+        if inner := getattr(route, "routes", None):
+            yield from _leaves(inner, template, names)
+        else:
+            yield template, names, getattr(route, "app", None)

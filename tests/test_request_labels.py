@@ -10,8 +10,10 @@ import pytest
 from fastapi import APIRouter, FastAPI
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.routing import Mount, Route, WebSocketRoute
+from starlette.websockets import WebSocket
 
+from asgi_pprof import PprofMiddleware
 from asgi_pprof.labels import current, labels, resolve
 from asgi_pprof.request_labels import RequestLabels, route_template
 
@@ -187,6 +189,116 @@ def test_a_mounted_app_without_routes_is_named_by_its_mount():
     scope = request_scope("/opaque/secret")
     assert serve(starlette_app(), scope) == 200
     assert route_template(scope) == "/opaque"
+
+
+def older_starlette_app(shared):
+    """Return an application whose endpoints differ, but for one that has three routes."""
+
+    def endpoint():
+        async def answer(request):
+            return PlainTextResponse("ok")
+
+        return answer
+
+    return Starlette(
+        routes=[
+            Route("/", endpoint()),
+            Route("/users/{user:int}", endpoint()),
+            Route("/shared/{one}", shared),
+            Route("/shared/{one}/{two}", shared),
+            Route("/also/{one}/{two}", shared),
+            Mount("/a/{b}", routes=[Mount("/in/{e}", app=Starlette(routes=[Route("/z", shared)]))]),
+            Mount("/opaque", app=PlainTextResponse("ok")),
+        ]
+    )
+
+
+@pytest.mark.parametrize(
+    ("path", "template"),
+    [
+        ("/", "/"),
+        ("/users/3", "/users/{user:int}"),
+        ("/shared/1", "/shared/{one}"),
+        ("/shared/1/2", ""),  # one of two, and nothing says which
+        ("/also/1/2", ""),
+        ("/a/1/in/2/z", "/a/{b}/in/{e}/z"),
+        ("/opaque/secret", "/opaque"),
+        ("/nope", ""),
+        ("/a/1/nope", ""),
+        ("/a/1/in/2/nope", ""),
+    ],
+)
+def test_without_a_route_in_the_scope_the_endpoint_tells(path, template):
+    """Starlette has set `route` for its own routes since 1.0 only."""
+
+    async def shared(request):
+        return PlainTextResponse("ok")
+
+    scope = request_scope(path)
+    serve(older_starlette_app(shared), scope)
+    scope.pop("route", None)
+    request = RequestLabels(scope)
+    expected = {"method": "GET", **({"route": template} if template else {})}
+    assert request.own() == expected
+    request.finish()
+    assert request.own() == expected
+
+
+def test_a_route_that_is_added_later_is_found():
+    """The templates of a router are remembered until its routes change."""
+
+    async def later(request):
+        return PlainTextResponse("ok")
+
+    async def first(request):
+        return PlainTextResponse("ok")
+
+    app = Starlette(routes=[Route("/first", first)])
+    for path, endpoint in (("/first", first), ("/later", later)):
+        if endpoint is later:
+            app.router.routes.append(Route("/later", later))
+        scope = request_scope(path)
+        assert serve(app, scope) == 200
+        scope.pop("route", None)
+        assert route_template(scope) == path
+
+
+def test_litestar_s_template_is_the_route():
+    """Litestar leaves it in the scope under a name of its own."""
+    scope = request_scope("/orders/7", path_template="/orders/{number}")
+    assert RequestLabels(scope).own() == {"method": "GET", "route": "/orders/{number}"}
+
+
+@pytest.mark.parametrize("framework", ["starlette", "fastapi"])
+def test_a_websocket_has_a_method_and_a_route(framework):
+    """So have the samples that are taken while it is open."""
+    found = []
+
+    async def echo(websocket: WebSocket):
+        await websocket.accept()
+        found.append(seen())
+        await websocket.close()
+
+    if framework == "starlette":
+        app = Starlette(routes=[WebSocketRoute("/rooms/{room}", echo)])
+    else:
+        app = FastAPI()
+        app.websocket("/rooms/{room}")(echo)
+    wrapped = PprofMiddleware(app, memory_profile_rate=0)
+
+    async def main():
+        async def receive():
+            return {"type": "websocket.connect"}
+
+        async def send(message):
+            pass
+
+        scope = request_scope("/rooms/7", type="websocket", scheme="ws", subprotocols=[])
+        del scope["method"]
+        await wrapped(scope, receive, send)
+
+    asyncio.run(main())
+    assert found == [{"method": "WEBSOCKET", "route": "/rooms/{room}"}]
 
 
 def test_a_request_has_no_route_before_routing():
