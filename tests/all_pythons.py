@@ -12,7 +12,8 @@ since most of them wait; those marked timing follow one by one, because they
 measure time. A test that fails beside others runs once more, alone; the summary
 counts these, and each of them is to be mended. Tests marked once or go run on
 the default Python alone, those marked oldest_and_newest on the oldest and the
-newest, all of them with the C extension.
+newest, all of them with the C extension. Tests that run once on each loop run on
+uvloop with the oldest and the newest only.
 
 Interpreters are looked for on PATH, among pyenv's, and among those fetched
 before; what is missing is fetched into .venv-pythons. One without headers, a
@@ -102,6 +103,11 @@ class Suite:
         return "".join(f"not {mark} and " for mark, is_out in left_out.items() if is_out)
 
     @property
+    def selection(self) -> tuple[str, ...]:
+        """Return pytest's arguments that leave out uvloop; another `-k` takes their place."""
+        return () if self.is_outermost else ("-k", "not uvloop")
+
+    @property
     def mode(self) -> tuple[str, ...]:
         """Return the option for development mode, in which the suite with the least C code runs."""
         return () if self.native else ("-X", "dev")
@@ -130,8 +136,9 @@ def main() -> None:
     for suite in suites:
         workers = f"{jobs}*popen//python={shlex.join([str(suite.python), *suite.mode])}"
         side_by_side = ["--dist", "worksteal", "--tx", workers]
-        run(suite, f"{asked}{suite.marks}not timing", [*side_by_side, *arguments], arguments)
-        run(suite, f"{asked}{suite.marks}timing", arguments)
+        selected = [*suite.selection, *arguments]
+        run(suite, f"{asked}{suite.marks}not timing", [*side_by_side, *selected], selected)
+        run(suite, f"{asked}{suite.marks}timing", selected)
         if not suite.counts["passed"]:
             suite.problems.append("no test has passed")
     say(*summary(suites))
