@@ -124,7 +124,10 @@ def test_memory_is_charged_under_the_labels_of_its_request(service):
         assert {tuple(labels.items()) for _, labels in found} == {tuple(labels_of(route).items())}
     assert service.state()["tracing"] is False
     service.visit("/forget")
-    assert live() == {route: [] for route in ROUTES}
+    for route, found in live().items():
+        # Our own records of labels are made there as well, some hundred bytes in all, of
+        # which a sample may stand for a few KB.
+        assert sum(size for size, _ in found) < 0.01 * 500 * 10_033, route
 
 
 @needs_native
