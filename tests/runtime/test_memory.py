@@ -36,7 +36,7 @@ def _mallinfo2_may_take_long(monkeypatch):
 
 
 MB = 2**20
-HEAD = sys.getsizeof(b"")
+HEAD = sys.getsizeof(b"") + 24 * sys.flags.dev_mode  # what the debug allocator puts around each
 
 
 def check(memory):
@@ -136,7 +136,9 @@ def test_what_is_free_inside_the_heap_is_idle():
     del small[::], large[::2]
     holes = check(read_memory())
     assert full.alloc - before.alloc > 55 * MB
-    assert full.alloc - holes.alloc == pytest.approx(200_000 * 144 + 7500 * 2048, rel=0.05)
+    assert full.alloc - holes.alloc == pytest.approx(
+        200_000 * block_size(100) + 7500 * block_size(2000), rel=0.05
+    )
     assert holes.system > full.system - 30 * MB  # arenas without blocks are given back
     assert holes.idle - full.idle > 14 * MB
 
@@ -507,4 +509,6 @@ def test_the_steps_find_what_cpython_s_own_text_says():
     assert parsed.inuse == pytest.approx(found.inuse, rel=0.01)
     assert parsed.count == pytest.approx(found.count, rel=0.01)
     assert parsed.larger == pytest.approx(found.larger, rel=0.05)
-    assert [size for size, _ in parsed.blocks] == list(range(16, 513, 16))
+    sizes = [size for size, _ in parsed.blocks]
+    assert sizes == sorted(set(sizes) & set(range(16, 513, 16)))
+    assert len(sizes) >= 31  # in development mode there is no block of 16 bytes
