@@ -25,7 +25,7 @@ class RequestLabels(LabelNode):
     __slots__ = ("_headers", "_method", "_routing", "outer")
 
     def __init__(self, scope: Scope, around: LabelSet | None = None) -> None:
-        is_websocket = scope["type"] == "websocket"
+        is_websocket = scope.get("type") == "websocket"
         method: str = WEBSOCKET if is_websocket else scope.get("method", "")
         self._method = method if not method or method in _METHODS else "other"
         self._headers = scope.get("headers")
