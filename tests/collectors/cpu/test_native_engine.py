@@ -1255,6 +1255,7 @@ def test_samples_between_a_call_in_c_and_its_frame_are_those_of_the_caller():
     assert counts.keys() - {f"is_set {way}" for way in ways} <= ways, counts
 
 
+@pytest.mark.timing  # beside others, threads are often suspended between two ticks
 def test_cpu_time_of_short_threads_is_in_the_profile_beside_many_idle_ones():
     """Most of it has a stack; the rest, which ended between two ticks, has a name."""
     program = """
@@ -1302,7 +1303,7 @@ def test_cpu_time_of_short_threads_is_in_the_profile_beside_many_idle_ones():
     """
     used, burnt, ended, total = map(float, run_program(program).split())
     assert used >= 1.2
-    assert burnt >= 0.8 * 1.2  # 0.93 of it in the mean
+    assert burnt >= 0.75 * 1.2  # 0.93 of it in the mean
     assert ended <= 0.3 * used
     assert 0.9 * used <= total <= 1.15 * used + 0.1
 
