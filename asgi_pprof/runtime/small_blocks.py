@@ -29,6 +29,7 @@ _ARENAS = 16  # in one call, which takes 0.1 ms, and 0.3 ms when the memory is c
 _AT_ONCE = 1 << 30  # bytes of arenas that may be read at once
 _LARGEST = 512  # bytes of a small block
 _IN_STEPS = sys.version_info >= (3, 12)
+_INTERPRETERS = {"_interpreters", "_xxsubinterpreters"}  # modules that make sub-interpreters
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,9 @@ def read_small_blocks(at_most: int) -> SmallBlocks | str:
     """
     if native and _IN_STEPS:
         return _in_steps()
+    if _IN_STEPS and not _INTERPRETERS.isdisjoint(sys.modules):
+        # CPython would read their arenas too, while those that have a GIL of their own free them.
+        return "there may be sub-interpreters, whose arenas only the C core can leave alone"
     if at_most > _AT_ONCE:
         return (
             f"up to {at_most >> 20} MiB of them could only be read at once, which would"

@@ -679,8 +679,17 @@ def test_children_and_process_pools_have_figures():
         pool = concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         jobs = [pool.submit(time.sleep, 3600) for _ in range(2)]
         label = '{pool="process_pool"}'
-        until(lambda: run(figures()).get(f"process_pool_queued{label}") == 1)
-        found = run(figures())
+        names = "cpu_seconds_total", "resident_memory_bytes"
+
+        def are_started():
+            global found
+            found = run(figures())
+            return found.get(f"process_pool_queued{label}") == 1 and all(
+                found[f"process_children_{name}"] > before[f"process_children_{name}"]
+                for name in names
+            )
+
+        until(are_started)
         for process in list(pool._processes.values()):
             process.kill()
         concurrent.futures.wait(jobs, timeout=60)
@@ -688,8 +697,6 @@ def test_children_and_process_pools_have_figures():
         assert found[f"process_pool_processes{label}"] == 1
         assert found[f"process_pool_busy{label}"] == 1
         assert found["process_children"] == 2  # spawning starts a process that tracks resources
-        for name in ("cpu_seconds_total", "resident_memory_bytes"):
-            assert found[f"process_children_{name}"] > before[f"process_children_{name}"]
         """
     )
 

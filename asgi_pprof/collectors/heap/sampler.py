@@ -24,7 +24,6 @@ Source: asgi_pprof/_native/heap_sampler.c; runtime/mprof.go.
 from __future__ import annotations
 
 import struct
-import sys
 import time
 import tracemalloc
 from array import array
@@ -33,7 +32,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from asgi_pprof.collectors.heap.memstats import AllocationCounters
-from asgi_pprof.collectors.heap.sizes import estimate
 from asgi_pprof.labels import Pairs, resolve
 from asgi_pprof.native.core import native, reason
 from asgi_pprof.native.label_interner import book
@@ -135,7 +133,7 @@ class HeapSampler(Recorder):
             labels.update((label, book.pairs(label)) for label in used if label < _PENDING)
             if used <= labels.keys() and book.reuses == reuses:
                 break  # else a set has been created and has died meanwhile: it is stored by now
-        return SampledHeap(rows, labels, self._rate, tuple(self._comments(rows)))
+        return SampledHeap(rows, labels, self._rate, tuple(self._comments()))
 
     def _start(self) -> bool:
         if not native or self._rate == 0 or tracemalloc.is_tracing():
@@ -148,13 +146,12 @@ class HeapSampler(Recorder):
         self._start_ns = time.time_ns()
         return True
 
-    def _comments(self, rows: bytes) -> list[str]:
+    def _comments(self) -> list[str]:
         stats = native.heap_stats()
         since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self._start_ns // 10**9))
         comments = [
             f"engine: {ENGINE}, one sample in {self._rate} bytes since {since};"
-            " what was allocated before or by C libraries is not seen",
-            _seen_comment(rows, self._rate),
+            " what was allocated before or by C libraries is not seen"
         ]
         if self._restarts:
             comments.append(f"began anew {self._restarts} times: another tool removed the hooks")
@@ -164,16 +161,6 @@ class HeapSampler(Recorder):
         if book.refused:
             comments.append(f"labels: {book.refused} label sets have none, too many different ones")
         return comments
-
-
-def _seen_comment(rows: bytes, rate: int) -> str:
-    blocks = sys.getallocatedblocks()
-    seen = 0
-    for *_, live_objects, live_bytes in _ROW.iter_unpack(rows):
-        yield_gil()
-        seen += estimate(live_objects, live_bytes, rate)[0]
-    share = min(100 * seen // max(blocks, 1), 100)
-    return f"of {blocks} blocks that are alive, about {share} % were allocated since then"
 
 
 _LOSSES = {

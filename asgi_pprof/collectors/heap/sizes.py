@@ -50,14 +50,13 @@ def scale_sampled(profile: Profile) -> Profile:
 def _scale(sample: Sample, rate: int) -> Sample:
     alloc_objects, alloc_bytes, live_objects, live_bytes = sample.values
     values = (
-        *estimate(alloc_objects, alloc_bytes, rate),
-        *estimate(live_objects, live_bytes, rate),
+        *_estimate(alloc_objects, alloc_bytes, rate),
+        *_estimate(live_objects, live_bytes, rate),
     )
     return replace(sample, values=values)
 
 
-def estimate(objects: int, size_bytes: int, rate: int) -> tuple[int, int]:
-    """Return how many objects and bytes the samples of a size class stand for."""
+def _estimate(objects: int, size_bytes: int, rate: int) -> tuple[int, int]:
     if objects <= 0 or size_bytes <= 0:
         return 0, 0
     factor = 1 / -math.expm1(-(size_bytes / objects) / rate)

@@ -16,6 +16,7 @@ from asgi_pprof import PprofMiddleware
 from asgi_pprof.labels import current
 from asgi_pprof.native.core import native
 from asgi_pprof.request_labels import RequestLabels
+from asgi_pprof.runtime.frames import _ENDED_GENERATORS_CRASH
 from asgi_pprof.runtime.own_work import OwnLabels, is_own_context, own_request, own_work
 from tests.collectors.contention.recorded import is_in, names, recording
 from tests.loops import run
@@ -56,7 +57,9 @@ def test_windows_of_a_service_where_nobody_waits_are_no_waits(tasks_per_request,
         ask(port, "/wait")
         count, delay_ns = seen.of("block", "wait_for_event")
         waits = [each for each in seen.samples("block") if is_in("call_next", each)]
-    assert own == releases == []
+    if not _ENDED_GENERATORS_CRASH:  # else the scope of a middleware's wait must not be read
+        assert own == []
+    assert releases == []
     assert count == 1
     assert delay_ns > 0.2e9
     assert (max((each.values[1] for each in waits), default=0) > 0.2e9) == tasks_per_request

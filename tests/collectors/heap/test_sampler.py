@@ -429,7 +429,7 @@ def test_freed_memory_loses_its_labels_when_there_are_too_many():
     heap = heap_sampler.copy()
     print(live(user="first"), live(route="/new"))
     print(sum(s.values[0] for s in heap.samples() if dict(s.labels).get("bytes") == 3072))
-    print(*heap.comments[2:])
+    print(*heap.comments[1:])
     heap_sampler.disable()
     """
     labelled, made, comments = run_program(program).splitlines()
@@ -733,31 +733,8 @@ def test_a_restart_forgets_all_blocks():
 @pytest.mark.usefixtures("every_block")
 def test_the_comment_says_the_rate_and_since_when():
     """There are no comments about losses in a test as small as this."""
-    engine, seen = snapshot().comments
-    assert engine.startswith("engine: native, one sample in 1 bytes since 20")
-    assert re.fullmatch(
-        r"of \d+ blocks that are alive, about \d+ % were allocated since then", seen
-    )
-
-
-def test_the_comment_says_how_many_of_the_live_blocks_were_sampled():
-    """In a program of its own, half of whose blocks are older than the sampler."""
-    program = """
-    import re, sys
-    from asgi_pprof.recorders import heap_sampler
-
-    older = [bytearray(100) for _ in range(sys.getallocatedblocks())]
-    heap_sampler.enable(1)
-    percent = []
-    for _ in range(2):
-        for comment in heap_sampler.copy().comments:
-            percent += re.findall(r"about (\\d+) % were allocated since then", comment)
-        newer = [bytearray(100) for _ in range(sys.getallocatedblocks() // 2)]
-    print(*percent)
-    """
-    before, after = map(int, run_program(program).split())
-    assert before <= 2
-    assert 45 <= after <= 53
+    (comment,) = snapshot().comments
+    assert comment.startswith("engine: native, one sample in 1 bytes since 20")
 
 
 @pytest.mark.usefixtures("every_block")
