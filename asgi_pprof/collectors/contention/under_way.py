@@ -134,10 +134,11 @@ class UnderWay:
         self._older_tasks: dict[int, Wait] = {}
         self._older_threads: dict[int, Wait] = {}
         self._callbacks: list[Callable[[], None]] = []  # each removes one
+        self._end_polling: Callable[[], None] = lambda: None
 
     def end(self) -> None:
         """Remove the callbacks. What began before wrappers is no longer found."""
-        callbacks = self._callbacks
+        callbacks = [*self._callbacks, self._end_polling]
         self.forget()
         while callbacks:
             callbacks.pop()()
@@ -146,6 +147,7 @@ class UnderWay:
         """Forget what began before wrappers: in a forked child, none of it will end."""
         self._has_ended, self._is_first = True, False
         self._older_tasks, self._older_threads, self._callbacks = {}, {}, []
+        self._end_polling = lambda: None
 
     async def find(self) -> list[Wait]:
         """Return the waits with their stacks. Those that end meanwhile say so."""
@@ -250,7 +252,8 @@ class UnderWay:
         if loop is None or not self._older_threads:
             return
         grown_s = (clock() - self._began_ns) / 1e9 / _POLLS
-        loop.call_later(max(_POLL_S, grown_s), self._poll)
+        timer = loop.call_later(max(_POLL_S, grown_s), self._poll)
+        self._end_polling = lambda: _call(loop, timer.cancel)
 
     @own_work
     def _poll(self) -> None:

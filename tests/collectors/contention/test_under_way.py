@@ -291,6 +291,29 @@ def test_the_end_of_an_older_wait_of_a_thread_is_noticed_without_a_profile(clock
     run(main())
 
 
+def test_no_timer_is_left_when_the_recording_ends():
+    """Threads that wait since before are looked at again while the recording lasts only."""
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+
+    def timers() -> list[str]:
+        scheduled = asyncio.get_running_loop()._scheduled
+        return [str(each) for each in scheduled if not each.cancelled() and "_poll" in str(each)]
+
+    async def main() -> None:
+        with recording():
+            await ContentionCollector(contention, "block").snapshot()
+            assert len(timers()) == 1
+        assert timers() == []
+
+    try:
+        asyncio.run(main(), debug=False)
+    finally:
+        over.set()
+        thread.join()
+
+
 def test_work_in_the_queue_of_an_executor_is_under_way(clock):
     """It has the stack that submitted it. Work that is cancelled waits until a thread sees that."""
 
