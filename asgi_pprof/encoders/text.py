@@ -62,8 +62,7 @@ def heap_text(profile: Profile, estimates: Profile, trailer: str) -> Iterator[st
         estimates: The same samples, scaled; the same profile if every block was sampled.
         trailer: The MemStats lines that follow the records.
     """
-    totals, estimated_totals = _totals(profile.samples), _totals(estimates.samples)
-    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = totals
+    alloc_objects, alloc_bytes, inuse_objects, inuse_bytes = _totals(profile.samples)
     if alloc_bytes == inuse_bytes:
         # pprof would read two equal pairs as the old format, which has no allocations.
         alloc_bytes += 1
@@ -73,7 +72,7 @@ def heap_text(profile: Profile, estimates: Profile, trailer: str) -> Iterator[st
     yield _delta_line(profile)
     is_sampled = estimates is not profile
     if is_sampled:
-        yield _estimate_line(estimated_totals)
+        yield _estimate_line(_totals(estimates.samples))
     kinds = [kind.type for kind in profile.sample_types]
     column = kinds.index(profile.default_sample_type or "inuse_space")
     for index in _order(estimates.samples, lambda sample: -sample.values[column]):

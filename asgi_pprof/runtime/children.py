@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from asgi_pprof.offload import yield_gil
 from asgi_pprof.runtime.libraries import resource
-from asgi_pprof.runtime.proc import native_thread_ids
+from asgi_pprof.runtime.proc import native_thread_ids, stat_fields
 
 
 class Children(NamedTuple):
@@ -68,9 +68,7 @@ def read_children() -> Children | None:
     for number in numbers:
         yield_gil()
         with suppress(OSError, IndexError, ValueError):  # it has ended
-            # The name in parentheses may hold anything, parentheses too.
-            text = Path(f"/proc/{number}/stat").read_text(errors="replace")
-            fields = text.rpartition(")")[2].split()
+            fields = stat_fields(f"/proc/{number}/stat")
             cpu_ticks += sum(map(int, fields[11:15]))  # with its own children that have ended
             pages += int(fields[21])
             alive += fields[0] != "Z"

@@ -33,6 +33,12 @@ def native_thread_ids() -> list[int]:
         return []
 
 
+def stat_fields(path: str) -> list[str]:
+    """Return the fields of a `stat` file that follow the name: the state comes first."""
+    # The name in parentheses may hold anything, parentheses too.
+    return Path(path).read_text(errors="replace").rpartition(")")[2].split()
+
+
 _STATES = {"R": "running", "S": "sleeping", "D": "disk sleep", "T": "stopped", "t": "traced"}
 
 
@@ -40,9 +46,7 @@ def system_labels(thread_id: int) -> dict[str, str]:
     """Return a thread's native id and its state, if that is known, as labels."""
     labels = {"native_id": str(thread_id)}
     try:
-        # The name in parentheses may hold anything, parentheses too.
-        status = Path(f"/proc/self/task/{thread_id}/stat").read_text(errors="replace")
-        state = status.rpartition(")")[2].split()[0]
+        state = stat_fields(f"/proc/self/task/{thread_id}/stat")[0]
     except (OSError, IndexError):
         return labels
     return {**labels, "state": _STATES.get(state, state)}
